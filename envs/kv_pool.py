@@ -1,0 +1,493 @@
+"""One key-value memory shared by every branch of every prompt, and tree attention over it.
+
+A transformer's keys and values at a token depend only on that token and its ancestors, so a tree of prefixes needs one
+slot per *token*, however many continuations share it. :class:`TreeEngine` keeps those slots in one pool and computes
+any mix of new tokens (prompts, continuations at any depth, tokens whose memory was given up) in one packed forward
+without padding. In the attention each token sees its own ancestors only, so the outputs are those of an uncached
+forward; what is read is the ancestors of the batch, never the whole pool.
+
+The model itself stays untouched: for the length of a forward its attention implementation is swapped for
+:func:`_tree_attention`, registered with transformers' own ``AttentionInterface``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from ..errors import ConfigurationError
+from .language_model import IntArray, Outputs
+
+if TYPE_CHECKING:
+    from .language_model import TransformersLM
+
+__all__ = ["TreeEngine", "tree_mask_error"]
+
+_IMPLEMENTATION = "qstar_tree"
+_FREE = -1  # the slot of an entry whose key-value memory was given up
+# Queries of one prompt are attended together over the union of their ancestors: few copies of the prompt's memory,
+# but the union grows with the group. 16 kept both the copies and the masked products small.
+_QUERIES_PER_GROUP = 16
+_PROMPT_TOKENS_PER_GROUP = 256
+_POSITIONS_PER_FORWARD = 1024
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tree attention
+
+
+@dataclass
+class _Block:
+    """A set of queries, attended group by group; groups are padded to a common size *inside the attention only*.
+
+    Attributes:
+        queries: int64 [G, Q], indices into the packed tokens, 0 where padded.
+        slots: int64 [G, U], the pool slots that the group's queries may see between them, 0 where padded.
+        visible: bool [G, Q, U], which of them each query sees: its ancestors and itself.
+        distance: int64 [G, Q, U], how many positions back each slot lies; only for models with a sliding window.
+        packed: int64 [m], where the m real queries stand in the flattened [G, Q].
+        members: int64 [m], which packed tokens these are.
+    """
+
+    queries: Tensor
+    slots: Tensor
+    visible: Tensor
+    distance: Tensor | None
+    packed: Tensor
+    members: Tensor
+    _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+
+    def mask(self, repeats: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """Return the additive mask [G, 1, repeats * Q, U]; layers of the same kind share it."""
+        if (repeats, window) not in self._masks:
+            visible = self.visible if self.distance is None or not window else self.visible & (self.distance < window)
+            mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+            self._masks[repeats, window] = mask.repeat(1, repeats, 1).unsqueeze(1)
+        return self._masks[repeats, window]
+
+
+@dataclass
+class _Forward:
+    """What the attention needs to know about the forward in progress."""
+
+    pool: _Pool
+    slots: Tensor  # int64 [N], where the packed tokens' own keys and values go
+    blocks: list[_Block]
+
+    # The part of transformers' Cache interface that the attention layers use.
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Store keys and values [1, H, N, D] of the packed tokens; hand back the layer's pool and the value width."""
+        pool = self.pool.layer(layer, keys, values)
+        rows = torch.cat((keys[0].transpose(0, 1), values[0].transpose(0, 1)), dim=-1)
+        pool.index_copy_(0, self.slots, rows)
+        return pool, values
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Unused, since positions are given; some models ask all the same."""
+        del layer
+        return 0
+
+
+_active: _Forward | None = None
+
+
+def _tree_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attend the packed queries [1, H, N, D] over the pool [slots, H_kv, D + D_v]; see ``AttentionInterface``."""
+    del module, attention_mask
+    assert _active is not None
+    pool, value_width = key, value.shape[-1]
+    heads, kv_heads = query.shape[1], pool.shape[1]
+    repeats = heads // kv_heads
+    packed_queries = query[0].transpose(0, 1)  # [N, H, D]
+    output = query.new_empty(packed_queries.shape[0], heads, value_width)
+    for block in _active.blocks:
+        groups, width = block.queries.shape
+        # The heads that share a key-value head become further queries of it: no copy of keys or values per head.
+        q = packed_queries.index_select(0, block.queries.flatten()).view(groups, width, kv_heads, repeats, -1)
+        q = q.permute(0, 2, 3, 1, 4).reshape(groups, kv_heads, repeats * width, -1)
+        seen = pool.index_select(0, block.slots.flatten()).view(groups, -1, kv_heads, pool.shape[-1]).transpose(1, 2)
+        k, v = seen[..., :-value_width], seen[..., -value_width:]
+        mask = block.mask(repeats, sliding_window, q.dtype)
+        if softcap:
+            scores = q @ k.transpose(2, 3) * (scaling or q.shape[-1] ** -0.5)
+            weights = ((scores / softcap).tanh() * softcap + mask).softmax(-1, dtype=torch.float32).to(q.dtype)
+            out = weights @ v
+        else:
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+        out = out.view(groups, kv_heads, repeats, width, -1).permute(0, 3, 1, 2, 4).reshape(groups * width, heads, -1)
+        output.index_copy_(0, block.members, out.index_select(0, block.packed))
+    return output.unsqueeze(0), None
+
+
+AttentionInterface.register(_IMPLEMENTATION, _tree_attention)
+
+
+@contextlib.contextmanager
+def _tree_attention_in(model: Any, forward: _Forward) -> Iterator[None]:
+    """Swap the model's attention implementation for the length of one forward."""
+    global _active
+    configs = {id(c): c for c in (model.config, model.config.get_text_config())}.values()
+    before = [c._attn_implementation for c in configs]
+    for config in configs:
+        config._attn_implementation = _IMPLEMENTATION
+    _active = forward
+    try:
+        yield
+    finally:
+        _active = None
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+class _Pool:
+    """Keys and values of every layer, ``[slots, H_kv, D + D_v]`` each, growing up to a budget of bytes."""
+
+    def __init__(self, budget: int, token_bytes: int | None) -> None:
+        self.budget = budget
+        self.token_bytes = token_bytes  # over all layers; None while it is still to be found out
+        self.capacity = 0
+        self._layers: dict[int, Tensor] = {}
+
+    def layer(self, index: int, keys: Tensor, values: Tensor) -> Tensor:
+        """Return a layer's memory, made at its first use in the shape that the model turns out to need."""
+        if index not in self._layers:
+            self._layers[index] = keys.new_empty(self.capacity, keys.shape[1], keys.shape[3] + values.shape[3])
+        return self._layers[index]
+
+    @property
+    def max_slots(self) -> int:
+        """How many tokens the budget pays for."""
+        return self.budget // self.token_bytes if self.token_bytes else 1 << 20
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes allocated now."""
+        return sum(t.numel() * t.element_size() for t in self._layers.values())
+
+    def grow(self, slots: int) -> None:
+        """Make room for ``slots`` tokens, layer by layer, so that only one layer is ever held twice."""
+        for index, old in self._layers.items():
+            new = old.new_empty((slots, *old.shape[1:]))
+            new[: self.capacity] = old
+            self._layers[index] = new
+        self.capacity = slots
+
+
+class _Table:
+    """Growable parallel int64 columns, one row per token of the tree."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.token, self.parent, self.position, self.chain, self.stem, self.slot, self.used = (
+            np.empty(1024, dtype=np.int64) for _ in range(7)
+        )
+        # chain: the prompt whose tokens this row is one of, or hangs from.
+        # stem: the last row that is a prompt's token on the way here; the row itself within a prompt.
+        # slot: where in the pool its key and value are, or _FREE.
+        # used: the last batch it was needed in; never older than its descendants', so branches are given up leaf first.
+
+    def append(self, token: IntArray, parent: IntArray, position: IntArray, chain: IntArray) -> IntArray:
+        """Add rows and return their indices; each is its own stem until told otherwise."""
+        rows = np.arange(self.size, self.size + len(token))
+        self.size += len(token)
+        if self.size > len(self.token):
+            for name, column in list(vars(self).items()):
+                if name != "size":
+                    setattr(self, name, np.resize(column, max(2 * len(column), self.size)))
+        self.token[rows], self.parent[rows], self.position[rows], self.chain[rows] = token, parent, position, chain
+        self.stem[rows], self.slot[rows], self.used[rows] = rows, _FREE, 0
+        return rows
+
+
+class TreeEngine:
+    """The fast engine: every token of every prefix is computed once, in one packed forward per call."""
+
+    def __init__(self, model: TransformersLM, top_k: int, kv_budget: int | None = None) -> None:
+        """Compute with ``model``, keep ``top_k`` next tokens, hold at most ``kv_budget`` bytes of keys and values.
+
+        Args:
+            model: The language model, shared and left as it is.
+            top_k: How many next tokens to return.
+            kv_budget: In bytes; None takes a quarter of the free memory, at most 4 GiB.
+        """
+        if kv_budget is not None and kv_budget <= 0:
+            raise ConfigurationError(f"kv_budget is a number of bytes > 0 (or None), got {kv_budget!r}")
+        self._lm, self._top_k = model, top_k
+        self._pool = _Pool(kv_budget or min(_free_memory(model.device) // 4, 4 << 30), model.kv_token_bytes)
+        self._table = _Table()
+        self._free: list[int] = []
+        self._row_in_slot = np.empty(0, dtype=np.int64)
+        self._chains: list[IntArray] = []  # per prompt, the rows of its tokens
+        self._chain_of: dict[tuple[int, ...], int] = {}
+        self._trie: dict[tuple[int, int], int] = {}  # (row or -1, token) -> row, over the prompts' tokens
+        self._clock = 0
+        config = model.model.config.get_text_config()
+        self._has_window = bool(getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None))
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of key-value memory held now."""
+        return self._pool.held_bytes
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Bytes of key-value memory per token, over all layers; 0 before the first forward."""
+        return self.kv_bytes // max(self._pool.capacity, 1)
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[IntArray, Outputs]:
+        """See :meth:`Engine.prefill`; prompts with a common beginning share it."""
+        rows = np.array([self._chain(tuple(prompt))[-1] for prompt in prompts], dtype=np.int64)
+        return rows, self._run(rows)
+
+    def extend(self, parents: IntArray, tokens: IntArray) -> tuple[IntArray, Outputs]:
+        """See :meth:`Engine.extend`."""
+        table, size = self._table, self._table.size
+        rows = table.append(tokens, parents, table.position[parents] + 1, table.chain[parents])
+        table.stem[rows] = table.stem[parents]
+        try:
+            return rows, self._run(rows)
+        except BaseException:
+            self._release(rows)
+            table.size = size  # the step did not happen
+            raise
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Bookkeeping
+
+    def _chain(self, prompt: tuple[int, ...]) -> IntArray:
+        """Return the rows of a prompt's tokens; what it shares with earlier prompts are the same rows."""
+        if prompt not in self._chain_of:
+            index, row, rows = len(self._chains), -1, []
+            for position, token in enumerate(prompt):
+                if (row, token) not in self._trie:
+                    columns = [np.array([value]) for value in (token, row, position, index)]
+                    self._trie[row, token] = int(self._table.append(*columns)[0])
+                row = self._trie[row, token]
+                rows.append(row)
+            self._chains.append(np.array(rows, dtype=np.int64))
+            self._chain_of[prompt] = index
+        return self._chains[self._chain_of[prompt]]
+
+    def _continuations(self, rows: IntArray) -> IntArray:
+        """Return int64 [n, T]: each row and its ancestors back to its prompt, padded with -1; prompt rows have none."""
+        table, columns = self._table, []
+        while True:
+            inside = (rows >= 0) & (table.stem[rows] != rows)
+            if not inside.any():
+                return np.stack(columns, axis=1) if columns else np.empty((len(rows), 0), dtype=np.int64)
+            rows = np.where(inside, rows, -1)
+            columns.append(rows)
+            rows = np.where(inside, table.parent[rows], -1)
+
+    def _lineage(self, rows: IntArray) -> IntArray:
+        """Return all rows that ``rows`` need to be resident: themselves and every ancestor, each once, sorted."""
+        table = self._table
+        continuations = self._continuations(rows)
+        prompts = [
+            self._chains[chain][: length + 1]
+            for chain, length in {(int(table.chain[r]), int(table.position[table.stem[r]])) for r in rows}
+        ]
+        return np.unique(np.concatenate([continuations[continuations >= 0], *prompts]))
+
+    def _allocate(self, rows: IntArray, keep: IntArray) -> None:
+        """Give ``rows`` slots: free ones, then new ones up to the budget, then those least recently used.
+
+        ``keep`` are rows whose memory must stay.
+        """
+        pool, table = self._pool, self._table
+        missing = len(rows) - len(self._free)
+        if missing > 0 and pool.capacity < pool.max_slots:
+            capacity = min(max(2 * pool.capacity, pool.capacity + missing, 256), pool.max_slots)
+            self._free.extend(range(capacity - 1, pool.capacity - 1, -1))
+            self._row_in_slot = np.concatenate((self._row_in_slot, np.full(capacity - pool.capacity, -1)))
+            pool.grow(capacity)
+            missing = len(rows) - len(self._free)
+        if missing > 0:
+            resident = self._row_in_slot[self._row_in_slot >= 0]
+            old = resident[~np.isin(resident, keep)]
+            # Children before parents where both were last used together; some more than needed, so that this is rare.
+            order = np.lexsort((-table.position[old], table.used[old]))
+            self._release(old[order[: max(missing, pool.capacity // 8)]])
+        slots = np.array([self._free.pop() for _ in rows], dtype=np.int64)
+        table.slot[rows] = slots
+        self._row_in_slot[slots] = rows
+
+    def _release(self, rows: IntArray) -> None:
+        rows = rows[self._table.slot[rows] != _FREE]
+        slots = self._table.slot[rows]
+        self._row_in_slot[slots] = -1
+        self._free.extend(slots.tolist())
+        self._table.slot[rows] = _FREE
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Computation
+
+    def _run(self, rows: IntArray) -> Outputs:
+        """Return the outputs at ``rows``, computing what they need and is not resident."""
+        lineage = self._lineage(rows)
+        if len(lineage) > self._pool.max_slots:
+            if len(rows) == 1:
+                raise ConfigurationError(
+                    f"kv_budget of {self._pool.budget:,} bytes holds {self._pool.max_slots} tokens, but this prompt and "
+                    f"its continuation are {len(lineage)} tokens of {self._pool.token_bytes:,} bytes; "
+                    f"give at least {len(lineage) * (self._pool.token_bytes or 0):,}"
+                )
+            half = len(rows) // 2
+            parts = zip(self._run(rows[:half]), self._run(rows[half:]), strict=True)
+            return Outputs(*(np.concatenate(part) for part in parts))
+        self._clock += 1
+        self._table.used[lineage] = self._clock
+        missing = lineage[self._table.slot[lineage] == _FREE]
+        self._allocate(missing, keep=lineage)
+        # A row asked for is computed even where it is resident: its output is what was asked for.
+        compute = np.union1d(missing, rows)
+        compute = compute[np.argsort(self._table.position[compute], kind="stable")]
+        try:
+            parts, order = [], []
+            for start in range(0, len(compute), _POSITIONS_PER_FORWARD):
+                chunk = compute[start : start + _POSITIONS_PER_FORWARD]
+                asked = np.flatnonzero(np.isin(chunk, rows))
+                parts.append(self._forward(chunk, asked))
+                order.append(chunk[asked])
+        except BaseException:
+            self._release(missing)
+            raise
+        done = np.concatenate(order)
+        place = np.argsort(done)[np.searchsorted(np.sort(done), rows)]
+        return Outputs(*(np.concatenate(column)[place] for column in zip(*parts, strict=True)))
+
+    def _forward(self, rows: IntArray, asked: IntArray) -> Outputs:
+        """Run the model over ``rows`` packed into one sequence; return the outputs at the indices ``asked``."""
+        model, device = self._lm.model, self._lm.device
+
+        def tensor(array: IntArray) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+        forward = _Forward(self._pool, tensor(self._table.slot[rows]), self._blocks(rows, tensor))
+        with torch.inference_mode(), _tree_attention_in(model, forward):
+            hidden, logits = self._lm.hidden_and_logits(
+                tensor(asked),
+                input_ids=tensor(self._table.token[rows]).unsqueeze(0),
+                position_ids=tensor(self._table.position[rows]).unsqueeze(0),
+                past_key_values=forward,
+                use_cache=True,
+            )
+            logprobs, tokens = _top_logprobs(logits.float(), self._top_k)
+            return Outputs(hidden.float().cpu().numpy(), tokens.cpu().numpy(), logprobs.cpu().numpy())
+
+    def _blocks(self, rows: IntArray, tensor: Any) -> list[_Block]:
+        """Group the queries: tokens of prompts, and tokens of continuations, which see far more than their number."""
+        within_prompt = self._table.stem[rows] == rows
+        kinds = ((within_prompt, _PROMPT_TOKENS_PER_GROUP), (~within_prompt, _QUERIES_PER_GROUP))
+        return [self._block(rows, np.flatnonzero(kind), limit, tensor) for kind, limit in kinds if kind.any()]
+
+    def _block(self, rows: IntArray, members: IntArray, limit: int, tensor: Any) -> _Block:
+        """Group the queries ``rows[members]`` by prompt, at most ``limit`` together."""
+        table = self._table
+        # Sorted by prompt, then by age, which keeps the branches of one search together.
+        members = members[np.lexsort((rows[members], table.chain[rows[members]]))]
+        queries = rows[members]
+        chain = table.chain[queries]
+        first_of_chain = np.flatnonzero(np.r_[True, chain[1:] != chain[:-1]])
+        rank = np.arange(len(queries)) - first_of_chain[np.cumsum(np.r_[True, chain[1:] != chain[:-1]]) - 1]
+        starts = np.flatnonzero(rank % limit == 0)
+        group = np.cumsum(rank % limit == 0) - 1
+        place = rank % limit
+
+        # Columns of a group: its prompt's tokens first, then every continuation token that one of its queries sees.
+        seen_of_prompt = table.position[table.stem[queries]] + 1
+        prompt_length = np.maximum.reduceat(seen_of_prompt, starts)
+        ancestors = self._continuations(queries)
+        query, step = np.nonzero(ancestors >= 0)
+        distinct, inverse = np.unique(group[query] * table.size + ancestors[query, step], return_inverse=True)
+        owner, row = distinct // table.size, distinct % table.size
+        column = prompt_length[owner] + np.arange(len(distinct)) - np.searchsorted(owner, owner)
+        width = int((prompt_length + np.bincount(owner, minlength=len(starts))).max())
+
+        seen = np.full((len(starts), width), -1, dtype=np.int64)
+        for g, start in enumerate(starts):
+            seen[g, : prompt_length[g]] = self._chains[chain[start]][: prompt_length[g]]
+        seen[owner, column] = row
+        visible = np.zeros((len(starts), int(place.max()) + 1, width), dtype=bool)
+        visible[:, :, 0] = True  # a padded query must see something, or its softmax is NaN
+        visible[group, place] = np.arange(width) < seen_of_prompt[:, None]
+        visible[group[query], place[query], column[inverse]] = True
+        index = np.zeros(visible.shape[:2], dtype=np.int64)
+        index[group, place] = members
+        distance = None
+        if self._has_window:
+            distance = tensor(table.position[rows[index]][:, :, None] - table.position[seen][:, None, :])
+        return _Block(
+            queries=tensor(index),
+            slots=tensor(np.where(seen >= 0, table.slot[seen], 0)),
+            visible=torch.from_numpy(visible).to(self._lm.device),
+            distance=distance,
+            packed=tensor(group * visible.shape[1] + place),
+            members=tensor(members),
+        )
+
+
+def _top_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the ``k`` largest log-probabilities [n, k] of the full softmax of ``logits`` [n, V], and their tokens."""
+    top, tokens = logits.topk(k, dim=-1)
+    # Only k of the V log-probabilities are needed: no second [n, V] array, and logits is ours to overwrite.
+    normaliser = top[:, :1] + logits.sub_(top[:, :1]).exp_().sum(-1, keepdim=True).log_()
+    return top - normaliser, tokens
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def tree_mask_error(model: TransformersLM, tolerance: float = 2e-3) -> str | None:
+    """Compare the tree engine with uncached forwards on a small random tree; return what is wrong, None if nothing.
+
+    Args:
+        model: The model to try.
+        tolerance: Largest difference of a log-probability (nats) in float32; half precision gets more.
+    """
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(model.vocab_size, size=n).tolist() for n in (3, 5)]
+    if model.model.dtype != torch.float32:
+        tolerance = 1.0
+    try:
+        engine = TreeEngine(model, top_k=min(4, model.vocab_size))
+        rows, _ = engine.prefill(prompts)
+        tokens = rng.integers(model.vocab_size, size=(3, 4))
+        parents, sequences = rows[[0, 0, 1, 1]], [prompts[i] for i in (0, 0, 1, 1)]
+        for level in tokens:  # four branches, two of each prompt
+            parents, outputs = engine.extend(parents, level)
+            sequences = [[*s, int(t)] for s, t in zip(sequences, level, strict=True)]
+        reference = np.take_along_axis(model.forward(sequences)[1], outputs.tokens, axis=1)
+        error = float(np.abs(outputs.logprobs - reference).max())
+    except Exception as problem:
+        return f"a tree mask does not work with it ({type(problem).__name__}: {str(problem).splitlines()[0][:120]})"
+    if not error <= tolerance:
+        return f"with a tree mask its log-probabilities are off by {error:.2g} nats"
+    model.kv_token_bytes = engine.kv_token_bytes
+    return None

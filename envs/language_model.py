@@ -1,0 +1,347 @@
+"""Language models: one small interface, the Hugging Face implementation, and the embedded default.
+
+A :class:`LanguageModel` maps token sequences to next-token log-probabilities. How a *tree* of sequences is computed
+without repeating work is the business of an :class:`Engine`, which each model brings along.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ConfigurationError, PromptError, UnknownNameError
+from .embedded_model import EMBEDDED_MODELS, embedded_model_folder
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Engine", "LanguageModel", "Outputs", "PrefixEngine", "TransformersLM", "load_language_model"]
+
+logger = logging.getLogger(__name__)
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+Message = Mapping[str, str]
+
+
+class Outputs(NamedTuple):
+    """What a language model says about ``n`` prefixes.
+
+    Attributes:
+        hidden: float32 [n, d], the last layer's hidden state at the last token.
+        tokens: int64 [n, k], the k most likely next tokens, most likely first.
+        logprobs: float32 [n, k], nats, of the full-vocabulary softmax.
+    """
+
+    hidden: FloatArray
+    tokens: IntArray
+    logprobs: FloatArray
+
+
+class Engine(Protocol):
+    """Computes a growing tree of prefixes, each once; prefixes are referred to by integer handles."""
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of key-value memory held now."""
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[IntArray, Outputs]:
+        """Start ``n`` sequences; return handles int64 [n] and the outputs after each."""
+
+    def extend(self, parents: IntArray, tokens: IntArray) -> tuple[IntArray, Outputs]:
+        """Append ``tokens`` [n] to the prefixes with handles ``parents`` [n], in one forward if memory allows."""
+
+
+class LanguageModel(ABC):
+    """A causal language model: token ids in, next-token log-probabilities out.
+
+    Subclasses set the attributes and implement :meth:`encode`, :meth:`decode` and :meth:`forward`.
+
+    Attributes:
+        name: Identifies the model in checkpoints and reports.
+        vocab_size: Number of tokens V.
+        hidden_size: Width d of the hidden state.
+        context_length: Longest sequence the model takes, in tokens.
+        eos_token_ids: The tokens that end a text.
+    """
+
+    name: str
+    vocab_size: int
+    hidden_size: int
+    context_length: int
+    eos_token_ids: frozenset[int]
+
+    @abstractmethod
+    def encode(self, prompt: str | Sequence[Message]) -> list[int]:
+        """Return the token ids of a plain string, or of chat messages put through the model's chat template."""
+
+    @abstractmethod
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of ``token_ids``, special tokens left out."""
+
+    @abstractmethod
+    def forward(self, sequences: Sequence[Sequence[int]]) -> tuple[FloatArray, FloatArray]:
+        """Process whole sequences with no cache: the slow, obvious reference.
+
+        Returns:
+            Hidden states float32 [n, d] and full-vocabulary log-probabilities float32 [n, V] (nats) after the last
+            token of each sequence.
+        """
+
+    def token_embeddings(self) -> FloatArray:
+        """Return float32 [V, e], one vector per token; random unit Gaussians unless the model has its own."""
+        return np.random.default_rng(0).standard_normal((self.vocab_size, 16)).astype(np.float32)
+
+    def engine(self, top_k: int, kv_budget: int | None = None) -> Engine:
+        """Return the fastest exact engine for this model; ``kv_budget`` in bytes, None for a sensible default."""
+        del kv_budget  # nothing is cached
+        return PrefixEngine(self, top_k)
+
+    # ``env.spec`` deep-copies the arguments of ``gym.make``: a model given as an object must not be copied with it.
+    def __copy__(self) -> Self:
+        """Return the model itself; models are shared, never copied."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return the model itself; models are shared, never copied."""
+        return self
+
+
+class PrefixEngine:
+    """The slow exact engine: every prefix is processed whole, with no shared state.
+
+    For models whose attention cannot take a tree mask, for models that cost nothing, and as the reference in tests.
+    """
+
+    def __init__(self, model: LanguageModel, top_k: int) -> None:
+        """Compute with ``model.forward`` and keep the ``top_k`` most likely tokens."""
+        self._model, self._top_k = model, top_k
+        self._sequences: list[tuple[int, ...]] = []
+
+    @property
+    def kv_bytes(self) -> int:
+        """Always 0: nothing is cached."""
+        return 0
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[IntArray, Outputs]:
+        """See :meth:`Engine.prefill`."""
+        return self._run([tuple(prompt) for prompt in prompts])
+
+    def extend(self, parents: IntArray, tokens: IntArray) -> tuple[IntArray, Outputs]:
+        """See :meth:`Engine.extend`."""
+        return self._run([(*self._sequences[p], int(t)) for p, t in zip(parents, tokens, strict=True)])
+
+    def _run(self, sequences: list[tuple[int, ...]]) -> tuple[IntArray, Outputs]:
+        hidden, logprobs = self._model.forward(sequences)
+        # A stable sort makes ties fall the same way in every batch.
+        tokens = np.argsort(-logprobs, axis=1, kind="stable")[:, : self._top_k]
+        handles = np.arange(len(self._sequences), len(self._sequences) + len(sequences))
+        self._sequences.extend(sequences)
+        return handles, Outputs(hidden, tokens, np.take_along_axis(logprobs, tokens, axis=1))
+
+
+class TransformersLM(LanguageModel):
+    """Any causal LM of Hugging Face transformers.
+
+    Attributes:
+        model: The untouched ``PreTrainedModel``, in evaluation mode.
+        tokenizer: The untouched tokenizer.
+        kv_token_bytes: Bytes of keys and values per token over all layers, where known.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str | None = None
+    ) -> None:
+        """Wrap a loaded model and its tokenizer; neither is changed."""
+        self.model, self.tokenizer = model.eval(), tokenizer
+        config = model.config.get_text_config()
+        self.name = name or str(config.name_or_path)
+        self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
+        self.hidden_size = int(config.hidden_size)
+        self.context_length = int(getattr(config, "max_position_embeddings", None) or 1_000_000)
+        self.eos_token_ids = _end_tokens(model, tokenizer)
+        self.kv_token_bytes: int | None = None  # found out when the tree mask is tried
+        self._tree_mask_is_exact: bool | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by name: the other process loads its own copy of the weights."""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return load_language_model, (self.name, str(self.model.device), dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's input is expected."""
+        return self.model.device
+
+    def encode(self, prompt: str | Sequence[Message]) -> list[int]:
+        """See :meth:`LanguageModel.encode`.
+
+        Raises:
+            PromptError: The prompt is a chat and the tokenizer has no chat template.
+        """
+        if isinstance(prompt, str):
+            return [int(t) for t in self.tokenizer(prompt)["input_ids"]]
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise PromptError(f"model {self.name!r} has no chat template; give the prompt as a plain string")
+        messages = [dict(message) for message in prompt]
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return [int(t) for t in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """See :meth:`LanguageModel.decode`."""
+        # Clean-up would make the text of a prefix differ from the beginning of the text of its continuation.
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def forward(self, sequences: Sequence[Sequence[int]]) -> tuple[FloatArray, FloatArray]:
+        """See :meth:`LanguageModel.forward`. One sequence at a time: no padding, whatever the architecture."""
+        import torch
+
+        hidden, logprobs = [], []
+        with torch.inference_mode():
+            for sequence in sequences:
+                ids = torch.tensor([list(sequence)], device=self.device)
+                last = torch.tensor([len(sequence) - 1], device=self.device)
+                state, logits = self.hidden_and_logits(last, input_ids=ids, use_cache=False)
+                hidden.append(state[0].float())
+                logprobs.append(logits[0].float().log_softmax(-1))
+            return torch.stack(hidden).cpu().numpy(), torch.stack(logprobs).cpu().numpy()
+
+    def hidden_and_logits(self, positions: torch.Tensor, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the model on one packed sequence and return what its output layer saw and said at ``positions`` [n].
+
+        The output layer, the largest product of a small model, runs only there.
+
+        Returns:
+            Hidden states [n, d] and logits [n, V], in the model's dtype.
+        """
+        seen: list[torch.Tensor] = []
+        head = self.model.get_output_embeddings()
+        # A hook gives the final hidden state of every architecture alike, without keeping all layers' outputs.
+        hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            logits = self.model(**inputs, logits_to_keep=positions).logits[0]
+        finally:
+            hook.remove()
+        hidden = seen[0][0]
+        if len(hidden) != len(positions):  # an architecture that ignores logits_to_keep
+            hidden, logits = hidden[positions], logits[positions]
+        return hidden, logits
+
+    def token_embeddings(self) -> FloatArray:
+        """Return the input embeddings, float32 [V, d]."""
+        weight = self.model.get_input_embeddings().weight.detach()[: self.vocab_size]
+        return np.asarray(weight.float().cpu().numpy(), dtype=np.float32)
+
+    def engine(self, top_k: int, kv_budget: int | None = None) -> Engine:
+        """Return a :class:`~qstar_decoding.envs.kv_pool.TreeEngine` where it is exact, else a :class:`PrefixEngine`.
+
+        Whether it is exact is measured once per model, on a small random tree, rather than read off a list of names.
+        """
+        from .kv_pool import TreeEngine, tree_mask_error
+
+        if self._tree_mask_is_exact is None:
+            problem = tree_mask_error(self)
+            self._tree_mask_is_exact = problem is None
+            if problem is not None:
+                logger.warning("%s: %s; whole prefixes are recomputed instead (exact, slower)", self.name, problem)
+        return TreeEngine(self, top_k, kv_budget) if self._tree_mask_is_exact else PrefixEngine(self, top_k)
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Collect every token that ends a text, as the model's configuration and its tokenizer tell them."""
+    ids: set[int] = set()
+    for source in (model.generation_config, model.config.get_text_config(), tokenizer):
+        value = getattr(source, "eos_token_id", None)
+        ids.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+    # Chat models name their turn's end as EOS; the pre-training end-of-text token still ends a plain text.
+    ids.update(i for t, i in tokenizer.get_added_vocab().items() if t in ("<|endoftext|>", "<|end_of_text|>", "</s>"))
+    return frozenset(int(i) for i in ids)
+
+
+_LOADED: dict[tuple[str, ...], TransformersLM] = {}
+
+
+def load_language_model(
+    name: str = "smollm2-135m-instruct", device: str = "auto", dtype: str = "auto", **model_kwargs: Any
+) -> TransformersLM:
+    """Load a causal language model, once per process however often it is asked for.
+
+    Args:
+        name: ``"smollm2-135m-instruct"`` (the embedded default), a local folder, or a hub id.
+        device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
+        dtype: ``"auto"`` (bfloat16 where the hardware computes it natively, else float32), ``"float32"``, …
+        model_kwargs: Handed to ``AutoModelForCausalLM.from_pretrained`` (``revision``, ``device_map``,
+            ``quantization_config``, …).
+
+    Returns:
+        The model, shared by everybody in this process who asked with the same arguments.
+
+    Raises:
+        UnknownNameError: The name is neither known, nor a folder, nor a model that the hub (or its cache) has.
+        ConfigurationError: The device does not exist or the dtype is not one.
+        CacheError: The cache folder cannot be written.
+    """
+    import torch
+
+    if not isinstance(name, str) or not name:
+        raise ConfigurationError(f"a model name is a non-empty string, got {name!r}")
+    torch_device = _resolve_device(device)
+    torch_dtype = _resolve_dtype(dtype, torch_device)
+    key = (name, str(torch_device), str(torch_dtype), repr(sorted(model_kwargs.items())))
+    if key not in _LOADED:
+        _LOADED[key] = _load(name, torch_device, torch_dtype, model_kwargs)
+    return _LOADED[key]
+
+
+def _load(name: str, device: torch.device, dtype: torch.dtype, model_kwargs: dict[str, Any]) -> TransformersLM:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = str(embedded_model_folder(name) or EMBEDDED_MODELS[name].hub_id) if name in EMBEDDED_MODELS else name
+    tokenizer_kwargs = {k: v for k, v in model_kwargs.items() if k in ("revision", "token", "trust_remote_code")}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_kwargs)
+        model = AutoModelForCausalLM.from_pretrained(source, **{"dtype": dtype, **model_kwargs})
+    except (OSError, ValueError) as error:
+        hint = f"A local folder or a hub id works too, but {source!r} could not be loaded: {str(error).splitlines()[0]}"
+        raise UnknownNameError("model", name, EMBEDDED_MODELS, hint) from error
+    if "device_map" not in model_kwargs and "quantization_config" not in model_kwargs:
+        model = model.to(device)
+    return TransformersLM(model, tokenizer, name=name)
+
+
+def _resolve_device(device: str) -> torch.device:
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigurationError(f"device {device!r} is not one: use 'auto', 'cpu', 'cuda', 'cuda:N', 'mps'") from error
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ConfigurationError(f"device {device!r} asked for, but torch sees {torch.cuda.device_count()} CUDA devices")
+    return resolved
+
+
+def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    import torch
+
+    if dtype == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            # Emulated bfloat16 is several times slower than float32, so ask the CPU, not torch.
+            native = device.type == "cpu" and bool(
+                torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            )
+        return torch.bfloat16 if native else torch.float32
+    resolved = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise ConfigurationError(f"dtype {dtype!r} is not a floating-point one: use 'auto', 'float32', 'bfloat16'")
+    return resolved

@@ -1,0 +1,237 @@
+"""Decoding as a Markov decision process: the one definition that env, learners and planners share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ConfigurationError, PromptError
+from ..rewards import Reward, as_reward
+from .language_model import IntArray, LanguageModel, load_language_model
+from .prompts import Prompt
+from .token_tree import TokenTree
+
+__all__ = ["Completion", "DecodingMDP", "Finish"]
+
+Values = npt.NDArray[np.float64]
+
+
+class Finish(IntEnum):
+    """Why an edge finishes its completion."""
+
+    NO = 0
+    EOS = 1
+    STOP = 2
+    LENGTH = 3
+
+
+class Completion(NamedTuple):
+    """A finished text.
+
+    Attributes:
+        text: The completion without end-of-sequence token, cut off where a stop string begins.
+        token_ids: All its tokens, an end-of-sequence token included.
+        logprob: Sum of the tokens' log-probabilities, nats.
+        reward: The reward model's score r, NaN where it could not be scored.
+        objective: J = α · logprob + r.
+        stop: ``"eos"``, ``"stop"`` or ``"length"``.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprob: float
+    reward: float
+    objective: float
+    stop: str
+
+
+class DecodingMDP:
+    """Decoding with a finite horizon as a deterministic MDP.
+
+    A state is a node of the :class:`TokenTree`, that is a prompt with the tokens generated since. An action is a rank in
+    the node's top-k list. An edge that ends the text (end-of-sequence, stop string, horizon) leads to no state and needs
+    no language model; its completion y is scored there, so that the undiscounted return from the prompt x is
+
+        J(y | x) = α · Σ_t log π(y_t | x, y_<t) + r(x, y).
+
+    Everything is batched over ``n`` edges or nodes; a single one is a batch of one.
+
+    Attributes:
+        model: The language model π.
+        reward: The reward model r.
+        tree: The prefixes computed so far, shared by everybody who uses this MDP.
+        top_k: Number k of actions.
+        max_new_tokens: The horizon T, in tokens.
+        logprob_weight: α.
+    """
+
+    def __init__(
+        self,
+        model: str | LanguageModel = "smollm2-135m-instruct",
+        *,
+        reward: Any = "sentiment",
+        top_k: int = 8,
+        top_p: float = 1.0,
+        max_new_tokens: int = 24,
+        stop: str | Sequence[str] | None = None,
+        logprob_weight: float = 0.02,
+        device: str = "auto",
+        dtype: str = "auto",
+        kv_budget: int | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        """Define the process; the arguments are those of ``gym.make("TokenDecoding-v0")``.
+
+        Args:
+            model: A known name, hub id or local folder (see :func:`load_language_model`), or a model.
+            reward: A registered name, a weighted sum, a callable, or a Reward (see :func:`as_reward`).
+            top_k: Number of actions.
+            top_p: Actions outside the smallest set of tokens with this probability are masked; 1 masks none.
+            max_new_tokens: The horizon, in tokens.
+            stop: Strings that end a completion where they appear.
+            logprob_weight: α, how much fluency (nats) counts against the reward.
+            device: See :func:`load_language_model`.
+            dtype: See :func:`load_language_model`.
+            kv_budget: Bytes of key-value memory for the tree; None for a share of the free memory.
+            model_kwargs: Handed to ``from_pretrained``.
+
+        Raises:
+            ConfigurationError: An argument is out of range, or a name is not known.
+        """
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 1:
+            raise ConfigurationError(f"max_new_tokens is an integer >= 1 (the horizon), got {max_new_tokens!r}")
+        if not 0 < top_p <= 1:
+            raise ConfigurationError(f"top_p is a probability in (0, 1], got {top_p!r}")
+        if not (np.isfinite(logprob_weight) and logprob_weight >= 0):
+            raise ConfigurationError(f"logprob_weight is a finite number >= 0, got {logprob_weight!r}")
+        if isinstance(top_k, bool) or not isinstance(top_k, (int, np.integer)) or top_k < 1:
+            raise ConfigurationError(f"top_k is an integer >= 1, got {top_k!r}")
+        self.stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        if not all(isinstance(s, str) and s for s in self.stop):
+            raise ConfigurationError(f"stop is a non-empty string or a list of them, got {stop!r}")
+        # The reward is resolved first: a misspelt name should not cost the loading of a model.
+        self.reward: Reward = as_reward(reward)
+        self.model = load_language_model(model, device, dtype, **(model_kwargs or {})) if isinstance(model, str) else model
+        self.tree = TokenTree(self.model, top_k, kv_budget)
+        self.top_k, self.top_p = int(top_k), float(top_p)
+        self.max_new_tokens, self.logprob_weight = int(max_new_tokens), float(logprob_weight)
+        self._eos = np.array(sorted(self.model.eos_token_ids), dtype=np.int64)
+        self._encoded: dict[int, tuple[Prompt, list[int]]] = {}
+        self._texts: dict[int, str] = {}
+
+    # -- states -------------------------------------------------------------------------------------------------------
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Return the prompt's token ids.
+
+        Raises:
+            PromptError: With the horizon it is longer than the model's context.
+        """
+        key = id(prompt)
+        if key not in self._encoded:
+            ids = self.model.encode(prompt.content)
+            room = self.model.context_length - self.max_new_tokens
+            if len(ids) > room:
+                raise PromptError(
+                    f"the prompt {prompt.text[:60]!r}… has {len(ids)} tokens; {self.model.name!r} takes "
+                    f"{self.model.context_length}, less {self.max_new_tokens} for the completion: at most {room}"
+                )
+            if not ids:
+                raise PromptError(f"the prompt {prompt.text!r} has no tokens")
+            self._encoded[key] = prompt, ids  # holding the prompt keeps its id from being used again
+        return self._encoded[key][1]
+
+    def roots(self, prompts: Sequence[Prompt]) -> IntArray:
+        """Return the initial states of ``n`` prompts, int64 [n]."""
+        return self.tree.roots([self.encode(prompt) for prompt in prompts])
+
+    def remaining(self, nodes: IntArray) -> IntArray:
+        """Return how many tokens may still be generated, int64 [n]."""
+        return self.max_new_tokens - self.tree.depth[nodes]
+
+    def action_mask(self, nodes: IntArray) -> npt.NDArray[np.bool_]:
+        """Return which actions may be taken, bool [n, k]; the most likely one always may."""
+        probabilities = np.exp(self.tree.logprobs[nodes])
+        mask = (probabilities.cumsum(axis=1) - probabilities < self.top_p) & (probabilities > 0)
+        mask[:, 0] = True
+        return mask
+
+    def text(self, node: int) -> str:
+        """Return the completion so far as text."""
+        if node not in self._texts:
+            self._texts[node] = self._decode(self.tree.completion_ids(node))
+        return self._texts[node]
+
+    def potential(self, prompts: Sequence[Prompt], nodes: IntArray) -> Values:
+        """Return φ, the reward model's score of ``n`` unfinished prefixes, float64 [n]."""
+        if not self.reward.has_potential:
+            return np.zeros(len(nodes))
+        ids = [self.tree.completion_ids(int(node)) for node in nodes]
+        texts = [self.text(int(node)) for node in nodes]
+        return self.reward.potential([p.text for p in prompts], texts, ids, **_columns(prompts))
+
+    # -- edges --------------------------------------------------------------------------------------------------------
+
+    def finishes(self, nodes: IntArray) -> npt.NDArray[np.int8]:
+        """Return for every action how it ends the completion, if it does: :class:`Finish` as int8 [n, k]."""
+        tokens = self.tree.tokens[nodes]
+        kinds = np.where((self.remaining(nodes) <= 1)[:, None], Finish.LENGTH, Finish.NO).astype(np.int8)
+        kinds = np.broadcast_to(kinds, tokens.shape).copy()
+        if self.stop:
+            for row, node in enumerate(nodes):
+                prefix = self.tree.completion_ids(int(node))
+                for action, token in enumerate(tokens[row]):
+                    if self._stop_at(self.model.decode([*prefix, int(token)])) is not None:
+                        kinds[row, action] = Finish.STOP
+        kinds[np.isin(tokens, self._eos)] = Finish.EOS
+        return kinds
+
+    def edge_returns(self, nodes: IntArray) -> Values:
+        """Return what the edges themselves pay, α · log π(a | s), float64 [n, k]."""
+        # α = 0 must give 0 even where a token has probability 0.
+        logprobs = np.maximum(self.tree.logprobs[nodes].astype(np.float64), -1e6)
+        return self.logprob_weight * logprobs
+
+    def path_return(self, nodes: IntArray) -> Values:
+        """Return g, what the path from the prompt has paid, float64 [n]."""
+        return self.logprob_weight * self.tree.path_logprob[nodes]
+
+    def complete(self, prompts: Sequence[Prompt], nodes: IntArray, actions: IntArray) -> list[Completion]:
+        """Score the completions that ``n`` finishing edges make.
+
+        Raises:
+            RewardError: The reward model did not return one number within its bounds per completion.
+        """
+        if not len(nodes):
+            return []
+        tokens = self.tree.tokens[nodes, actions]
+        ids = [(*self.tree.completion_ids(int(n)), int(t)) for n, t in zip(nodes, tokens, strict=True)]
+        texts = [self._decode(sequence) for sequence in ids]
+        kinds = self.finishes(nodes)[np.arange(len(nodes)), actions]
+        logprobs = self.tree.path_logprob[nodes] + np.maximum(self.tree.logprobs[nodes, actions], -1e6)
+        rewards = self.reward([p.text for p in prompts], texts, ids, **_columns(prompts))
+        return [
+            Completion(x, y, float(lp), float(r), float(self.logprob_weight * lp + r), Finish(int(kind)).name.lower())
+            for x, y, lp, r, kind in zip(texts, ids, logprobs, rewards, kinds, strict=True)
+        ]
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        if token_ids and token_ids[-1] in self.model.eos_token_ids:
+            token_ids = token_ids[:-1]
+        text = self.model.decode(list(token_ids))
+        at = self._stop_at(text)
+        return text if at is None else text[:at]
+
+    def _stop_at(self, text: str) -> int | None:
+        return min((text.find(s) for s in self.stop if s in text), default=None)
+
+
+def _columns(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+    return {name: [prompt.columns.get(name) for prompt in prompts] for name in names}

@@ -1,0 +1,124 @@
+"""Where prompts come from: one string or many, chats, dicts with columns, text and JSONL files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import PromptError
+
+__all__ = ["DEFAULT_PROMPTS", "Prompt", "as_prompt", "load_prompts"]
+
+DEFAULT_PROMPTS = (
+    "The movie was",
+    "The food at the new restaurant",
+    "My first week in the city",
+    "The hotel room had",
+    "After reading the book, I",
+    "The concert last night",
+    "Our trip to the mountains",
+    "The phone I bought last month",
+)
+
+_SHAPES = "a string, a list of chat messages ({'role': …, 'content': …}), or a dict with the key 'prompt'"
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        content: What the model is given: a plain string, or chat messages for its chat template.
+        columns: Further fields of the data set's row; a reward receives them as keyword arguments.
+    """
+
+    content: str | Sequence[Mapping[str, str]]
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """What a reward sees: the string itself, or the messages' contents, one a line."""
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(message["content"] for message in self.content)
+
+
+def as_prompt(source: Any) -> Prompt:
+    """Turn a string, chat messages or a dict with the key ``prompt`` into a :class:`Prompt`.
+
+    Raises:
+        PromptError: It is none of these, or empty.
+    """
+    if isinstance(source, Prompt):
+        return source
+    if isinstance(source, Mapping) and "prompt" in source:
+        inner = as_prompt(source["prompt"])
+        return Prompt(inner.content, {str(k): v for k, v in source.items() if k != "prompt"})
+    if isinstance(source, str):
+        if not source.strip():
+            raise PromptError(f"a prompt is empty ({source!r}); give it some text to continue")
+        return Prompt(source)
+    if _is_chat(source):
+        if not any(message["content"].strip() for message in source):
+            raise PromptError("a chat prompt has no content in any of its messages")
+        return Prompt([dict(message) for message in source])
+    raise PromptError(f"a prompt is {_SHAPES}; got {type(source).__name__}: {str(source)[:80]!r}")
+
+
+def load_prompts(source: Any = None) -> list[Prompt]:
+    """Return the prompts that ``source`` stands for, at least one.
+
+    Args:
+        source: None (a few review openings); one prompt (see :func:`as_prompt`); the path of a ``.txt`` file (one a
+            line) or ``.jsonl`` file (a string, or an object with the key ``prompt``, a line); or an iterable of prompts.
+
+    Raises:
+        PromptError: There is none, one is empty or has the wrong type (its place is named), or the file is missing.
+    """
+    if source is None:
+        source = DEFAULT_PROMPTS
+    if isinstance(source, Path) or (isinstance(source, str) and source.endswith((".txt", ".jsonl"))):
+        return _read_file(Path(source))
+    if isinstance(source, (str, Mapping, Prompt)) or _is_chat(source):
+        return [as_prompt(source)]
+    if not isinstance(source, Iterable):
+        raise PromptError(f"prompts are {_SHAPES}, a .txt or .jsonl path, or an iterable of these; got {source!r}")
+    prompts = []
+    for index, item in enumerate(source):
+        try:
+            prompts.append(as_prompt(item))
+        except PromptError as error:
+            raise PromptError(f"prompt {index}: {error}") from None
+    if not prompts:
+        raise PromptError("the list of prompts is empty; give at least one")
+    return prompts
+
+
+def _is_chat(source: Any) -> bool:
+    return (
+        isinstance(source, Sequence)
+        and not isinstance(source, str)
+        and len(source) > 0
+        and all(isinstance(m, Mapping) and "role" in m and isinstance(m.get("content"), str) for m in source)
+    )
+
+
+def _read_file(path: Path) -> list[Prompt]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise PromptError(f"cannot read the prompts file {str(path)!r}: {error.strerror or error}") from error
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            prompts.append(as_prompt(json.loads(line) if path.suffix == ".jsonl" else line))
+        except (json.JSONDecodeError, PromptError) as error:
+            raise PromptError(f"{path}, line {number}: {error}") from None
+    if not prompts:
+        raise PromptError(f"the prompts file {str(path)!r} has no prompts in it")
+    return prompts

@@ -1,0 +1,252 @@
+"""``TokenDecoding-v0``: text generation as a Gymnasium environment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+from gymnasium import spaces
+
+from ..errors import ConfigurationError, EpisodeError, IllegalActionError
+from .language_model import LanguageModel
+from .mdp import Completion, DecodingMDP, Finish
+from .observations import Observation, Observer
+from .prompts import Prompt, as_prompt, load_prompts
+
+__all__ = ["TokenDecodingEnv"]
+
+
+class TokenDecodingEnv(gym.Env[Observation, np.int64]):
+    """Generate a completion, one token per step, and be rewarded for how good it is.
+
+    ## Description
+    A frozen language model π proposes the k most likely next tokens; the agent picks one. The completion y of the prompt
+    x is worth J(y | x) = α · Σ log π(y_t | x, y_<t) + r(x, y), with a pluggable reward model r. The MDP is
+    deterministic and has a finite horizon T = ``max_new_tokens``; the discount is 1.
+
+    ## Action Space
+    ``Discrete(k)``: a rank in the list of the most likely next tokens, 0 = most likely. ``info["action_mask"]`` and
+    :meth:`action_masks` say which may be taken; another one is an error and leaves the state as it was.
+
+    ## Observation Space
+    A ``Dict``; see :class:`~qstar_decoding.envs.observations.Observer`.
+
+    ## Starting State
+    A prompt drawn uniformly from ``prompts``, or the one given as ``reset(options={"prompt": …})``.
+
+    ## Rewards
+    Each step pays α · log π of its token, and the last one r(x, y) besides. With ``shaping`` it pays
+    γ · φ(s') - φ(s) as well (Ng, Harada & Russell 1999), φ being the reward model's score of the unfinished text and 0
+    at the end: the return is then J - φ(empty prefix), and the optimal policy the same.
+
+    ## Episode End
+    Terminated by an end-of-sequence token, a stop string or the horizon, which is part of the MDP (``remaining`` is
+    observed). Never truncated; that is left to wrappers.
+
+    ## Information
+    Every step: ``action_mask`` int8 [k], ``token``, ``token_text``, ``logprob`` (nats). The last one also
+    ``completion``, ``reward`` (r), ``objective`` (J), ``stop`` (``"eos"``, ``"stop"`` or ``"length"``).
+    ``reset`` gives ``action_mask`` and ``prompt``.
+
+    ## Arguments
+    See ``__init__``.
+
+    ## Version History
+    * v0: first version.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi", "human"], "render_fps": 4}
+
+    def __init__(
+        self,
+        model: str | LanguageModel = "smollm2-135m-instruct",
+        *,
+        prompts: Any = None,
+        reward: Any = "sentiment",
+        top_k: int = 8,
+        top_p: float = 1.0,
+        max_new_tokens: int = 24,
+        stop: str | Sequence[str] | None = None,
+        logprob_weight: float = 0.02,
+        shaping: bool = True,
+        gamma: float = 1.0,
+        candidate_dims: int = 32,
+        render_mode: str | None = None,
+        **mdp_kwargs: Any,
+    ) -> None:
+        """Make the environment.
+
+        Args:
+            model: A known name, hub id, local folder, or a :class:`LanguageModel`.
+            prompts: Where episodes start; see :func:`~qstar_decoding.envs.prompts.load_prompts`.
+            reward: A registered name, a weighted sum, any callable, or a Reward;
+                see :func:`~qstar_decoding.rewards.as_reward`.
+            top_k: Number of actions.
+            top_p: Mask actions outside the smallest set of tokens with this probability.
+            max_new_tokens: The horizon, in tokens.
+            stop: Strings that end a completion.
+            logprob_weight: α, how much fluency (nats) counts against the reward.
+            shaping: Pay the change of the potential on the way.
+            gamma: The discount used in the shaping term; 1 by default, as the horizon is finite.
+            candidate_dims: Numbers per candidate token in the observation.
+            render_mode: None, ``"ansi"`` (a string) or ``"human"`` (printed).
+            mdp_kwargs: ``device``, ``dtype``, ``kv_budget``, ``model_kwargs``; see :class:`DecodingMDP`.
+
+        Raises:
+            ConfigurationError: An argument is out of range or a name unknown.
+            PromptError: There is no usable prompt.
+        """
+        if not 0 < gamma <= 1:
+            raise ConfigurationError(f"gamma is a discount in (0, 1], got {gamma!r}")
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ConfigurationError(f"render_mode is None, 'ansi' or 'human', got {render_mode!r}")
+        self.prompts = load_prompts(prompts)
+        self.mdp = DecodingMDP(
+            model,
+            reward=reward,
+            top_k=top_k,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            logprob_weight=logprob_weight,
+            **mdp_kwargs,
+        )
+        for prompt in self.prompts:
+            self.mdp.encode(prompt)  # too long a prompt is better told now than in the middle of a training
+        self.observer = Observer(self.mdp, candidate_dims)
+        self.shaping, self.gamma, self.render_mode = bool(shaping), float(gamma), render_mode
+        self.observation_space = self.observer.space
+        self.action_space = spaces.Discrete(self.mdp.top_k)
+        self._prompt: Prompt | None = None
+        self._node: int | None = None  # None before the first reset and after the end
+        self._potential = 0.0
+        self._last: Completion | None = None
+
+    # -- Gymnasium's interface ----------------------------------------------------------------------------------------
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start a completion of a random prompt, or of ``options["prompt"]``.
+
+        Raises:
+            PromptError: The given prompt is empty, too long, or not a prompt.
+            ConfigurationError: There are other keys in ``options``.
+        """
+        super().reset(seed=seed)
+        if unknown := set(options or {}) - {"prompt"}:
+            raise ConfigurationError(f"reset's options may hold 'prompt', not {sorted(unknown)}")
+        if options:
+            prompt = as_prompt(options["prompt"])
+        else:
+            prompt = self.prompts[int(self.np_random.integers(len(self.prompts)))]
+        node = int(self.mdp.roots([prompt])[0])
+        self._prompt, self._node, self._last = prompt, node, None
+        observation = self._observe(prompt, node)
+        self._potential = float(self.mdp.potential([prompt], np.array([node]))[0])
+        if self.render_mode == "human":
+            self.render()
+        return observation, {"action_mask": observation["action_mask"].copy(), "prompt": prompt.text}
+
+    def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Append the token of rank ``action``.
+
+        Raises:
+            EpisodeError: Before ``reset`` or after the end.
+            IllegalActionError: The action is not an integer, out of range, or masked; nothing has changed.
+            RewardError: The reward model failed; nothing has changed.
+        """
+        if self._node is None or self._prompt is None:
+            when = "after the end of the episode" if self._last else "before reset"
+            raise EpisodeError(f"step() was called {when}; call reset() first")
+        rank = self._check_action(action)
+        mdp, node, edge = self.mdp, np.array([self._node]), np.array([rank])
+        logprob = float(mdp.tree.logprobs[self._node, rank])
+        token = int(mdp.tree.tokens[self._node, rank])
+        info: dict[str, Any] = {"token": token, "token_text": mdp.model.decode([token]), "logprob": logprob}
+        reward = float(mdp.edge_returns(node)[0, rank])
+        if mdp.finishes(node)[0, rank] == Finish.NO:
+            child = int(mdp.tree.expand(node, edge)[0])
+            observation = self._observe(self._prompt, child)
+            potential = float(mdp.potential([self._prompt], np.array([child]))[0])
+            self._node, terminated = child, False
+        else:
+            self._last = mdp.complete([self._prompt], node, edge)[0]
+            # A completion that cannot be scored earns its fluency only.
+            scored = bool(np.isfinite(self._last.reward))
+            reward += self._last.reward if scored else 0.0
+            info |= {"completion": self._last.text, "stop": self._last.stop}
+            info |= {"reward": self._last.reward if scored else None}
+            info |= {"objective": self._last.objective if scored else None}
+            observation, potential = self.observer.terminal(), 0.0
+            self._node, terminated = None, True
+        if self.shaping:
+            reward += self.gamma * potential - self._potential
+        self._potential = potential
+        info["action_mask"] = observation["action_mask"].copy()
+        if self.render_mode == "human":
+            self.render()
+        return observation, reward, terminated, False, info
+
+    def render(self) -> str | None:  # type: ignore[override]
+        """Show the prompt, the text so far, and the candidates with their probabilities."""
+        if self.render_mode is None:
+            gym.logger.warn("render() needs a render_mode: gym.make(…, render_mode='ansi' or 'human')")
+            return None
+        screen = self._screen()
+        if self.render_mode == "ansi":
+            return screen
+        print(screen, end="\n\n")
+        return None
+
+    # -- beyond Gymnasium's interface ---------------------------------------------------------------------------------
+
+    def action_masks(self) -> npt.NDArray[np.bool_]:
+        """Return which actions may be taken now, bool [k]; sb3-contrib's convention."""
+        if self._node is None:
+            return np.ones(self.mdp.top_k, dtype=bool)
+        return self.mdp.action_mask(np.array([self._node]))[0]
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _observe(self, prompt: Prompt, node: int) -> Observation:
+        return {key: value[0].copy() for key, value in self.observer.observe([prompt], np.array([node])).items()}
+
+    def _check_action(self, action: Any) -> int:
+        legal = np.flatnonzero(self.action_masks()).tolist()
+        array = np.asarray(action)
+        if array.size != 1 or array.dtype.kind not in "iu":
+            raise IllegalActionError(f"an action is one integer, got {action!r}; legal now: {legal}")
+        rank = int(array.reshape(()))
+        if rank not in legal:
+            why = "masked" if 0 <= rank < self.mdp.top_k else f"not in 0..{self.mdp.top_k - 1}"
+            raise IllegalActionError(f"action {rank} is {why}; legal now: {legal}")
+        return rank
+
+    def _screen(self) -> str:
+        if self._prompt is None:
+            return "(before reset)"
+        lines = [f"prompt      {self._prompt.text!r}"]
+        if self._last is not None:
+            end = self._last
+            return "\n".join(
+                [
+                    *lines,
+                    f"completion  {end.text!r}",
+                    f"finished    {end.stop}: reward {end.reward:.3f}, log-prob {end.logprob:.2f} nats, "
+                    f"J {end.objective:.3f}",
+                ]
+            )
+        assert self._node is not None
+        tree, node = self.mdp.tree, self._node
+        lines += [
+            f"completion  {self.mdp.text(node)!r}",
+            f"remaining   {int(self.mdp.remaining(np.array([node]))[0])} of {self.mdp.max_new_tokens} tokens",
+        ]
+        for rank, legal in enumerate(self.action_masks()):
+            text = self.mdp.model.decode([int(tree.tokens[node, rank])])
+            lines.append(f"  {rank:>3}  {np.exp(tree.logprobs[node, rank]):6.1%}  {text!r}{'' if legal else '  masked'}")
+        return "\n".join(lines)

@@ -1,0 +1,82 @@
+"""The errors that this package raises, one family.
+
+Every message names what was wrong, what was expected and what to do.
+Each class also derives from the built-in exception a caller would expect.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "CacheError",
+    "CheckpointError",
+    "ConfigurationError",
+    "EpisodeError",
+    "HeuristicError",
+    "IllegalActionError",
+    "PromptError",
+    "QStarError",
+    "RewardError",
+    "UnknownNameError",
+]
+
+
+class QStarError(Exception):
+    """Base class of every error raised by this package."""
+
+
+class ConfigurationError(QStarError, ValueError):
+    """Raised when an argument has a value that cannot work."""
+
+
+class UnknownNameError(ConfigurationError):
+    """Raised when a model, task, reward or decoder is asked for by a name that nobody registered."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
+        """Build the message: the known names, nearest first.
+
+        Args:
+            kind: What was looked up, e.g. ``"reward"``.
+            name: The name that is not known.
+            known: All names that are.
+            hint: One sentence on what else would have been accepted.
+        """
+        self.kind, self.name = kind, name
+        self.known = nearest_first(name, known)
+        listed = ", ".join(repr(n) for n in self.known) or "(none)"
+        super().__init__(f"unknown {kind} {name!r}; known, nearest first: {listed}.{' ' + hint if hint else ''}")
+
+
+class PromptError(QStarError, ValueError):
+    """Raised when a prompt is missing, empty, of the wrong type, or too long for the model."""
+
+
+class IllegalActionError(QStarError, ValueError):
+    """Raised when an action is not an integer, out of range, or masked; the state is left as it was."""
+
+
+class EpisodeError(QStarError, RuntimeError):
+    """Raised when ``step`` is called before ``reset`` or after the end of the episode."""
+
+
+class RewardError(QStarError, ValueError):
+    """Raised when a reward returns something that is not one finite number within its bounds per text."""
+
+
+class HeuristicError(QStarError, ValueError):
+    """Raised when a heuristic returns NaN or an array of the wrong shape."""
+
+
+class CheckpointError(QStarError, ValueError):
+    """Raised when a checkpoint is broken, or belongs to another model, k or observation layout."""
+
+
+class CacheError(QStarError, OSError):
+    """Raised when the model cache cannot be written."""
+
+
+def nearest_first(name: str, known: Iterable[str]) -> list[str]:
+    """Return ``known`` sorted by likeness to ``name``, the most alike first."""
+    return sorted(known, key=lambda other: (-difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio(), other))

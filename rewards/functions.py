@@ -1,0 +1,246 @@
+"""Whatever a user gives as a reward, as a `Reward`: a name, a weighted sum, or a plain function."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from ..errors import ConfigurationError
+from .base import OnError, Reward, WeightedSum
+from .registry import make_reward, required_parameters, reward_names
+from .specs import parse_spec
+
+__all__ = ["FunctionReward", "RewardSpec", "as_reward"]
+
+RewardSpec = Reward | str | Mapping[str, float] | Callable[..., Any]
+
+_SHAPES = """A reward function has one of two shapes:
+    def reward(prompts, completions, completion_ids=None, **columns) -> list[float | None]  # all texts at once
+    def reward(prompt: str, completion: str) -> float  # one text
+The first is recognised by a parameter named prompts, completions or completion_ids, or by **; it may take just some of
+them, and columns by their names. The second has exactly two required parameters, of any names."""
+_BATCHED_NAMES = {"prompts", "completions", "completion_ids"}
+
+
+def as_reward(
+    spec: RewardSpec,
+    *,
+    lower: float | None = None,
+    upper: float | None = None,
+    potential: Callable[..., Any] | None = None,
+    on_error: OnError = "raise",
+    penalty: float | None = None,
+) -> Reward:
+    """Return what `spec` stands for as a `Reward`.
+
+    ::
+
+        as_reward("sentiment")                                      # a registered name
+        as_reward("0.7 * sentiment - 0.3 * length")                 # a weighted sum of them
+        as_reward({"sentiment": 0.7, "length": -0.3})               # the same
+        as_reward(lambda prompt, completion: len(completion), lower=0)
+        as_reward(trl_reward_function)                              # batched, in TRL's shape
+
+    Args:
+        spec: A reward, which is returned as it is; a registered name; the spec of a weighted sum, as text or as a
+            mapping from names to weights; or a callable, in one of the two shapes that `FunctionReward` describes.
+        lower: The callable's lower bound; by default its attribute ``lower``, or else ``-inf``: unknown.
+        upper: The callable's upper bound; by default its attribute ``upper``, or else ``inf``: unknown.
+        potential: A callable that scores unfinished texts, in either shape.
+        on_error: What becomes of a text that the callable fails to score; see `Reward`.
+        penalty: The value that ``on_error="penalty"`` gives.
+
+    Returns:
+        The reward.
+
+    Raises:
+        UnknownNameError: A name is not registered.
+        ConfigurationError: The spec is nothing of the above, or the other arguments contradict it or each other.
+    """
+    describes_a_function = (lower, upper, potential, on_error, penalty) != (None, None, None, "raise", None)
+    if describes_a_function and isinstance(spec, Reward | str | Mapping):
+        raise ConfigurationError(
+            "lower, upper, potential, on_error and penalty describe a function, but the reward given is "
+            f"{spec!r}, which has its own; leave them out, or give them to make_reward or to the Reward's class."
+        )
+    if isinstance(spec, Reward):
+        return spec
+    if isinstance(spec, str):
+        return _weighted_sum(parse_spec(spec, reward_names()))
+    if isinstance(spec, Mapping):
+        return _weighted_sum(_checked_weights(spec))
+    return FunctionReward(spec, lower=lower, upper=upper, potential=potential, on_error=on_error, penalty=penalty)
+
+
+class FunctionReward(Reward):
+    """A plain function as a reward.
+
+    The function has one of two shapes::
+
+        def reward(prompts, completions, completion_ids=None, **columns) -> list[float | None]
+        def reward(prompt: str, completion: str) -> float
+
+    The first, TRL's, gets all texts at once, and by name just the arguments that it has: a function that
+    takes ``completions`` and ``answer`` works where the prompts come with a column ``answer``. The second gets one text
+    at a time. None means that a text cannot be scored.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        lower: float | None = None,
+        upper: float | None = None,
+        potential: Callable[..., Any] | None = None,
+        on_error: OnError = "raise",
+        penalty: float | None = None,
+    ) -> None:
+        """Wrap a function; `as_reward` describes the arguments.
+
+        Raises:
+            ConfigurationError: The function or the potential has neither of the two shapes, or the bounds or the
+                penalty contradict each other.
+        """
+        self._function = _shaped(function)
+        self._potential = None if potential is None else _shaped(potential)
+        self.reads_token_ids = any(f.reads_token_ids for f in (self._function, self._potential) if f is not None)
+        super().__init__(
+            name=_name(function),
+            lower=getattr(function, "lower", None) if lower is None else lower,
+            upper=getattr(function, "upper", None) if upper is None else upper,
+            on_error=on_error,
+            penalty=penalty,
+        )
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float | None]:
+        """Call the function."""
+        return self._function(prompts, completions, completion_ids, columns)
+
+    def score_prefixes(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float | None]:
+        """Call the function that was given as the potential."""
+        if self._potential is None:
+            return super().score_prefixes(prompts, completions, completion_ids, **columns)
+        return self._potential(prompts, completions, completion_ids, columns)
+
+    @property
+    def has_potential(self) -> bool:
+        """Whether a potential was given."""
+        return self._potential is not None
+
+
+@dataclass(frozen=True)
+class _Batched:
+    """A function that takes all texts at once, by name."""
+
+    function: Callable[..., Any]
+    accepted: frozenset[str] | None  # the names of the arguments that it takes; None if it takes any
+    required: frozenset[str]  # those without which it cannot be called
+
+    @property
+    def reads_token_ids(self) -> bool:
+        return self.accepted is None or "completion_ids" in self.accepted
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None,
+        columns: Mapping[str, Sequence[Any]],
+    ) -> Any:
+        given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
+        missing = self.required - given.keys()
+        if missing:
+            raise ConfigurationError(
+                f"the reward function {_name(self.function)!r} needs {', '.join(map(repr, sorted(missing)))}, and "
+                f"there are just {', '.join(map(repr, given))}. Give the prompts such columns, or change the function. "
+                f"{_SHAPES}"
+            )
+        return self.function(**{k: v for k, v in given.items() if self.accepted is None or k in self.accepted})
+
+
+@dataclass(frozen=True)
+class _PerText:
+    """A function that takes one prompt and one completion, by position."""
+
+    function: Callable[[str, str], float | None]
+    reads_token_ids = False
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None,
+        columns: Mapping[str, Sequence[Any]],
+    ) -> list[float | None]:
+        return [self.function(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+
+
+def _shaped(function: Any) -> _Batched | _PerText:
+    """Recognise a function's shape from its signature.
+
+    Raises:
+        ConfigurationError: It is not callable, or has neither shape.
+    """
+    if isinstance(function, type) and issubclass(function, Reward):
+        raise ConfigurationError(f"{function.__name__} is a class; expected one of its rewards: {function.__name__}().")
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # not callable; a built-in that does not tell
+        raise ConfigurationError(
+            f"cannot use {function!r} as a reward: it is no function, or hides its signature. {_SHAPES}"
+        ) from None
+
+    by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    by_position = {p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    required = frozenset(required_parameters(function))
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    if takes_any or by_name & _BATCHED_NAMES:
+        if required <= by_name:
+            return _Batched(function, accepted=None if takes_any else frozenset(by_name), required=required)
+    elif len(required) == 2 and required <= by_position - _BATCHED_NAMES:
+        return _PerText(function)
+    signature = ", ".join(map(str, parameters))
+    raise ConfigurationError(f"cannot use {_name(function)}({signature}) as a reward. {_SHAPES}")
+
+
+def _name(function: Any) -> str:
+    """Return a function's own name, or that of what it is made from."""
+    if isinstance(function, functools.partial):
+        return _name(function.func)
+    return str(getattr(function, "__name__", type(function).__name__)).strip("<>")
+
+
+def _checked_weights(weights: Mapping[Any, Any]) -> list[tuple[float, str]]:
+    """Return the items of a mapping from names to weights, as `parse_spec` returns terms."""
+    for name, weight in weights.items():
+        if not isinstance(name, str) or not isinstance(weight, Real):
+            raise ConfigurationError(
+                f"the reward mapping has {name!r}: {weight!r}; expected registered names with numbers as weights, "
+                "such as {'sentiment': 0.7}."
+            )
+    return [(float(weight), name) for name, weight in weights.items()]
+
+
+def _weighted_sum(terms: list[tuple[float, str]]) -> Reward:
+    """Build a weighted sum of registered rewards; a single one with the weight 1 stays what it is."""
+    rewards = [(weight, make_reward(name)) for weight, name in terms]
+    match rewards:
+        case [(1.0, reward)]:
+            return reward
+    return WeightedSum(rewards)

@@ -1,0 +1,106 @@
+"""Rewards by name: ``make_reward("sentiment")``.
+
+The built-in rewards are listed by entry point and imported when they are asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import keyword
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from ..errors import ConfigurationError, UnknownNameError
+from .base import Reward
+
+__all__ = ["make_reward", "register_reward", "reward_names"]
+
+RewardFactory = Callable[..., Reward]  # a subclass of Reward is one
+Factory = TypeVar("Factory", bound=RewardFactory)
+
+_factories: dict[str, str | RewardFactory] = {
+    "sentiment": ".sentiment:Sentiment",
+}
+
+
+def register_reward(name: str) -> Callable[[Factory], Factory]:
+    """Return a decorator that makes a reward known by name, in specs, on the command line and to `make_reward`.
+
+    ::
+
+        @register_reward("brevity")
+        class Brevity(Reward): ...
+
+        @register_reward("politeness")
+        def politeness() -> Reward:
+            return as_reward(count_thanks, lower=0, upper=1)
+
+    Args:
+        name: The name; a Python identifier, because a spec such as ``"0.7 * brevity - sentiment"`` is an expression.
+
+    Returns:
+        A decorator for a subclass of `Reward`, or for a function without required arguments that returns one.
+        It returns what it is given.
+
+    Raises:
+        ConfigurationError: The name is taken or no identifier, or what is decorated cannot be such a factory.
+    """
+    if not name.isidentifier() or keyword.iskeyword(name):
+        raise ConfigurationError(f"a reward cannot be named {name!r}; expected an identifier such as 'my_reward'.")
+    if name in _factories:
+        raise ConfigurationError(f"there is a reward named {name!r} already; register this one under another name.")
+
+    def register(factory: Factory) -> Factory:
+        # Decorating the reward function itself is the likely mistake; found now rather than at the first use.
+        if not isinstance(factory, type) and required_parameters(factory):
+            raise ConfigurationError(
+                f"{factory!r} cannot be registered as the reward {name!r}, for it requires arguments; expected a "
+                "subclass of Reward, or a function without arguments that returns a Reward. To register a reward "
+                f"function f, write register_reward({name!r})(lambda: as_reward(f))."
+            )
+        _factories[name] = factory
+        return factory
+
+    return register
+
+
+def reward_names() -> list[str]:
+    """Return the names of all registered rewards, sorted."""
+    return sorted(_factories)
+
+
+def make_reward(name: str, **kwargs: Any) -> Reward:
+    """Build the reward registered as `name`.
+
+    Args:
+        name: One of `reward_names`.
+        **kwargs: Passed to its class or factory.
+
+    Raises:
+        UnknownNameError: There is no such reward.
+        ConfigurationError: What is registered returned something other than a `Reward`, or cannot be built.
+    """
+    if name not in _factories:
+        raise UnknownNameError("reward", name, reward_names(), hint="register_reward adds one.")
+    entry = _factories[name]
+    reward = (_load(entry) if isinstance(entry, str) else entry)(**kwargs)
+    if not isinstance(reward, Reward):
+        raise ConfigurationError(
+            f"what is registered as the reward {name!r} returned {reward!r}; expected a Reward: as_reward makes one."
+        )
+    return reward
+
+
+def _load(entry_point: str) -> RewardFactory:
+    """Import ``"module:attribute"``, the module relative to this package."""
+    module, _, attribute = entry_point.partition(":")
+    factory: RewardFactory = getattr(importlib.import_module(module, __package__), attribute)
+    return factory
+
+
+def required_parameters(function: Callable[..., Any]) -> list[str]:
+    """Return the names of the arguments without which a call fails."""
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
