@@ -7,7 +7,10 @@ Each class also derives from the built-in exception a caller would expect.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any
 
 __all__ = [
     "CacheError",
@@ -20,6 +23,8 @@ __all__ = [
     "QStarError",
     "RewardError",
     "UnknownNameError",
+    "check_integer",
+    "check_number",
 ]
 
 
@@ -75,6 +80,36 @@ class CheckpointError(QStarError, ValueError):
 
 class CacheError(QStarError, OSError):
     """Raised when the model cache cannot be written."""
+
+
+def check_integer(name: str, value: Any, *, low: int = 1, high: int | None = None, meaning: str = "") -> int:
+    """Return ``value`` as an int.
+
+    Raises:
+        ConfigurationError: It is not an integer from ``low`` to ``high``.
+    """
+    # numpy's integers are Integral too; True is an int that nobody means
+    good = type(value) is not bool and isinstance(value, Integral)
+    if not good or int(value) < low or (high is not None and int(value) > high):
+        wanted = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
+        raise ConfigurationError(f"{name} is {wanted}{f' ({meaning})' if meaning else ''}, got {value!r}")
+    return int(value)
+
+
+def check_number(
+    name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False
+) -> float:
+    """Return ``value`` as a finite float.
+
+    Raises:
+        ConfigurationError: It is not a number from ``low`` (excluded if ``open_low``) to ``high``.
+    """
+    good = type(value) is not bool and isinstance(value, Real) and math.isfinite(value)
+    if not good or not low <= value <= high or (open_low and value == low):
+        raise ConfigurationError(
+            f"{name} is a finite number in {'(' if open_low else '['}{low:g}, {high:g}], got {value!r}"
+        )
+    return float(value)
 
 
 def nearest_first(name: str, known: Iterable[str]) -> list[str]:

@@ -17,6 +17,7 @@ import zlib
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 from ..errors import CacheError
 
@@ -106,13 +107,11 @@ def _convert(gguf: Path, folder: Path) -> None:
     """Write the dequantised model and a manifest into ``folder``, atomically."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         # The weights are plain float32 now; with these marks left on, save_pretrained refuses.
         model.hf_quantizer, model.is_quantized = None, False
         del model.config.quantization_config
@@ -123,7 +122,6 @@ def _convert(gguf: Path, folder: Path) -> None:
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        transformers_logging.enable_progress_bar()
 
 
 def _is_intact(folder: Path) -> bool:

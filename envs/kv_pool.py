@@ -243,7 +243,9 @@ class TreeEngine:
         self._trie: dict[tuple[int, int], int] = {}  # (row or -1, token) -> row, over the prompts' tokens
         self._clock = 0
         config = model.model.config.get_text_config()
-        self._has_window = bool(getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None))
+        self._has_window = bool(
+            getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+        )
 
     @property
     def kv_bytes(self) -> int:
@@ -278,10 +280,11 @@ class TreeEngine:
     def _chain(self, prompt: tuple[int, ...]) -> IntArray:
         """Return the rows of a prompt's tokens; what it shares with earlier prompts are the same rows."""
         if prompt not in self._chain_of:
-            index, row, rows = len(self._chains), -1, []
+            index, row = len(self._chains), -1
+            rows: list[int] = []
             for position, token in enumerate(prompt):
                 if (row, token) not in self._trie:
-                    columns = [np.array([value]) for value in (token, row, position, index)]
+                    columns: list[IntArray] = [np.array([value]) for value in (token, row, position, index)]
                     self._trie[row, token] = int(self._table.append(*columns)[0])
                 row = self._trie[row, token]
                 rows.append(row)
@@ -291,7 +294,8 @@ class TreeEngine:
 
     def _continuations(self, rows: IntArray) -> IntArray:
         """Return int64 [n, T]: each row and its ancestors back to its prompt, padded with -1; prompt rows have none."""
-        table, columns = self._table, []
+        table = self._table
+        columns: list[IntArray] = []
         while True:
             inside = (rows >= 0) & (table.stem[rows] != rows)
             if not inside.any():
@@ -349,13 +353,12 @@ class TreeEngine:
         if len(lineage) > self._pool.max_slots:
             if len(rows) == 1:
                 raise ConfigurationError(
-                    f"kv_budget of {self._pool.budget:,} bytes holds {self._pool.max_slots} tokens, but this prompt and "
-                    f"its continuation are {len(lineage)} tokens of {self._pool.token_bytes:,} bytes; "
+                    f"kv_budget of {self._pool.budget:,} bytes holds {self._pool.max_slots} tokens, but this prompt "
+                    f"and its continuation are {len(lineage)} tokens of {self._pool.token_bytes:,} bytes; "
                     f"give at least {len(lineage) * (self._pool.token_bytes or 0):,}"
                 )
             half = len(rows) // 2
-            parts = zip(self._run(rows[:half]), self._run(rows[half:]), strict=True)
-            return Outputs(*(np.concatenate(part) for part in parts))
+            return _concatenate([self._run(rows[:half]), self._run(rows[half:])])
         self._clock += 1
         self._table.used[lineage] = self._clock
         missing = lineage[self._table.slot[lineage] == _FREE]
@@ -364,7 +367,8 @@ class TreeEngine:
         compute = np.union1d(missing, rows)
         compute = compute[np.argsort(self._table.position[compute], kind="stable")]
         try:
-            parts, order = [], []
+            parts: list[Outputs] = []
+            order: list[IntArray] = []
             for start in range(0, len(compute), _POSITIONS_PER_FORWARD):
                 chunk = compute[start : start + _POSITIONS_PER_FORWARD]
                 asked = np.flatnonzero(np.isin(chunk, rows))
@@ -375,7 +379,8 @@ class TreeEngine:
             raise
         done = np.concatenate(order)
         place = np.argsort(done)[np.searchsorted(np.sort(done), rows)]
-        return Outputs(*(np.concatenate(column)[place] for column in zip(*parts, strict=True)))
+        together = _concatenate(parts)
+        return Outputs(together.hidden[place], together.tokens[place], together.logprobs[place])
 
     def _forward(self, rows: IntArray, asked: IntArray) -> Outputs:
         """Run the model over ``rows`` packed into one sequence; return the outputs at the indices ``asked``."""
@@ -454,6 +459,14 @@ def _top_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     # Only k of the V log-probabilities are needed: no second [n, V] array, and logits is ours to overwrite.
     normaliser = top[:, :1] + logits.sub_(top[:, :1]).exp_().sum(-1, keepdim=True).log_()
     return top - normaliser, tokens
+
+
+def _concatenate(parts: Sequence[Outputs]) -> Outputs:
+    return Outputs(
+        np.concatenate([part.hidden for part in parts]),
+        np.concatenate([part.tokens for part in parts]),
+        np.concatenate([part.logprobs for part in parts]),
+    )
 
 
 def _free_memory(device: torch.device) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -155,14 +155,14 @@ class TransformersLM(LanguageModel):
         kv_token_bytes: Bytes of keys and values per token over all layers, where known.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str | None = None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str | None = None) -> None:
         """Wrap a loaded model and its tokenizer; neither is changed."""
-        self.model, self.tokenizer = model.eval(), tokenizer
+        model.train(False)
+        self.model, self.tokenizer = model, tokenizer
         config = model.config.get_text_config()
         self.name = name or str(config.name_or_path)
-        self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
+        self._head: torch.nn.Module = cast("Any", model).get_output_embeddings()
+        self.vocab_size = int(cast("Any", self._head).weight.shape[0])
         self.hidden_size = int(config.hidden_size)
         self.context_length = int(getattr(config, "max_position_embeddings", None) or 1_000_000)
         self.eos_token_ids = _end_tokens(model, tokenizer)
@@ -196,7 +196,7 @@ class TransformersLM(LanguageModel):
     def decode(self, token_ids: Sequence[int]) -> str:
         """See :meth:`LanguageModel.decode`."""
         # Clean-up would make the text of a prefix differ from the beginning of the text of its continuation.
-        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def forward(self, sequences: Sequence[Sequence[int]]) -> tuple[FloatArray, FloatArray]:
         """See :meth:`LanguageModel.forward`. One sequence at a time: no padding, whatever the architecture."""
@@ -221,9 +221,8 @@ class TransformersLM(LanguageModel):
             Hidden states [n, d] and logits [n, V], in the model's dtype.
         """
         seen: list[torch.Tensor] = []
-        head = self.model.get_output_embeddings()
         # A hook gives the final hidden state of every architecture alike, without keeping all layers' outputs.
-        hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        hook = cast("Any", self._head).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
             logits = self.model(**inputs, logits_to_keep=positions).logits[0]
         finally:
@@ -235,7 +234,7 @@ class TransformersLM(LanguageModel):
 
     def token_embeddings(self) -> FloatArray:
         """Return the input embeddings, float32 [V, d]."""
-        weight = self.model.get_input_embeddings().weight.detach()[: self.vocab_size]
+        weight = cast("Any", self.model).get_input_embeddings().weight.detach()[: self.vocab_size]
         return np.asarray(weight.float().cpu().numpy(), dtype=np.float32)
 
     def engine(self, top_k: int, kv_budget: int | None = None) -> Engine:
@@ -287,10 +286,8 @@ def load_language_model(
         ConfigurationError: The device does not exist or the dtype is not one.
         CacheError: The cache folder cannot be written.
     """
-    import torch
-
-    if not isinstance(name, str) or not name:
-        raise ConfigurationError(f"a model name is a non-empty string, got {name!r}")
+    if not name:
+        raise ConfigurationError("a model name is empty; give a known name, a hub id or a local folder")
     torch_device = _resolve_device(device)
     torch_dtype = _resolve_dtype(dtype, torch_device)
     key = (name, str(torch_device), str(torch_dtype), repr(sorted(model_kwargs.items())))
@@ -311,7 +308,7 @@ def _load(name: str, device: torch.device, dtype: torch.dtype, model_kwargs: dic
         hint = f"A local folder or a hub id works too, but {source!r} could not be loaded: {str(error).splitlines()[0]}"
         raise UnknownNameError("model", name, EMBEDDED_MODELS, hint) from error
     if "device_map" not in model_kwargs and "quantization_config" not in model_kwargs:
-        model = model.to(device)
+        model = cast("Any", model).to(device)
     return TransformersLM(model, tokenizer, name=name)
 
 
@@ -325,7 +322,9 @@ def _resolve_device(device: str) -> torch.device:
     except RuntimeError as error:
         raise ConfigurationError(f"device {device!r} is not one: use 'auto', 'cpu', 'cuda', 'cuda:N', 'mps'") from error
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise ConfigurationError(f"device {device!r} asked for, but torch sees {torch.cuda.device_count()} CUDA devices")
+        raise ConfigurationError(
+            f"device {device!r} asked for, but torch sees {torch.cuda.device_count()} CUDA devices"
+        )
     return resolved
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ConfigurationError, PromptError
+from ..errors import ConfigurationError, PromptError, check_integer, check_number
 from ..rewards import Reward, as_reward
 from .language_model import IntArray, LanguageModel, load_language_model
 from .prompts import Prompt
@@ -52,9 +52,9 @@ class Completion(NamedTuple):
 class DecodingMDP:
     """Decoding with a finite horizon as a deterministic MDP.
 
-    A state is a node of the :class:`TokenTree`, that is a prompt with the tokens generated since. An action is a rank in
-    the node's top-k list. An edge that ends the text (end-of-sequence, stop string, horizon) leads to no state and needs
-    no language model; its completion y is scored there, so that the undiscounted return from the prompt x is
+    A state is a node of the :class:`TokenTree`, that is a prompt with the tokens generated since. An action is a rank
+    in the node's top-k list. An edge that ends the text (end-of-sequence, stop string, horizon) leads to no state and
+    needs no language model; its completion y is scored there, so that the undiscounted return from the prompt x is
 
         J(y | x) = α · Σ_t log π(y_t | x, y_<t) + r(x, y).
 
@@ -102,26 +102,36 @@ class DecodingMDP:
         Raises:
             ConfigurationError: An argument is out of range, or a name is not known.
         """
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 1:
-            raise ConfigurationError(f"max_new_tokens is an integer >= 1 (the horizon), got {max_new_tokens!r}")
-        if not 0 < top_p <= 1:
-            raise ConfigurationError(f"top_p is a probability in (0, 1], got {top_p!r}")
-        if not (np.isfinite(logprob_weight) and logprob_weight >= 0):
-            raise ConfigurationError(f"logprob_weight is a finite number >= 0, got {logprob_weight!r}")
-        if isinstance(top_k, bool) or not isinstance(top_k, (int, np.integer)) or top_k < 1:
-            raise ConfigurationError(f"top_k is an integer >= 1, got {top_k!r}")
+        self.max_new_tokens = check_integer("max_new_tokens", max_new_tokens, meaning="the horizon")
+        self.top_k = check_integer("top_k", top_k)
+        self.top_p = check_number("top_p", top_p, low=0, high=1, open_low=True)
+        self.logprob_weight = check_number("logprob_weight", logprob_weight, low=0)
         self.stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
-        if not all(isinstance(s, str) and s for s in self.stop):
+        if not all(self.stop):
             raise ConfigurationError(f"stop is a non-empty string or a list of them, got {stop!r}")
         # The reward is resolved first: a misspelt name should not cost the loading of a model.
         self.reward: Reward = as_reward(reward)
-        self.model = load_language_model(model, device, dtype, **(model_kwargs or {})) if isinstance(model, str) else model
+        self.model = (
+            load_language_model(model, device, dtype, **(model_kwargs or {})) if isinstance(model, str) else model
+        )
+        self._kv_budget = kv_budget
         self.tree = TokenTree(self.model, top_k, kv_budget)
-        self.top_k, self.top_p = int(top_k), float(top_p)
-        self.max_new_tokens, self.logprob_weight = int(max_new_tokens), float(logprob_weight)
         self._eos = np.array(sorted(self.model.eos_token_ids), dtype=np.int64)
         self._encoded: dict[int, tuple[Prompt, list[int]]] = {}
         self._texts: dict[int, str] = {}
+
+    def fresh(self) -> DecodingMDP:
+        """Return the same process with an empty tree; model and reward are shared."""
+        return DecodingMDP(
+            self.model,
+            reward=self.reward,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            max_new_tokens=self.max_new_tokens,
+            stop=self.stop,
+            logprob_weight=self.logprob_weight,
+            kv_budget=self._kv_budget,
+        )
 
     # -- states -------------------------------------------------------------------------------------------------------
 

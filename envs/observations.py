@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from ..errors import ConfigurationError
+from ..errors import check_integer
 from .language_model import FloatArray, IntArray, LanguageModel
 from .mdp import DecodingMDP
 from .prompts import Prompt
@@ -35,21 +36,24 @@ class Observer:
     ``action_mask``         [k] int8         1 = the action may be taken
     ======================  ===============  ==========================================================================
 
-    ``candidates`` is flat because stable-baselines3 takes 2-D boxes for broken images; ``reshape(k, e)`` gives the rows.
+    ``candidates`` is flat because stable-baselines3 takes 2-D boxes for broken images; ``reshape(k, e)`` gives rows.
     After the end there is no state: everything is 0 but the mask, which is 1, so that a masked maximum stays finite.
+
+    Attributes:
+        space: The observation space.
+        features: float32 [V, e], every token's reduced embedding.
+        candidate_dims: e.
     """
 
     def __init__(self, mdp: DecodingMDP, candidate_dims: int = 32) -> None:
         """Describe the states of ``mdp``, each candidate token by ``candidate_dims`` numbers."""
-        if isinstance(candidate_dims, bool) or not isinstance(candidate_dims, int) or candidate_dims < 1:
-            raise ConfigurationError(f"candidate_dims is an integer >= 1, got {candidate_dims!r}")
-        self._mdp, self.candidate_dims = mdp, candidate_dims
-        self._features = token_features(mdp.model, candidate_dims)
+        self._mdp, self.candidate_dims = mdp, check_integer("candidate_dims", candidate_dims)
+        self.features = token_features(mdp.model, candidate_dims)
         k, d, e = mdp.top_k, mdp.model.hidden_size, candidate_dims
         low = min(mdp.reward.lower, 0.0) if np.isfinite(mdp.reward.lower) else -_MAX_POTENTIAL
         high = max(mdp.reward.upper, 0.0) if np.isfinite(mdp.reward.upper) else _MAX_POTENTIAL
         self._potential_range = low, high
-        hidden, candidate = float(np.sqrt(d)) * 1.001, float(np.abs(self._features).max())
+        hidden, candidate = float(np.sqrt(d)) * 1.001, float(np.abs(self.features).max())
         self.space = spaces.Dict(
             {
                 "hidden": spaces.Box(-hidden, hidden, (d,), np.float32),
@@ -68,7 +72,7 @@ class Observer:
         scale = np.sqrt(np.mean(np.square(hidden), axis=1, keepdims=True))
         return {
             "hidden": hidden / np.maximum(scale, 1e-6),
-            "candidates": self._features[tree.tokens[nodes]].reshape(n, -1),
+            "candidates": self.features[tree.tokens[nodes]].reshape(n, -1),
             "logprobs": np.clip(tree.logprobs[nodes], _MIN_LOGPROB, 0.0),
             "potential": np.clip(mdp.potential(prompts, nodes), *self._potential_range).astype(np.float32)[:, None],
             "remaining": (mdp.remaining(nodes) / mdp.max_new_tokens).astype(np.float32)[:, None],
@@ -77,10 +81,12 @@ class Observer:
 
     def terminal(self) -> Observation:
         """Return the observation after the end."""
-        empty = {key: np.zeros(space.shape, space.dtype) for key, space in self.space.spaces.items()}
-        return {**empty, "action_mask": np.ones(self._mdp.top_k, dtype=np.int8)}
+        after: Observation = {key: np.zeros_like(space.sample()) for key, space in self.space.spaces.items()}
+        after["action_mask"] = np.ones(self._mdp.top_k, dtype=np.int8)
+        return after
 
 
+@lru_cache(maxsize=8)
 def token_features(model: LanguageModel, dims: int) -> FloatArray:
     """Return float32 [V, dims]: the model's token embeddings, centred, randomly projected, root mean square 1.
 
@@ -91,4 +97,6 @@ def token_features(model: LanguageModel, dims: int) -> FloatArray:
     embeddings = embeddings - embeddings.mean(axis=0)
     projection = np.random.default_rng(0).standard_normal((embeddings.shape[1], dims))
     features = embeddings @ projection.astype(np.float32)
-    return np.asarray(features / max(float(np.sqrt(np.mean(features**2))), 1e-6), dtype=np.float32)
+    features = np.asarray(features / max(float(np.sqrt(np.mean(features**2))), 1e-6), dtype=np.float32)
+    features.flags.writeable = False  # shared by everyone who asks
+    return features

@@ -73,7 +73,7 @@ def load_prompts(source: Any = None) -> list[Prompt]:
 
     Args:
         source: None (a few review openings); one prompt (see :func:`as_prompt`); the path of a ``.txt`` file (one a
-            line) or ``.jsonl`` file (a string, or an object with the key ``prompt``, a line); or an iterable of prompts.
+            line) or ``.jsonl`` file (a string, or an object with the key ``prompt``, a line); or many in an iterable.
 
     Raises:
         PromptError: There is none, one is empty or has the wrong type (its place is named), or the file is missing.

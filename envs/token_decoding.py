@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from ..errors import ConfigurationError, EpisodeError, IllegalActionError
+from ..errors import ConfigurationError, EpisodeError, IllegalActionError, check_number
 from .language_model import LanguageModel
 from .mdp import Completion, DecodingMDP, Finish
 from .observations import Observation, Observer
@@ -23,7 +23,7 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
     """Generate a completion, one token per step, and be rewarded for how good it is.
 
     ## Description
-    A frozen language model π proposes the k most likely next tokens; the agent picks one. The completion y of the prompt
+    A frozen language model π proposes the k most likely next tokens; the agent picks one. The completion y of a prompt
     x is worth J(y | x) = α · Σ log π(y_t | x, y_<t) + r(x, y), with a pluggable reward model r. The MDP is
     deterministic and has a finite horizon T = ``max_new_tokens``; the discount is 1.
 
@@ -58,7 +58,7 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
     * v0: first version.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi", "human"], "render_fps": 4}
+    metadata: dict[str, Any] = {"render_modes": ["ansi", "human"], "render_fps": 4}  # noqa: RUF012 as Gymnasium declares it
 
     def __init__(
         self,
@@ -99,8 +99,7 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
             ConfigurationError: An argument is out of range or a name unknown.
             PromptError: There is no usable prompt.
         """
-        if not 0 < gamma <= 1:
-            raise ConfigurationError(f"gamma is a discount in (0, 1], got {gamma!r}")
+        self.gamma = check_number("gamma", gamma, low=0, high=1, open_low=True)
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ConfigurationError(f"render_mode is None, 'ansi' or 'human', got {render_mode!r}")
         self.prompts = load_prompts(prompts)
@@ -117,8 +116,8 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
         for prompt in self.prompts:
             self.mdp.encode(prompt)  # too long a prompt is better told now than in the middle of a training
         self.observer = Observer(self.mdp, candidate_dims)
-        self.shaping, self.gamma, self.render_mode = bool(shaping), float(gamma), render_mode
-        self.observation_space = self.observer.space
+        self.shaping, self.render_mode = bool(shaping), render_mode
+        self.observation_space = cast("spaces.Space[Observation]", self.observer.space)
         self.action_space = spaces.Discrete(self.mdp.top_k)
         self._prompt: Prompt | None = None
         self._node: int | None = None  # None before the first reset and after the end
@@ -191,7 +190,7 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
             self.render()
         return observation, reward, terminated, False, info
 
-    def render(self) -> str | None:  # type: ignore[override]
+    def render(self) -> str | None:
         """Show the prompt, the text so far, and the candidates with their probabilities."""
         if self.render_mode is None:
             gym.logger.warn("render() needs a render_mode: gym.make(…, render_mode='ansi' or 'human')")
@@ -208,7 +207,8 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
         """Return which actions may be taken now, bool [k]; sb3-contrib's convention."""
         if self._node is None:
             return np.ones(self.mdp.top_k, dtype=bool)
-        return self.mdp.action_mask(np.array([self._node]))[0]
+        mask: npt.NDArray[np.bool_] = self.mdp.action_mask(np.array([self._node]))[0]
+        return mask
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -248,5 +248,7 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
         ]
         for rank, legal in enumerate(self.action_masks()):
             text = self.mdp.model.decode([int(tree.tokens[node, rank])])
-            lines.append(f"  {rank:>3}  {np.exp(tree.logprobs[node, rank]):6.1%}  {text!r}{'' if legal else '  masked'}")
+            lines.append(
+                f"  {rank:>3}  {np.exp(tree.logprobs[node, rank]):6.1%}  {text!r}{'' if legal else '  masked'}"
+            )
         return "\n".join(lines)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ConfigurationError
+from ..errors import check_integer
 from .language_model import FloatArray, IntArray, LanguageModel, Outputs
 
 __all__ = ["TokenTree"]
@@ -43,9 +43,8 @@ class TokenTree:
         Raises:
             ConfigurationError: ``top_k`` is out of range.
         """
-        if isinstance(top_k, bool) or not isinstance(top_k, (int, np.integer)) or not 1 <= top_k <= model.vocab_size:
-            raise ConfigurationError(f"top_k is an integer from 1 to {model.vocab_size} (the vocabulary), got {top_k!r}")
-        self.model, self.top_k = model, int(top_k)
+        self.model = model
+        self.top_k = check_integer("top_k", top_k, high=model.vocab_size, meaning="at most the vocabulary")
         self._engine = model.engine(self.top_k, kv_budget)
         self._roots: dict[tuple[int, ...], int] = {}
         self._size = 0

@@ -46,7 +46,7 @@ class _Parser:
     def parse(self) -> Terms:
         try:
             tree = ast.parse(self.spec, mode="eval")
-        except (SyntaxError, ValueError) as error:  # a null character is a ValueError
+        except (SyntaxError, ValueError) as error:  # a null character is a ValueError to Python 3.11.3
             offset = getattr(error, "offset", 0) or len(self.spec) + 1  # 0 means the end, where something is missing
             raise self.error("this is no expression", offset - 1) from None
         return self.terms(tree.body)

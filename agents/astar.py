@@ -1,0 +1,118 @@
+"""A* over the tree of completions: level by level, in rounds of growing width, until a budget or a certificate ends it.
+
+Textbook A* compares prefixes of different lengths, and a heuristic whose error depends on the length misleads it: on
+24-token texts it hardly ever finishes one. A beam compares equal lengths only, but spends its whole width on texts that
+can no longer win. This search takes the half of each that works:
+
+* **select** at every depth the edges of highest f = g + w · h, as many as the round is wide;
+* **expand** those that are not expanded yet, in one forward of the language model;
+* **evaluate** the completions found: the best is the incumbent, LB;
+* **prune** what cannot beat the incumbent: certainly not, if its bound U is not above LB, and probably not, if its f is
+  below LB by more than a margin;
+* **widen** when a round is through, in the same tree, so that what earlier rounds paid for is not paid for again.
+
+Two numbers rank an edge. f may use a learned Q, and decides the order. U may not, and decides what is proven: UB is the
+largest U of everything open *or pruned*. When UB meets LB the incumbent is certified to be optimal. Pruning by f is a
+bet; once nothing else is left it is called off, so that the search is complete in the limit for any heuristic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigurationError
+from .heuristics import BoundHeuristic, Heuristic
+from .planning import EPSILON, Decoder, Edges, IntArray, Scope, Search, Status
+
+__all__ = ["AStarPlanner"]
+
+
+class AStarPlanner(Decoder):
+    """Level-synchronised A* that prunes by the incumbent and widens in rounds.
+
+    Zhou & Hansen (2005, beam-stack search) and Vadlamudi et al. (2012, anytime pack search) widen in the same spirit;
+    the pruning is branch and bound. With the bound as heuristic the two pruning rules coincide and the search is exact.
+    """
+
+    def __init__(
+        self,
+        env: Any,
+        *,
+        heuristic: Heuristic | None = None,
+        weight: float = 1.0,
+        margin: float = 0.05,
+        width: int = 4,
+        growth: float = 2.0,
+        scope: Scope = "top-k tree",
+    ) -> None:
+        """Plan in the MDP of ``env``.
+
+        Args:
+            env: An environment or a :class:`DecodingMDP`.
+            heuristic: Orders the search; :class:`BoundHeuristic` by default, with which it needs no training.
+            weight: w in f = g + w · h.
+            margin: An edge whose f is more than this (in units of J) below the incumbent is put off. Q underestimates
+                too, so 0 prunes a little too much.
+            width: Edges followed per depth in the first round.
+            growth: By what factor each round is wider than the one before.
+            scope: See :class:`Decoder`.
+
+        Raises:
+            ConfigurationError: An argument is out of range.
+        """
+        super().__init__(env, heuristic=heuristic or BoundHeuristic(), scope=scope)
+        if not (np.isfinite(weight) and weight >= 0):
+            raise ConfigurationError(f"weight is a finite number >= 0, got {weight!r}")
+        if not margin >= 0:
+            raise ConfigurationError(f"margin is a number >= 0, got {margin!r}")
+        if width < 1 or not growth > 1:
+            raise ConfigurationError(f"width is at least 1 and growth above 1, got {width!r} and {growth!r}")
+        self.weight, self.margin, self.width, self.growth = weight, margin, width, growth
+
+    def search(self, search: Search) -> Iterator[Edges]:
+        """Yield the edges to follow, round by round; see the module's docstring."""
+        width, margin = self.width, self.margin
+        while not search.is_certified and has_hope(search):
+            before = len(search.completions) + search.size
+            for depth in range(search.mdp.max_new_tokens):
+                edges = prune(search, select(search, depth, width), margin)
+                if len(edges.rows):
+                    yield edges
+            if len(search.completions) + search.size == before and width >= widest(search):
+                margin = np.inf  # every edge that promised anything has been followed: stop betting
+            width = int(np.ceil(width * self.growth))
+        if not search.is_certified and not has_hope(search):
+            search.stop_reason = "exhausted"
+
+
+def has_hope(search: Search) -> bool:
+    """Tell whether any edge that can be followed could still beat the incumbent."""
+    rows = slice(0, search.size)
+    return bool(((search.status[rows] == Status.OPEN) & (search.bound[rows] > search.lower_bound + EPSILON)).any())
+
+
+def widest(search: Search) -> int:
+    """Return the largest number of edges at any depth."""
+    return int(np.bincount(search.depth[: search.size]).max()) * search.mdp.top_k
+
+
+def select(search: Search, depth: int, width: int) -> Edges:
+    """Return the ``width`` edges of highest f among all at this depth, followed or not, best first."""
+    rows = search.at_depth(depth)
+    legal_row, action = np.nonzero(search.status[rows] != Status.MASKED)
+    row: IntArray = rows[legal_row]
+    # Stable: ties go to what was found first, then to the likelier token, on every machine.
+    best = np.argsort(-search.f[row, action], kind="stable")[:width]
+    return Edges(row[best], action[best])
+
+
+def prune(search: Search, edges: Edges, margin: float) -> Edges:
+    """Return the edges that are still to be followed and may beat the incumbent."""
+    is_open = search.status[edges] == Status.OPEN
+    can_win = search.bound[edges] > search.lower_bound + EPSILON
+    may_win = search.f[edges] > search.lower_bound - margin
+    keep = is_open & can_win & may_win
+    return Edges(edges.rows[keep], edges.actions[keep])

@@ -1,0 +1,301 @@
+"""Q-learning whose experience comes from its own A* search."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from stable_baselines3 import DQN
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.type_aliases import GymEnv, RolloutReturn, Schedule, TrainFreq
+from stable_baselines3.common.vec_env import VecEnv
+
+from ..envs import DecodingMDP, Observer, Prompt
+from ..errors import ConfigurationError
+from .astar import AStarPlanner
+from .experience import SearchExperience
+from .heuristics import QHeuristic
+from .planning import Budget, IntArray, Plan, Values, mdp_of, run_searches
+from .policies import TokenQPolicy
+from .q_function import QFunction, QSpec
+
+__all__ = ["QStar"]
+
+
+class QStar(DQN):
+    """Q-learning in which A* collects the experience: search, back up, learn, repeat.
+
+    Each round searches a batch of prompts with the current Q in one token tree, backs the best completion found up
+    through every tree (the process is deterministic, so this is exact for what was seen), and regresses Q onto it. The
+    regression is an expectile's: a target is the best return *found*, a lower bound of the best there is, so falling
+    short of it is punished more than exceeding it, as in IQL (Kostrikov, Nair & Levine 2022, eq. 5). Too high a Q costs
+    the search an expansion and is corrected by it; too low a Q loses a text for good.
+
+    Q estimates the return less the potential φ(s), that of the shaped process (see DESIGN's objective), whether or not
+    the environment's own rewards are shaped; :class:`QHeuristic` adds φ(s) back.
+
+    The interface is that of stable-baselines3's off-policy algorithms: ``learn``, ``predict``, ``set_env``, callbacks,
+    logger, progress bar. A time step is one token processed by the language model. ``save`` and ``load`` use
+    safetensors and JSON instead of pickle.
+    """
+
+    def __init__(
+        self,
+        policy: type[TokenQPolicy] | str = TokenQPolicy,
+        env: GymEnv | str | None = None,
+        *,
+        learning_rate: float | Schedule = 1e-3,
+        batch_size: int = 256,
+        gradient_steps: int = 64,
+        searches_per_round: int = 16,
+        tokens_per_search: int = 96,
+        width: int = 1,
+        expectile: float = 0.8,
+        noise: float = 0.05,
+        q_free_share: float = 0.2,
+        buffer_bytes: int = 1 << 29,
+        policy_kwargs: dict[str, Any] | None = None,
+        tensorboard_log: str | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: torch.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        """Set up the agent.
+
+        Args:
+            policy: :class:`TokenQPolicy` or a subclass.
+            env: ``TokenDecoding-v0``, single or vectorised; its prompts are the training prompts.
+            learning_rate: Of Adam; a number or a schedule of the progress remaining (1 to 0).
+            batch_size: States per gradient step, each with all its explored edges.
+            gradient_steps: After each round.
+            searches_per_round: Prompts searched together in one tree.
+            tokens_per_search: LM-token budget of each.
+            width: Of the first round of each search; see :class:`AStarPlanner`. 1 follows arg max Q to the end first,
+                so that Q hears where it leads.
+            expectile: τ in (0, 1); 0.5 is least squares, 1 the maximum.
+            noise: Scale of the Gumbel noise added to Q while searching, in units of J.
+            q_free_share: Share of the searches that follow log-prob and potential instead of Q.
+            buffer_bytes: Memory for experience.
+            policy_kwargs: Handed to the policy (``width``, ``dropout``).
+            tensorboard_log: Folder for TensorBoard logs.
+            verbose: 1 prints the training's figures.
+            seed: Of the network, the prompts' order and the noise.
+            device: Of the Q-network.
+            _init_setup_model: As in stable-baselines3.
+
+        Raises:
+            ConfigurationError: An argument is out of range.
+        """
+        if not 0 < expectile < 1:
+            raise ConfigurationError(f"expectile is in (0, 1), got {expectile!r}")
+        if not 0 <= q_free_share <= 1:
+            raise ConfigurationError(f"q_free_share is in [0, 1], got {q_free_share!r}")
+        if not noise >= 0:
+            raise ConfigurationError(f"noise is a number >= 0, got {noise!r}")
+        for name, value in {
+            "gradient_steps": gradient_steps,
+            "searches_per_round": searches_per_round,
+            "tokens_per_search": tokens_per_search,
+        }.items():
+            if value < 1:
+                raise ConfigurationError(f"{name} is an integer >= 1, got {value!r}")
+        self.searches_per_round, self.tokens_per_search, self.width = searches_per_round, tokens_per_search, width
+        self.expectile, self.noise, self.q_free_share = expectile, noise, q_free_share
+        self.buffer_bytes = buffer_bytes
+        self.experience: SearchExperience | None = None
+        self.rng = np.random.default_rng(seed)
+        self._queue: list[int] = []  # training prompts still to be searched in this pass
+        super().__init__(
+            policy,
+            env,  # type: ignore[arg-type]
+            learning_rate=learning_rate,
+            buffer_size=1,  # SB3's transition buffer stays empty
+            learning_starts=0,
+            batch_size=batch_size,
+            gamma=1.0,
+            train_freq=1,
+            gradient_steps=gradient_steps,
+            policy_kwargs=policy_kwargs,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=_init_setup_model,
+        )
+
+    # -- the learning loop --------------------------------------------------------------------------------------------
+
+    def collect_rollouts(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        train_freq: TrainFreq,
+        replay_buffer: ReplayBuffer,
+        action_noise: ActionNoise | None = None,
+        learning_starts: int = 0,
+        log_interval: int | None = None,
+    ) -> RolloutReturn:
+        """Search a batch of prompts with the current Q and remember what was found."""
+        del train_freq, replay_buffer, action_noise, learning_starts
+        callback.on_rollout_start()
+        prompts = self._next_prompts(env.get_attr("prompts")[0])
+        # A tree for this round alone: the experience has what is to be kept.
+        mdp = mdp_of(env).fresh()
+        observer = self._observer(mdp)
+        if self.experience is None:
+            self.experience = SearchExperience(mdp, observer, self.buffer_bytes)
+        free = self.rng.random(len(prompts)) < self.q_free_share
+        q = self.q_function()
+        heuristic = _Exploring(q, {id(p) for p, f in zip(prompts, free, strict=True) if f}, self)
+        planner = AStarPlanner(mdp, heuristic=heuristic, width=self.width)
+        searches = run_searches(planner, prompts, Budget(self.tokens_per_search))
+        targets = 0
+        for search in searches:
+            nodes = search.node[: search.size]
+            values = q.values(mdp, [search.prompt] * search.size, nodes)
+            targets += self.experience.add(search, observer, values)
+        tokens = sum(search.lm_tokens for search in searches)
+        self._episode_num += sum(len(search.completions) for search in searches)
+        found = [search.best for search in searches if search.best is not None]
+        if found:
+            self.logger.record_mean("search/objective", float(np.mean([c.objective for c in found])))
+            self.logger.record_mean("search/reward", float(np.mean([c.reward for c in found])))
+        self.logger.record_mean("search/targets", targets)
+        callback.update_locals(locals())
+        # Callbacks and the progress bar count environment steps, so many at a time.
+        go_on = True
+        for _ in range(max(tokens // env.num_envs, 1)):
+            self.num_timesteps += env.num_envs
+            go_on = callback.on_step() and go_on
+        self._update_current_progress_remaining(self.num_timesteps, self._total_timesteps)
+        if log_interval is not None and (self._round() % log_interval == 0):
+            self.dump_logs()
+        callback.on_rollout_end()
+        return RolloutReturn(tokens, len(found), continue_training=go_on)
+
+    def train(self, gradient_steps: int, batch_size: int = 256) -> None:
+        """Regress Q onto the best returns found."""
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        assert self.experience is not None
+        losses, errors = [], []
+        for _ in range(gradient_steps if self.experience.size else 0):
+            observation, target = self.experience.sample(batch_size, self.rng)
+            q = self.q_net({key: torch.from_numpy(value).to(self.device) for key, value in observation.items()})
+            wanted = torch.from_numpy(target).to(self.device)
+            known = ~torch.isnan(wanted)
+            error = torch.where(known, wanted - q, 0.0)
+            weight = torch.where(error > 0, self.expectile, 1 - self.expectile)
+            loss = (weight * error.square()).sum() / known.sum().clamp(min=1)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss became {loss.item()} after {self._n_updates} updates; lower the learning rate"
+                )
+            self.policy.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+            self.policy.optimizer.step()
+            self._n_updates += 1
+            losses.append(loss.item())
+            errors.append(float(error.detach().sum() / known.sum().clamp(min=1)))
+        if losses:
+            self.logger.record("train/loss", float(np.mean(losses)))
+            # Mean of target - Q over explored edges: above 0, Q underestimates what was found.
+            self.logger.record("train/underestimation", float(np.mean(errors)))
+            self.logger.record("train/states", self.experience.size)
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _on_step(self) -> None:
+        """Do nothing: there is no target network to update, as nothing is bootstrapped."""
+
+    # -- using the result ---------------------------------------------------------------------------------------------
+
+    def q_function(self) -> QFunction:
+        """Return the Q learned so far, for :class:`QHeuristic` and for saving.
+
+        Raises:
+            ConfigurationError: The agent has no environment.
+        """
+        mdp, dims = mdp_of(self.env), self._candidate_dims
+        return QFunction(self.q_net, QSpec.of(mdp, dims, shaped=True), shaped=True, candidate_dims=dims)
+
+    def plan(self, prompt: Any, budget: Budget | int | None = None, **planner_kwargs: Any) -> Plan:
+        """Search the best completion of ``prompt`` with the learned Q; see :class:`AStarPlanner`."""
+        return AStarPlanner(self.env, heuristic=QHeuristic(self), **planner_kwargs).plan(prompt, budget)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the constructor's arguments as JSON values, for a checkpoint."""
+        searching = ("searches_per_round", "tokens_per_search", "width", "noise", "q_free_share", "buffer_bytes")
+        names = (*searching, "batch_size", "gradient_steps", "expectile", "policy_kwargs", "seed")
+        rate = self.learning_rate
+        return {**{name: getattr(self, name) for name in names}, **({} if callable(rate) else {"learning_rate": rate})}
+
+    def save(self, path: Any, *_: Any, training_state: bool = True, **description: Any) -> None:
+        """Write the agent into the folder ``path``, atomically, as safetensors and JSON.
+
+        Args:
+            path: The folder; an older checkpoint there is replaced.
+            training_state: Also write experience, optimiser, counters and random states, so that ``load`` can go on.
+            description: What the checkpoint should say of itself (seed, figures, …); JSON values.
+        """
+        from .checkpoints import save_agent
+
+        save_agent(self, Path(path), training_state=training_state, description=description)
+
+    @classmethod
+    def load(cls, path: Any, env: GymEnv | None = None, *_: Any, **kwargs: Any) -> Self:
+        """Return the agent saved in the folder ``path``, ready to go on learning in ``env``.
+
+        Args:
+            path: The folder.
+            env: The environment, with the arguments it was trained with.
+            kwargs: Replace saved arguments of the constructor.
+
+        Raises:
+            CheckpointError: The folder is not a checkpoint, is damaged, or belongs to another environment.
+        """
+        from .checkpoints import load_agent
+
+        return load_agent(cls, Path(path), env, kwargs)
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _candidate_dims(self) -> int:
+        return int(self.q_net.scorer_kwargs["candidate_dims"])  # type: ignore[index]
+
+    def _observer(self, mdp: DecodingMDP) -> Observer:
+        return Observer(mdp, self._candidate_dims)
+
+    def _round(self) -> int:
+        return self._n_updates // max(self.gradient_steps, 1)
+
+    def _next_prompts(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Take the next prompts of a shuffled pass through all of them."""
+        count = min(self.searches_per_round, len(prompts))
+        while len(self._queue) < count:
+            self._queue.extend(self.rng.permutation(len(prompts)).tolist())
+        chosen = list(dict.fromkeys(self._queue[:count]))
+        del self._queue[:count]
+        return [prompts[i] for i in chosen]
+
+
+class _Exploring:
+    """The heuristic while learning: Q with noise; for some prompts log-prob and potential without any Q."""
+
+    def __init__(self, q: QFunction, q_free: set[int], agent: QStar) -> None:
+        self.q, self.q_free, self.agent = q, q_free, agent
+
+    def __call__(self, mdp: DecodingMDP, prompts: Sequence[Prompt], nodes: IntArray) -> Values:
+        values = self.q.values(mdp, prompts, nodes)
+        free = np.array([id(prompt) in self.q_free for prompt in prompts])
+        if free.any():
+            potential = mdp.potential(prompts, nodes)[:, None]
+            values[free] = (mdp.edge_returns(nodes) + potential)[free]
+        return values + self.agent.noise * self.agent.rng.gumbel(size=values.shape)

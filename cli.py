@@ -1,0 +1,428 @@
+"""The command ``qstar``: decode a prompt, train a Q-function, see the decoders side by side."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from .errors import QStarError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from .agents import Decoder, Plan, QStar, Search
+    from .envs import Completion, DecodingMDP
+    from .tasks import Task
+
+__all__ = ["app", "main"]
+
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+
+app = typer.Typer(
+    name="qstar",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="""
+[bold]Q* = Q-learning + A*, for language-model decoding.[/bold]
+
+A frozen language model proposes tokens, a reward says how good a finished text is, a learned Q estimates where each
+token leads, and A* searches with it for the text y that maximises
+
+    J(y) = α · log π(y) + r(y)      fluency (nats, weighted) plus reward.
+
+Every search reports two bounds: LB, the best J found, and UB, which no text in the searched tree can exceed. When they
+meet, the text is certified to be the best.
+
+[bold]Examples[/bold]
+
+  qstar demo                                        decoders side by side on held-out prompts
+
+  qstar decode "The movie was"                      search with the shipped Q, 200 LM tokens
+
+  qstar decode "The movie was" --decoder beam       the same budget for a beam search
+
+  qstar decode "The movie was" --n 3 --json         the three best texts, for a script
+
+  qstar train sentiment --seed 0 --out runs/my-q    train a Q (about 13 minutes on 2 cores)
+
+  qstar decode "The movie was" --q runs/my-q        search with it
+""",
+)
+
+
+def main() -> None:
+    """Run the command; errors of this package are one line on standard error and exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except QStarError as error:
+        err.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        sys.exit(130)
+
+
+TaskOption = Annotated[str, typer.Option("--task", help="A task's name, or the path of a YAML file.")]
+
+
+@app.command()
+def decode(
+    prompt: Annotated[str, typer.Argument(help="The text to continue; '-' reads standard input.")],
+    task: TaskOption = "sentiment",
+    decoder: Annotated[str, typer.Option(help="astar, greedy, beam or sample.")] = "astar",
+    budget: Annotated[int, typer.Option(help="LM tokens that the search may process.")] = 200,
+    n: Annotated[int, typer.Option("--n", min=1, help="How many of the best texts to show.")] = 1,
+    q: Annotated[
+        str | None, typer.Option("--q", help="Folder of a trained Q, or 'none'; default: the one shipped for the task.")
+    ] = None,
+    reward: Annotated[str | None, typer.Option(help='Replaces the task\'s reward, e.g. "0.5 * sentiment".')] = None,
+    model: Annotated[str | None, typer.Option(help="Known name, hub id or local folder of a causal LM.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Candidate tokens per step.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="The horizon, in tokens.")] = None,
+    logprob_weight: Annotated[float | None, typer.Option(help="α, the weight of fluency.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling decoder.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Continue a prompt and say how good the result is and how close to the optimum.
+
+    Without --q, A* uses the Q-function shipped for the task; where there is none, or the task was changed by --model or
+    --top-k, it uses the bound, which needs no training.
+    """
+    from .agents import DECODERS, make_decoder
+    from .agents.planning import Budget
+    from .envs.prompts import as_prompt
+    from .errors import UnknownNameError
+    from .tasks import load_task
+
+    if decoder not in DECODERS:
+        raise UnknownNameError("decoder", decoder, DECODERS)
+    limits, start = Budget.of(budget), as_prompt(sys.stdin.read().strip() if prompt == "-" else prompt)
+    spec = load_task(task)
+    changes = {
+        "model": model,
+        "reward": reward,
+        "top_k": top_k,
+        "max_new_tokens": max_new_tokens,
+        "logprob_weight": logprob_weight,
+    }
+    with _status("loading the language model"):
+        mdp = _make_mdp({**spec.env, **{key: value for key, value in changes.items() if value is not None}})
+    options: dict[str, Any] = {"seed": seed} if decoder == "sample" else {}
+    if decoder == "astar":
+        options = {"heuristic": _heuristic(mdp, spec, q, adapted=reward is not None), **spec.planner}
+    planner = make_decoder(decoder, mdp, **options)
+    with _progress(limits.lm_tokens) as show:
+        plan = planner.plan(start, limits, progress=show)
+    if as_json:
+        sys.stdout.write(json.dumps(_plan_as_dict(plan, n, decoder), ensure_ascii=False) + "\n")
+        return
+    shown: list[Completion | Plan] = [*plan.completions[:n]] or [plan]
+    for rank, completion in enumerate(shown, start=1):
+        title = Text(f"{rank}. " if n > 1 else "")
+        out.print(title + Text(plan.prompt, style="dim") + Text(completion.text, style="bold"))
+        out.print(
+            f"   J {completion.objective:.3f} = reward {completion.reward:.3f} "
+            f"+ {mdp.logprob_weight:g} · log-prob {completion.logprob:.2f} nats   ({completion.stop})"
+        )
+    out.print(_bounds(plan))
+
+
+@app.command()
+def train(
+    task: Annotated[str, typer.Argument(help="A task's name, or the path of a YAML file.")],
+    steps: Annotated[int | None, typer.Option(min=1, help="LM tokens to train for; default: the task's.")] = None,
+    seed: Annotated[int, typer.Option(help="Of network, prompts and exploration.")] = 0,
+    folder: Annotated[Path | None, typer.Option("--out", help="Where to write; default: runs/TASK-SEED.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
+    save_every: Annotated[int, typer.Option(min=1, help="LM tokens between checkpoints.")] = 20_000,
+) -> None:
+    """Train a Q-function for a task by searching its training prompts, then try it on its held-out prompts.
+
+    Writes a checkpoint (safetensors and JSON) and TensorBoard logs into --out. Ctrl-C stops after saving;
+    --resume goes on. Training for the task 'sentiment' takes about 13 minutes on 2 cores.
+    """
+    import gymnasium as gym
+
+    import qstar_decoding  # noqa: F401  registers the environment
+
+    from .agents import QStar
+    from .errors import CheckpointError, ConfigurationError
+    from .tasks import load_task
+
+    spec = load_task(task)
+    folder = folder or Path("runs") / f"{spec.name}-{seed}"
+    checkpoint, total = folder / "checkpoint", steps or spec.steps
+    if resume and not checkpoint.is_dir():
+        raise CheckpointError(f"nothing to resume: {checkpoint} does not exist; leave out --resume to start anew")
+    if not resume and checkpoint.is_dir():
+        raise ConfigurationError(f"{checkpoint} exists; give --resume to go on with it, or another --out")
+    with _status("loading the language model"):
+        _quiet()
+        env = gym.make("TokenDecoding-v0", prompts=spec.prompts.of("train"), **spec.env)
+    logs = str(folder / "tensorboard")
+    if resume:
+        agent = QStar.load(checkpoint, env, tensorboard_log=logs)
+        err.print(f"resuming at {agent.num_timesteps:,} of {total:,} LM tokens")
+    else:
+        agent = QStar(env=env, seed=seed, tensorboard_log=logs, **spec.training)
+    command = f"qstar train {task} --steps {total} --seed {seed}"
+    started = time.perf_counter()
+    try:
+        if agent.num_timesteps < total:
+            agent.learn(
+                total - agent.num_timesteps,
+                callback=_saver(checkpoint, save_every, command),
+                reset_num_timesteps=not resume,
+                tb_log_name="qstar",
+                progress_bar=err.is_terminal,
+            )
+    except KeyboardInterrupt:
+        agent.save(checkpoint, command=command)
+        err.print(f"stopped; go on with: {command} --out {folder} --resume")
+        raise
+    minutes = (time.perf_counter() - started) / 60
+    agent.save(checkpoint, command=command)
+    out.print(f"{agent.num_timesteps:,} LM tokens in {minutes:.1f} min; checkpoint in {checkpoint}")
+    figures = _held_out(agent, spec)
+    agent.save(checkpoint, command=command, seed=seed, minutes=round(minutes, 1), held_out=figures)
+    agent.save(
+        folder / "q", training_state=False, command=command, seed=seed, minutes=round(minutes, 1), held_out=figures
+    )
+    out.print(f'use it: qstar decode "{spec.prompts.of("test")[0]}" --task {task} --q {folder / "q"}')
+
+
+@app.command()
+def demo(
+    task: TaskOption = "sentiment",
+    budget: Annotated[int, typer.Option(help="LM tokens a prompt, the same for every decoder.")] = 200,
+    prompts: Annotated[int, typer.Option(min=1, help="How many held-out prompts.")] = 3,
+) -> None:
+    """Decode held-out prompts with greedy, beam search, best-of-n and Q*, side by side at equal LM tokens."""
+    from .agents import AStarPlanner, BeamSearch, GreedyDecoder, SamplingDecoder
+    from .agents.planning import Budget
+    from .tasks import load_task
+
+    limits, spec = Budget.of(budget), load_task(task)
+    with _status("loading the language model (the first time it is converted: about 20 s)"):
+        mdp = _make_mdp(spec.env)
+    heuristic = _heuristic(mdp, spec, None)
+    decoders: dict[str, Callable[[DecodingMDP], Decoder]] = {
+        "greedy": GreedyDecoder,
+        "beam": BeamSearch,
+        "best-of-n": SamplingDecoder,
+        "Q*": lambda fresh: AStarPlanner(fresh, heuristic=heuristic, **spec.planner),
+    }
+    test = spec.prompts.of("test")[:prompts]
+    table = Table(title=f"{spec.name}: J = reward + {mdp.logprob_weight:g} · log-prob, at most {budget} LM tokens each")
+    for column in ("decoder", "text"):
+        table.add_column(column, overflow="fold", min_width=9)
+    for column in ("reward", "log-prob", "J", "LM tokens", "seconds"):
+        table.add_column(column, justify="right", no_wrap=True)
+    plans: dict[str, list[Plan]] = {}
+    for prompt in test:
+        for name, make in decoders.items():
+            with _progress(limits.lm_tokens, f"{name}: {prompt}") as show:
+                # An empty tree for each: no decoder's seconds profit from what another has computed.
+                plan = make(mdp.fresh()).plan(prompt, limits, progress=show)
+            plans.setdefault(name, []).append(plan)
+            table.add_row(name, Text(plan.prompt, "dim") + Text(plan.text), *_figures([plan]))
+        table.add_section()
+    for name, found in plans.items():
+        table.add_row(f"[bold]{name}", "[bold]mean", *_figures(found), style="bold" if name == "Q*" else "")
+    out.print(table)
+    for plan in plans["Q*"]:
+        out.print(Text(f"{plan.prompt}: ", "dim") + Text(_bounds(plan)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _make_mdp(arguments: dict[str, Any]) -> DecodingMDP:
+    from .envs import DecodingMDP
+
+    _quiet()
+    # Shaping concerns the environment's step rewards, not what is searched.
+    return DecodingMDP(**{k: v for k, v in arguments.items() if k not in ("shaping", "gamma", "candidate_dims")})
+
+
+def _heuristic(mdp: DecodingMDP, task: Task, q: str | None, *, adapted: bool = False) -> Any:
+    """Return the Q-heuristic that was asked for, or the task's own where it fits, else the bound."""
+    from .agents import BoundHeuristic, QHeuristic, pretrained_names
+    from .errors import CheckpointError
+
+    if q == "none":
+        return BoundHeuristic()
+    if q is not None:
+        heuristic = QHeuristic(q)
+        if heuristic.q.spec is not None:
+            heuristic.q.spec.check(mdp)
+        return heuristic
+    if adapted or task.name not in pretrained_names():
+        return BoundHeuristic()
+    heuristic = QHeuristic(task.name)
+    try:
+        if heuristic.q.spec is not None:
+            heuristic.q.spec.check(mdp)
+    except CheckpointError as error:
+        err.print(f"note: the shipped Q does not fit, using the bound instead ({error})", soft_wrap=True)
+        return BoundHeuristic()
+    return heuristic
+
+
+def _saver(checkpoint: Path, every: int, command: str) -> Any:
+    from stable_baselines3.common.callbacks import BaseCallback
+
+    class Saver(BaseCallback):
+        """Writes a checkpoint between two rounds."""
+
+        model: QStar
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.last: int | None = None
+
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_rollout_start(self) -> None:
+            if self.last is None:
+                self.last = self.num_timesteps
+            elif self.model.num_timesteps - self.last >= every:
+                self.last = self.model.num_timesteps
+                self.model.save(checkpoint, command=command)
+
+    return Saver()
+
+
+def _held_out(agent: QStar, task: Task) -> dict[str, Any]:
+    """Print and return what Q is worth on the task's test prompts, beside decoders that have none."""
+    from .agents import AStarPlanner, GreedyDecoder, QHeuristic, SamplingDecoder
+    from .agents.planning import mdp_of
+
+    mdp, prompts = mdp_of(agent.get_env()), task.prompts.of("test")
+    heuristic = QHeuristic(agent)
+    decoders: list[tuple[str, Decoder, int | None]] = [
+        ("random legal actions", SamplingDecoder(mdp, n=1, temperature=1e6), None),
+        ("greedy LM", GreedyDecoder(mdp), None),
+        ("arg max Q", GreedyDecoder(mdp, heuristic=heuristic), None),
+        ("A* on the bound, 200", AStarPlanner(mdp), 200),
+        ("A* on Q, 100", AStarPlanner(mdp, heuristic=heuristic, **task.planner), 100),
+        ("A* on Q, 200", AStarPlanner(mdp, heuristic=heuristic, **task.planner), 200),
+    ]
+    table = Table("decoder", title=f"{len(prompts)} held-out prompts, means")
+    for column in ("reward", "log-prob", "J", "LM tokens", "seconds"):
+        table.add_column(column, justify="right")
+    figures = {}
+    for name, decoder, budget in decoders:
+        with _status(f"held-out prompts: {name}"):
+            plans = decoder.plan_many(prompts, budget)
+        row = _figures(plans)
+        table.add_row(name, *row)
+        figures[name] = dict(zip(("reward", "logprob", "objective", "lm_tokens"), map(float, row[:4]), strict=True))
+    out.print(table)
+    return figures
+
+
+def _figures(plans: list[Plan]) -> list[str]:
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    return [
+        f"{mean([p.reward for p in plans]):.3f}",
+        f"{mean([p.logprob for p in plans]):.2f}",
+        f"{mean([p.objective for p in plans]):.3f}",
+        f"{mean([p.usage.lm_tokens for p in plans]):.0f}",
+        f"{mean([p.usage.seconds for p in plans]):.1f}",
+    ]
+
+
+def _bounds(plan: Plan) -> str:
+    state = "certified optimal" if plan.certified else f"gap {_number(plan.gap)}"
+    return (
+        f"LB {plan.lower_bound:.3f}, UB {_number(plan.upper_bound)} ({plan.scope}): {state}; "
+        f"{plan.usage.lm_tokens} LM tokens, {plan.usage.reward_calls} texts scored, {plan.usage.seconds:.1f} s; "
+        f"stopped: {plan.stop_reason}"
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "unbounded"
+
+
+def _plan_as_dict(plan: Plan, n: int, decoder: str) -> dict[str, Any]:
+    """Return what ``--json`` prints; what is not finite is null, as JSON has no infinity."""
+
+    def plain(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    return {
+        "prompt": plan.prompt,
+        "decoder": decoder,
+        "text": plan.text,
+        "objective": plain(plan.objective),
+        "reward": plain(plan.reward),
+        "logprob": plan.logprob,
+        "stop": plan.stop,
+        "lower_bound": plain(plan.lower_bound),
+        "upper_bound": plain(plan.upper_bound),
+        "gap": plain(plan.gap),
+        "certified": plan.certified,
+        "scope": plan.scope,
+        "stop_reason": plan.stop_reason,
+        "usage": vars(plan.usage),
+        "completions": [
+            {"text": c.text, "objective": c.objective, "reward": c.reward, "logprob": c.logprob, "stop": c.stop}
+            for c in plan.completions[:n]
+        ],
+    }
+
+
+@contextmanager
+def _status(message: str) -> Iterator[None]:
+    if not err.is_terminal:
+        yield
+        return
+    with err.status(message):
+        yield
+
+
+@contextmanager
+def _progress(budget: int | None, label: str = "searching") -> Iterator[Callable[[Search], None] | None]:
+    """Show one line that follows a search, where somebody can see it."""
+    if not err.is_terminal:
+        yield None
+        return
+    with Live(Text(label), console=err, transient=True, refresh_per_second=10) as live:
+
+        def show(search: Search) -> None:
+            of = f" of {budget}" if budget else ""
+            bounds = f"LB {_number(search.lower_bound)}  UB {_number(search.upper_bound)}"
+            live.update(
+                Text(f"{label}   {bounds}   {search.lm_tokens}{of} LM tokens", overflow="ellipsis", no_wrap=True)
+            )
+
+        yield show
+
+
+def _quiet() -> None:
+    """Keep transformers' loading bars out of the way of ours."""
+    from transformers.utils import logging
+
+    disable: Callable[[], None] = logging.disable_progress_bar
+    disable()
+
+
+if __name__ == "__main__":
+    main()
