@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from ..envs import Finish
 from ..errors import ConfigurationError
 from .heuristics import BoundHeuristic, Heuristic
 from .planning import EPSILON, Decoder, Edges, IntArray, Scope, Search, Status
@@ -110,9 +111,13 @@ def select(search: Search, depth: int, width: int) -> Edges:
 
 
 def prune(search: Search, edges: Edges, margin: float) -> Edges:
-    """Return the edges that are still to be followed and may beat the incumbent."""
+    """Return the edges that are still to be followed and may beat the incumbent.
+
+    No bet is made on an edge that ends the text: to know what it is worth costs no forward of the language model.
+    """
     is_open = search.status[edges] == Status.OPEN
     can_win = search.bound[edges] > search.lower_bound + EPSILON
     may_win = search.f[edges] > search.lower_bound - margin
-    keep = is_open & can_win & may_win
+    ends = search.finish[edges] != Finish.NO
+    keep = is_open & can_win & (may_win | ends)
     return Edges(edges.rows[keep], edges.actions[keep])

@@ -351,9 +351,9 @@ def _omitted_bound(mdp: DecodingMDP, nodes: IntArray, mask: npt.NDArray[np.bool_
         outside = np.minimum(logprobs[:, -1], left)
     masked = np.where(mask, -np.inf, logprobs).max(axis=1)
     best = np.maximum(outside, masked)
-    with np.errstate(invalid="ignore"):
-        paid = np.where(np.isneginf(best), -np.inf, mdp.logprob_weight * best)
-    return paid + mdp.reward.upper
+    with np.errstate(invalid="ignore"):  # 0 · -inf, -inf + inf
+        bound = mdp.logprob_weight * best + mdp.reward.upper
+    return np.where(np.isneginf(best), -np.inf, bound)
 
 
 class Decoder(ABC):

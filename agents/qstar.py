@@ -13,6 +13,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.type_aliases import GymEnv, RolloutReturn, Schedule, TrainFreq
+from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
 from ..envs import DecodingMDP, Observer, Prompt
@@ -49,15 +50,15 @@ class QStar(DQN):
         policy: type[TokenQPolicy] | str = TokenQPolicy,
         env: GymEnv | str | None = None,
         *,
-        learning_rate: float | Schedule = 1e-3,
+        learning_rate: float | tuple[float, float] | Schedule = (1e-3, 1e-4),
         batch_size: int = 256,
-        gradient_steps: int = 64,
-        searches_per_round: int = 16,
+        gradient_steps: int = 96,
+        searches_per_round: int = 32,
         tokens_per_search: int = 96,
         width: int = 1,
         expectile: float = 0.8,
         noise: float = 0.05,
-        q_free_share: float = 0.2,
+        q_free_share: float = 0.1,
         buffer_bytes: int = 1 << 29,
         policy_kwargs: dict[str, Any] | None = None,
         tensorboard_log: str | None = None,
@@ -71,7 +72,8 @@ class QStar(DQN):
         Args:
             policy: :class:`TokenQPolicy` or a subclass.
             env: ``TokenDecoding-v0``, single or vectorised; its prompts are the training prompts.
-            learning_rate: Of Adam; a number or a schedule of the progress remaining (1 to 0).
+            learning_rate: Of Adam; a number, a pair (start, end) to go from one to the other linearly, or a schedule of
+                the progress remaining (1 to 0).
             batch_size: States per gradient step, each with all its explored edges.
             gradient_steps: After each round.
             searches_per_round: Prompts searched together in one tree.
@@ -108,6 +110,10 @@ class QStar(DQN):
         self.searches_per_round, self.tokens_per_search, self.width = searches_per_round, tokens_per_search, width
         self.expectile, self.noise, self.q_free_share = expectile, noise, q_free_share
         self.buffer_bytes = buffer_bytes
+        self.learning_rate_spec = learning_rate
+        if isinstance(learning_rate, (tuple, list)):
+            start, end = learning_rate
+            learning_rate = LinearSchedule(start, end, end_fraction=1.0)
         self.experience: SearchExperience | None = None
         self.rng = np.random.default_rng(seed)
         self._queue: list[int] = []  # training prompts still to be searched in this pass
@@ -233,7 +239,7 @@ class QStar(DQN):
         """Return the constructor's arguments as JSON values, for a checkpoint."""
         searching = ("searches_per_round", "tokens_per_search", "width", "noise", "q_free_share", "buffer_bytes")
         names = (*searching, "batch_size", "gradient_steps", "expectile", "policy_kwargs", "seed")
-        rate = self.learning_rate
+        rate = self.learning_rate_spec  # a schedule of the caller's own cannot be written down
         return {**{name: getattr(self, name) for name in names}, **({} if callable(rate) else {"learning_rate": rate})}
 
     def save(self, path: Any, *_: Any, training_state: bool = True, **description: Any) -> None:

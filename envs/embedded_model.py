@@ -83,12 +83,16 @@ def embedded_model_folder(name: str) -> Path | None:
                 return folder
             if gguf is None:
                 return None
+            for abandoned in folder.parent.glob(f".{name}-*"):  # by a conversion that was killed
+                shutil.rmtree(abandoned, ignore_errors=True)
             if folder.exists():
                 logger.warning("the cached model in %s is damaged or incomplete: it is made again", folder)
                 shutil.rmtree(folder)
             logger.warning("converting %s once into %s (about 20 s)", name, folder)
             _convert(gguf, folder)
-    except PermissionError as error:
+    except OSError as error:
+        if error.errno is None:
+            raise  # transformers' way to say that it cannot read a model
         raise CacheError(
             f"cannot write the model cache {folder.parent}: {error}; set QSTAR_CACHE to a folder you may write"
         ) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, cast
 
 import numpy as np
@@ -162,17 +163,18 @@ class TransformersLM(LanguageModel):
         config = model.config.get_text_config()
         self.name = name or str(config.name_or_path)
         self._head: torch.nn.Module = cast("Any", model).get_output_embeddings()
-        self.vocab_size = int(cast("Any", self._head).weight.shape[0])
-        self.hidden_size = int(config.hidden_size)
+        # The head's own width: in some architectures (OPT) it differs from the layers'.
+        self.vocab_size, self.hidden_size = (int(n) for n in cast("Any", self._head).weight.shape)
         self.context_length = int(getattr(config, "max_position_embeddings", None) or 1_000_000)
         self.eos_token_ids = _end_tokens(model, tokenizer)
         self.kv_token_bytes: int | None = None  # found out when the tree mask is tried
         self._tree_mask_is_exact: bool | None = None
+        self._model_kwargs: dict[str, Any] = {}  # what load_language_model was given, for pickling
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by name: the other process loads its own copy of the weights."""
         dtype = str(self.model.dtype).removeprefix("torch.")
-        return load_language_model, (self.name, str(self.model.device), dtype)
+        return partial(load_language_model, **self._model_kwargs), (self.name, str(self.model.device), dtype)
 
     @property
     def device(self) -> torch.device:
@@ -309,22 +311,31 @@ def _load(name: str, device: torch.device, dtype: torch.dtype, model_kwargs: dic
         raise UnknownNameError("model", name, EMBEDDED_MODELS, hint) from error
     if "device_map" not in model_kwargs and "quantization_config" not in model_kwargs:
         model = cast("Any", model).to(device)
-    return TransformersLM(model, tokenizer, name=name)
+    loaded = TransformersLM(model, tokenizer, name=name)
+    loaded._model_kwargs = model_kwargs
+    return loaded
 
 
 def _resolve_device(device: str) -> torch.device:
     import torch
 
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ConfigurationError(f"device {device!r} is not one: use 'auto', 'cpu', 'cuda', 'cuda:N', 'mps'") from error
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise ConfigurationError(
             f"device {device!r} asked for, but torch sees {torch.cuda.device_count()} CUDA devices"
         )
+    if resolved.type == "cuda":
+        # With its number, as the loaded model will tell it: who unpickles the model asks for it by that.
+        return torch.device("cuda", torch.cuda.current_device() if resolved.index is None else resolved.index)
+    try:
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigurationError(f"device {device!r} asked for, but torch cannot use it: {error}") from error
     return resolved
 
 

@@ -108,9 +108,12 @@ def _is_chat(source: Any) -> bool:
 
 def _read_file(path: Path) -> list[Prompt]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(), which also splits at characters that JSON allows inside a string, such as U+2028.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise PromptError(f"cannot read the prompts file {str(path)!r}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise PromptError(f"the prompts file {str(path)!r} is not UTF-8: {error}; save it as UTF-8") from error
     prompts = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -143,9 +143,9 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
         else:
             prompt = self.prompts[int(self.np_random.integers(len(self.prompts)))]
         node = int(self.mdp.roots([prompt])[0])
-        self._prompt, self._node, self._last = prompt, node, None
         observation = self._observe(prompt, node)
-        self._potential = float(self.mdp.potential([prompt], np.array([node]))[0])
+        potential = float(self.mdp.potential([prompt], np.array([node]))[0])
+        self._prompt, self._node, self._last, self._potential = prompt, node, None, potential
         if self.render_mode == "human":
             self.render()
         return observation, {"action_mask": observation["action_mask"].copy(), "prompt": prompt.text}
