@@ -173,10 +173,10 @@ def train(
         env = gym.make("TokenDecoding-v0", prompts=spec.prompts.of("train"), **spec.env)
     logs = str(folder / "tensorboard")
     if resume:
-        agent = QStar.load(checkpoint, env, tensorboard_log=logs)
+        agent = QStar.load(checkpoint, env, tensorboard_log=logs, verbose=int(not err.is_terminal))
         err.print(f"resuming at {agent.num_timesteps:,} of {total:,} LM tokens")
     else:
-        agent = QStar(env=env, seed=seed, tensorboard_log=logs, **spec.training)
+        agent = QStar(env=env, seed=seed, tensorboard_log=logs, verbose=int(not err.is_terminal), **spec.training)
     command = f"qstar train {task} --steps {total} --seed {seed}"
     started = time.perf_counter()
     try:
@@ -187,6 +187,7 @@ def train(
                 reset_num_timesteps=not resume,
                 tb_log_name="qstar",
                 progress_bar=err.is_terminal,
+                log_interval=4,
             )
     except KeyboardInterrupt:
         agent.save(checkpoint, command=command)
@@ -208,6 +209,7 @@ def demo(
     task: TaskOption = "sentiment",
     budget: Annotated[int, typer.Option(help="LM tokens a prompt, the same for every decoder.")] = 200,
     prompts: Annotated[int, typer.Option(min=1, help="How many held-out prompts.")] = 3,
+    svg: Annotated[Path | None, typer.Option(help="Also write what is printed as a picture.")] = None,
 ) -> None:
     """Decode held-out prompts with greedy, beam search, best-of-n and Q*, side by side at equal LM tokens."""
     from .agents import AStarPlanner, BeamSearch, GreedyDecoder, SamplingDecoder
@@ -241,9 +243,13 @@ def demo(
         table.add_section()
     for name, found in plans.items():
         table.add_row(f"[bold]{name}", "[bold]mean", *_figures(found), style="bold" if name == "Q*" else "")
-    out.print(table)
+    screen = Console(highlight=False, record=True, width=132) if svg else out
+    screen.print(table)
+    screen.print(Text("How close Q* came to the best text of its tree:", "bold"))
     for plan in plans["Q*"]:
-        out.print(Text(f"{plan.prompt}: ", "dim") + Text(_bounds(plan)))
+        screen.print(Text(f"{plan.prompt}: ", "dim") + Text(_bounds(plan)))
+    if svg:
+        screen.save_svg(str(svg), title=f"qstar demo --task {spec.name} --budget {budget}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,15 +18,15 @@ bet; once nothing else is left it is called off, so that the search is complete 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..envs import Finish
+from ..envs import Finish, Prompt
 from ..errors import ConfigurationError
 from .heuristics import BoundHeuristic, Heuristic
-from .planning import EPSILON, Decoder, Edges, IntArray, Scope, Search, Status
+from .planning import EPSILON, Decoder, Edges, IntArray, Scope, Search, Status, Values
 
 __all__ = ["AStarPlanner"]
 
@@ -57,7 +57,7 @@ class AStarPlanner(Decoder):
             weight: w in f = g + w · h.
             margin: An edge whose f is more than this (in units of J) below the incumbent is put off. Q underestimates
                 too, so 0 prunes a little too much.
-            width: Edges followed per depth in the first round.
+            width: Edges followed per depth in the first round; fewer where the budget would not see it through.
             growth: By what factor each round is wider than the one before.
             scope: See :class:`Decoder`.
 
@@ -73,12 +73,19 @@ class AStarPlanner(Decoder):
             raise ConfigurationError(f"width is at least 1 and growth above 1, got {width!r} and {growth!r}")
         self.weight, self.margin, self.width, self.growth = weight, margin, width, growth
 
+    def evaluate(self, prompts: Sequence[Prompt], nodes: IntArray) -> Values:
+        """Return w · h; see :meth:`Decoder.evaluate`."""
+        h = super().evaluate(prompts, nodes)
+        return self.weight * h if self.weight else np.zeros_like(h)
+
     def search(self, search: Search) -> Iterator[Edges]:
         """Yield the edges to follow, round by round; see the module's docstring."""
-        width, margin = self.width, self.margin
+        horizon = search.mdp.max_new_tokens
+        # Narrow enough for the budget to pay for one round to the end: better one text than many beginnings.
+        width, margin = max(1, int(min(self.width, search.room // max(horizon - 1, 1)))), self.margin
         while not search.is_certified and has_hope(search):
             before = len(search.completions) + search.size
-            for depth in range(search.mdp.max_new_tokens):
+            for depth in range(horizon):
                 edges = prune(search, select(search, depth, width), margin)
                 if len(edges.rows):
                     yield edges
@@ -117,7 +124,7 @@ def prune(search: Search, edges: Edges, margin: float) -> Edges:
     """
     is_open = search.status[edges] == Status.OPEN
     can_win = search.bound[edges] > search.lower_bound + EPSILON
-    may_win = search.f[edges] > search.lower_bound - margin
+    may_win = search.f[edges] >= search.lower_bound - margin  # all of them once the margin is infinite
     ends = search.finish[edges] != Finish.NO
     keep = is_open & can_win & (may_win | ends)
     return Edges(edges.rows[keep], edges.actions[keep])

@@ -392,7 +392,8 @@ class Decoder(ABC):
                 f"{self.heuristic!r} returned shape {h.shape}, expected {(len(nodes), self.mdp.top_k)}"
             )
         if np.isnan(h).any():
-            raise HeuristicError(f"{self.heuristic!r} returned NaN for the text {self.mdp.text(int(nodes[0]))!r}")
+            text = self.mdp.text(int(nodes[np.isnan(h).any(axis=1).argmax()]))
+            raise HeuristicError(f"{self.heuristic!r} returned NaN for an action after the text {text!r}")
         return h
 
     def plan(

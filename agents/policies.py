@@ -125,9 +125,8 @@ class TokenQPolicy(DQNPolicy):
 
     def make_q_net(self) -> TokenQNetwork:  # type: ignore[override]
         """Return a new Q-network."""
-        assert isinstance(self.observation_space, spaces.Dict)
-        assert isinstance(self.action_space, spaces.Discrete)
-        return TokenQNetwork(self.observation_space, self.action_space, **self._scorer_kwargs).to(self.device)
+        spaces_of_env: Any = self.observation_space, self.action_space  # checked there
+        return TokenQNetwork(*spaces_of_env, **self._scorer_kwargs).to(self.device)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {**super()._get_constructor_parameters(), **self._scorer_kwargs}

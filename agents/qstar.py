@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -81,7 +81,8 @@ class QStar(DQN):
             width: Of the first round of each search; see :class:`AStarPlanner`. 1 follows arg max Q to the end first,
                 so that Q hears where it leads.
             expectile: τ in (0, 1); 0.5 is least squares, 1 the maximum.
-            noise: Scale of the Gumbel noise added to Q while searching, in units of J.
+            noise: Scale of the Gumbel noise added to Q in half of the searches, in units of J. The other half searches
+                as the planner will, so that Q hears of its own mistakes.
             q_free_share: Share of the searches that follow log-prob and potential instead of Q.
             buffer_bytes: Memory for experience.
             policy_kwargs: Handed to the policy (``width``, ``dropout``).
@@ -158,7 +159,9 @@ class QStar(DQN):
             self.experience = SearchExperience(mdp, observer, self.buffer_bytes)
         free = self.rng.random(len(prompts)) < self.q_free_share
         q = self.q_function()
-        heuristic = _Exploring(q, {id(p) for p, f in zip(prompts, free, strict=True) if f}, self)
+        noise = np.where(self.rng.random(len(prompts)) < 0.5, self.noise, 0.0)
+        modes = {id(p): (bool(f), float(scale)) for p, f, scale in zip(prompts, free, noise, strict=True)}
+        heuristic = _Exploring(q, modes, self.rng)
         planner = AStarPlanner(mdp, heuristic=heuristic, width=self.width)
         searches = run_searches(planner, prompts, Budget(self.tokens_per_search))
         targets = 0
@@ -293,15 +296,15 @@ class QStar(DQN):
 
 
 class _Exploring:
-    """The heuristic while learning: Q with noise; for some prompts log-prob and potential without any Q."""
+    """The heuristic while learning: Q, with noise or without; for some prompts log-prob and potential instead."""
 
-    def __init__(self, q: QFunction, q_free: set[int], agent: QStar) -> None:
-        self.q, self.q_free, self.agent = q, q_free, agent
+    def __init__(self, q: QFunction, modes: Mapping[int, tuple[bool, float]], rng: np.random.Generator) -> None:
+        self.q, self.modes, self.rng = q, modes, rng  # by prompt: whether Q-free, and the scale of the noise
 
     def __call__(self, mdp: DecodingMDP, prompts: Sequence[Prompt], nodes: IntArray) -> Values:
         values = self.q.values(mdp, prompts, nodes)
-        free = np.array([id(prompt) in self.q_free for prompt in prompts])
+        free, noise = (np.array(column) for column in zip(*(self.modes[id(p)] for p in prompts), strict=True))
         if free.any():
             potential = mdp.potential(prompts, nodes)[:, None]
             values[free] = (mdp.edge_returns(nodes) + potential)[free]
-        return values + self.agent.noise * self.agent.rng.gumbel(size=values.shape)
+        return values + noise[:, None] * self.rng.gumbel(size=values.shape)

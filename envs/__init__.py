@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .token_decoding import TokenDecodingEnv
     from .token_tree import TokenTree
     from .toy import TabularLM
+    from .vector import TokenDecodingVecEnv, TokenDecodingVectorEnv
 
 _HOMES = {
     "Completion": "mdp",
@@ -28,6 +29,8 @@ _HOMES = {
     "Prompt": "prompts",
     "TabularLM": "toy",
     "TokenDecodingEnv": "token_decoding",
+    "TokenDecodingVecEnv": "vector",
+    "TokenDecodingVectorEnv": "vector",
     "TokenTree": "token_tree",
     "TransformersLM": "language_model",
     "TreeEngine": "kv_pool",
@@ -45,6 +48,8 @@ __all__ = [
     "Prompt",
     "TabularLM",
     "TokenDecodingEnv",
+    "TokenDecodingVecEnv",
+    "TokenDecodingVectorEnv",
     "TokenTree",
     "TransformersLM",
     "TreeEngine",

@@ -329,14 +329,11 @@ def _resolve_device(device: str) -> torch.device:
         raise ConfigurationError(
             f"device {device!r} asked for, but torch sees {torch.cuda.device_count()} CUDA devices"
         )
-    if resolved.type == "cuda":
-        # With its number, as the loaded model will tell it: who unpickles the model asks for it by that.
-        return torch.device("cuda", torch.cuda.current_device() if resolved.index is None else resolved.index)
     try:
-        torch.empty(0, device=resolved)
+        # A tensor's device has the number that the model will tell: who unpickles the model asks for it by that.
+        return torch.empty(0, device=resolved).device
     except (RuntimeError, AssertionError) as error:
         raise ConfigurationError(f"device {device!r} asked for, but torch cannot use it: {error}") from error
-    return resolved
 
 
 def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:

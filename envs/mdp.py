@@ -117,7 +117,7 @@ class DecodingMDP:
         self._kv_budget = kv_budget
         self.tree = TokenTree(self.model, top_k, kv_budget)
         self._eos = np.array(sorted(self.model.eos_token_ids), dtype=np.int64)
-        self._encoded: dict[int, tuple[Prompt, list[int]]] = {}
+        self._encoded: dict[str, list[int]] = {}
         self._texts: dict[int, str] = {}
 
     def fresh(self) -> DecodingMDP:
@@ -141,19 +141,18 @@ class DecodingMDP:
         Raises:
             PromptError: With the horizon it is longer than the model's context.
         """
-        key = id(prompt)
+        key = prompt.content if isinstance(prompt.content, str) else repr(prompt.content)
         if key not in self._encoded:
             ids = self.model.encode(prompt.content)
             room = self.model.context_length - self.max_new_tokens
-            if len(ids) > room:
+            if not 0 < len(ids) <= room:
                 raise PromptError(
-                    f"the prompt {prompt.text[:60]!r}… has {len(ids)} tokens; {self.model.name!r} takes "
-                    f"{self.model.context_length}, less {self.max_new_tokens} for the completion: at most {room}"
+                    f"the prompt {prompt.text[:60]!r} has {len(ids)} tokens; {self.model.name!r} takes "
+                    f"{self.model.context_length}, less {self.max_new_tokens} for the "
+                    f"completion: at least 1, at most {room}"
                 )
-            if not ids:
-                raise PromptError(f"the prompt {prompt.text!r} has no tokens")
-            self._encoded[key] = prompt, ids  # holding the prompt keeps its id from being used again
-        return self._encoded[key][1]
+            self._encoded[key] = ids
+        return self._encoded[key]
 
     def roots(self, prompts: Sequence[Prompt]) -> IntArray:
         """Return the initial states of ``n`` prompts, int64 [n]."""

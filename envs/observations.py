@@ -79,11 +79,11 @@ class Observer:
             "action_mask": mdp.action_mask(nodes).astype(np.int8),
         }
 
-    def terminal(self) -> Observation:
-        """Return the observation after the end."""
-        after: Observation = {key: np.zeros_like(space.sample()) for key, space in self.space.spaces.items()}
-        after["action_mask"] = np.ones(self._mdp.top_k, dtype=np.int8)
-        return after
+    def after_the_end(self, count: int) -> Observation:
+        """Return ``count`` observations of what follows an episode's end."""
+        shapes = {key: (space.dtype, space.shape or ()) for key, space in self.space.spaces.items()}
+        empty = {key: np.zeros((count, *shape), dtype) for key, (dtype, shape) in shapes.items()}
+        return {**empty, "action_mask": np.ones((count, self._mdp.top_k), dtype=np.int8)}
 
 
 @lru_cache(maxsize=8)

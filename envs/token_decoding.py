@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from ..errors import ConfigurationError, EpisodeError, IllegalActionError, check_number
+from ..errors import ConfigurationError, check_number
+from .episodes import Episodes
 from .language_model import LanguageModel
-from .mdp import Completion, DecodingMDP, Finish
+from .mdp import DecodingMDP
 from .observations import Observation, Observer
-from .prompts import Prompt, as_prompt, load_prompts
+from .prompts import as_prompt, load_prompts
 
 __all__ = ["TokenDecodingEnv"]
 
@@ -119,10 +120,7 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
         self.shaping, self.render_mode = bool(shaping), render_mode
         self.observation_space = cast("spaces.Space[Observation]", self.observer.space)
         self.action_space = spaces.Discrete(self.mdp.top_k)
-        self._prompt: Prompt | None = None
-        self._node: int | None = None  # None before the first reset and after the end
-        self._potential = 0.0
-        self._last: Completion | None = None
+        self._episodes = Episodes(self.mdp, self.observer, 1, shaping=self.shaping, gamma=self.gamma)
 
     # -- Gymnasium's interface ----------------------------------------------------------------------------------------
 
@@ -142,13 +140,10 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
             prompt = as_prompt(options["prompt"])
         else:
             prompt = self.prompts[int(self.np_random.integers(len(self.prompts)))]
-        node = int(self.mdp.roots([prompt])[0])
-        observation = self._observe(prompt, node)
-        potential = float(self.mdp.potential([prompt], np.array([node]))[0])
-        self._prompt, self._node, self._last, self._potential = prompt, node, None, potential
+        observation, infos = self._episodes.begin([0], [prompt])
         if self.render_mode == "human":
             self.render()
-        return observation, {"action_mask": observation["action_mask"].copy(), "prompt": prompt.text}
+        return _first(observation), infos[0]
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Append the token of rank ``action``.
@@ -158,37 +153,10 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
             IllegalActionError: The action is not an integer, out of range, or masked; nothing has changed.
             RewardError: The reward model failed; nothing has changed.
         """
-        if self._node is None or self._prompt is None:
-            when = "after the end of the episode" if self._last else "before reset"
-            raise EpisodeError(f"step() was called {when}; call reset() first")
-        rank = self._check_action(action)
-        mdp, node, edge = self.mdp, np.array([self._node]), np.array([rank])
-        logprob = float(mdp.tree.logprobs[self._node, rank])
-        token = int(mdp.tree.tokens[self._node, rank])
-        info: dict[str, Any] = {"token": token, "token_text": mdp.model.decode([token]), "logprob": logprob}
-        reward = float(mdp.edge_returns(node)[0, rank])
-        if mdp.finishes(node)[0, rank] == Finish.NO:
-            child = int(mdp.tree.expand(node, edge)[0])
-            observation = self._observe(self._prompt, child)
-            potential = float(mdp.potential([self._prompt], np.array([child]))[0])
-            self._node, terminated = child, False
-        else:
-            self._last = mdp.complete([self._prompt], node, edge)[0]
-            # A completion that cannot be scored earns its fluency only.
-            scored = bool(np.isfinite(self._last.reward))
-            reward += self._last.reward if scored else 0.0
-            info |= {"completion": self._last.text, "stop": self._last.stop}
-            info |= {"reward": self._last.reward if scored else None}
-            info |= {"objective": self._last.objective if scored else None}
-            observation, potential = self.observer.terminal(), 0.0
-            self._node, terminated = None, True
-        if self.shaping:
-            reward += self.gamma * potential - self._potential
-        self._potential = potential
-        info["action_mask"] = observation["action_mask"].copy()
+        steps = self._episodes.step([action])
         if self.render_mode == "human":
             self.render()
-        return observation, reward, terminated, False, info
+        return _first(steps.observation), float(steps.rewards[0]), bool(steps.terminated[0]), False, steps.infos[0]
 
     def render(self) -> str | None:
         """Show the prompt, the text so far, and the candidates with their probabilities."""
@@ -205,33 +173,16 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """Return which actions may be taken now, bool [k]; sb3-contrib's convention."""
-        if self._node is None:
-            return np.ones(self.mdp.top_k, dtype=bool)
-        mask: npt.NDArray[np.bool_] = self.mdp.action_mask(np.array([self._node]))[0]
-        return mask
+        return self._episodes.action_masks()[0]
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _observe(self, prompt: Prompt, node: int) -> Observation:
-        return {key: value[0].copy() for key, value in self.observer.observe([prompt], np.array([node])).items()}
-
-    def _check_action(self, action: Any) -> int:
-        legal = np.flatnonzero(self.action_masks()).tolist()
-        array = np.asarray(action)
-        if array.size != 1 or array.dtype.kind not in "iu":
-            raise IllegalActionError(f"an action is one integer, got {action!r}; legal now: {legal}")
-        rank = int(array.reshape(()))
-        if rank not in legal:
-            why = "masked" if 0 <= rank < self.mdp.top_k else f"not in 0..{self.mdp.top_k - 1}"
-            raise IllegalActionError(f"action {rank} is {why}; legal now: {legal}")
-        return rank
-
     def _screen(self) -> str:
-        if self._prompt is None:
+        prompt, node, end = self._episodes.prompt[0], int(self._episodes.node[0]), self._episodes.ended[0]
+        if prompt is None:
             return "(before reset)"
-        lines = [f"prompt      {self._prompt.text!r}"]
-        if self._last is not None:
-            end = self._last
+        lines = [f"prompt      {prompt.text!r}"]
+        if end is not None:
             return "\n".join(
                 [
                     *lines,
@@ -240,8 +191,7 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
                     f"J {end.objective:.3f}",
                 ]
             )
-        assert self._node is not None
-        tree, node = self.mdp.tree, self._node
+        tree = self.mdp.tree
         lines += [
             f"completion  {self.mdp.text(node)!r}",
             f"remaining   {int(self.mdp.remaining(np.array([node]))[0])} of {self.mdp.max_new_tokens} tokens",
@@ -252,3 +202,7 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
                 f"  {rank:>3}  {np.exp(tree.logprobs[node, rank]):6.1%}  {text!r}{'' if legal else '  masked'}"
             )
         return "\n".join(lines)
+
+
+def _first(batch: Observation) -> Observation:
+    return {key: value[0] for key, value in batch.items()}

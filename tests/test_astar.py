@@ -121,9 +121,7 @@ def test_the_bound_finds_and_certifies_the_enumerated_optimum(mdp, width, growth
 )
 def test_bounds_and_certificates_hold_under_any_heuristic(mdp, seed, budget, margin, weight, width, scope):
     objectives = enumerate_objectives(mdp, full_vocabulary=scope == "full vocabulary")
-    planner = AStarPlanner(
-        mdp, heuristic=WildHeuristic(seed), weight=weight, margin=margin, width=width, scope=scope
-    )
+    planner = AStarPlanner(mdp, heuristic=WildHeuristic(seed), weight=weight, margin=margin, width=width, scope=scope)
     plan = planner.plan("a", budget)
     best = max(objectives.values())
     assert plan.upper_bound >= best - 1e-5
@@ -224,9 +222,7 @@ def test_a_wide_beam_without_eos_finds_the_likeliest_text():
 
 def test_sampling_follows_the_models_distribution():
     table = [0.6, 0.3, 0.1]
-    mdp = DecodingMDP(
-        TabularLM(table, eos_token_ids=[]), reward=as_reward(lambda p, c: 0.0), top_k=2, max_new_tokens=1
-    )
+    mdp = DecodingMDP(TabularLM(table, eos_token_ids=[]), reward=as_reward(lambda p, c: 0.0), top_k=2, max_new_tokens=1)
     first = [SamplingDecoder(mdp, n=1, seed=seed).plan("a").text for seed in range(600)]
     assert set(first) == {"a", "b"}
     assert first.count("a") / 600 == pytest.approx(2 / 3, abs=0.06)  # renormalised over the top k; 3 sigma

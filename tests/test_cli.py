@@ -1,0 +1,191 @@
+"""The command line, on the real model; and the tasks it reads."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from qstar_decoding import cli
+from qstar_decoding.agents import AStarPlanner, QHeuristic
+from qstar_decoding.envs import DecodingMDP
+from qstar_decoding.errors import ConfigurationError, UnknownNameError
+from qstar_decoding.tasks import Task, load_task, task_names
+
+TINY = {
+    "description": "Six tokens of a review, for the tests.",
+    "env": {"reward": "sentiment", "top_k": 4, "max_new_tokens": 6},
+    "prompts": {"train": ["The movie was", "The food was"], "dev": ["A dog"], "test": ["The play was", "My week"]},
+    "steps": 60,
+    "training": {"searches_per_round": 2, "tokens_per_search": 20, "gradient_steps": 2, "policy_kwargs": {"width": 16}},
+}
+
+
+def qstar(*arguments, **kwargs):
+    """Run the command as `main` does, exit codes included."""
+    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], **kwargs)
+    if isinstance(result.exception, Exception) and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture
+def task_file(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+def test_decode_prints_the_text_its_objective_and_the_bounds():
+    output = qstar("decode", "The movie was", "--budget", 60, "--n", 2).stdout
+    assert "1. The movie was" in output
+    assert "reward" in output
+    assert "LB" in output
+    assert "UB" in output
+    assert "60 LM tokens" in output
+
+
+@pytest.mark.parametrize("decoder", ["astar", "greedy", "beam", "sample"])
+def test_decode_as_json_is_what_the_library_returns(decoder):
+    result = json.loads(
+        qstar("decode", "-", "--decoder", decoder, "--budget", 40, "--json", input="The play was\n").stdout
+    )
+    assert result["prompt"] == "The play was"
+    assert result["usage"]["lm_tokens"] <= 40
+    assert result["lower_bound"] == result["objective"] == pytest.approx(result["reward"] + 0.02 * result["logprob"])
+    assert result["gap"] == pytest.approx(result["upper_bound"] - result["lower_bound"])
+    if decoder == "astar":
+        task = load_task("sentiment")
+        planner = AStarPlanner(DecodingMDP(**task.env), heuristic=QHeuristic("sentiment"), **task.planner)
+        assert planner.plan("The play was", 40).text == result["text"]
+
+
+def test_decode_with_another_k_says_that_the_shipped_q_does_not_fit():
+    result = qstar("decode", "The movie was", "--top-k", 3, "--max-new-tokens", 4, "--budget", 400, "--json")
+    assert "top_k 8 (trained) against 3 (here)" in result.stderr.replace("\n", " ")
+    assert json.loads(result.stdout)["certified"] is True
+
+
+def test_an_unbounded_bound_is_null_in_json():
+    result = json.loads(
+        qstar("decode", "The movie was", "--budget", 5, "--decoder", "greedy", "--json", "--max-new-tokens", 9).stdout
+    )
+    assert result["objective"] is None  # nothing was finished
+    assert result["stop"] == "partial"
+
+
+def test_train_writes_logs_and_a_checkpoint_that_resumes_and_decodes(task_file, tmp_path):
+    out = tmp_path / "run"
+    first = qstar("train", task_file, "--out", out)
+    for name in ("random legal actions", "greedy LM", "arg max Q"):
+        assert name in first.stdout
+    assert list((out / "tensorboard").rglob("events*"))
+    assert json.loads((out / "q" / "config.json").read_text())["description"]["held_out"]["arg max Q"]["reward"] <= 1
+    assert json.loads(qstar("decode", "A cat", "--task", task_file, "--q", out / "q", "--json").stdout)["text"]
+    with pytest.raises(ConfigurationError, match="--resume"):
+        qstar("train", task_file, "--out", out)
+    again = qstar("train", task_file, "--out", out, "--resume", "--steps", 120)
+    assert "resuming at" in again.stderr
+    assert json.loads((out / "checkpoint" / "training_state.json").read_text())["num_timesteps"] >= 120
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["decode", "x", "--decoder", "asta"], "unknown decoder 'asta'; known, nearest first: 'astar'"),
+        (["decode", "x", "--task", "sentimint"], "unknown task 'sentimint'; known, nearest first: 'sentiment'"),
+        (["decode", "x", "--reward", "sentimental"], "unknown reward 'sentimental'"),
+        (["decode", "x", "--model", "no-such-model"], "unknown model 'no-such-model'"),
+        (["decode", "x", "--q", "nowhere"], "unknown checkpoint 'nowhere'"),
+        (["decode", "x", "--budget", "0"], "lm_tokens"),
+        (["decode", "x", "--top-k", "0"], "top_k is an integer"),
+        (["decode", "x", "--max-new-tokens", "0"], "max_new_tokens is an integer >= 1"),
+        (["decode", " "], "prompt is empty"),
+        (["train", "nothing"], "unknown task 'nothing'"),
+        (["train", "sentiment", "--resume", "--out", "nowhere"], "nothing to resume"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["qstar", *arguments])
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main()
+    assert exit_info.value.code == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("error: ")
+    assert "Traceback" not in captured.err
+    assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+def test_help_shows_examples_and_every_command():
+    for arguments in ([], ["--help"]):
+        text = CliRunner().invoke(cli.app, arguments).output
+        assert all(word in text for word in ("decode", "train", "demo", "qstar decode"))
+
+
+def test_the_installed_command_runs():
+    command = [sys.executable, "-m", "qstar_decoding.cli", "decode", "--help"]
+    assert "budget" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+# -- tasks
+
+
+def test_the_sentiment_task_has_enough_disjoint_prompts():
+    task = load_task("sentiment")
+    train, dev, test = (set(task.prompts.of(split)) for split in ("train", "dev", "test"))
+    assert len(train) >= 300
+    assert len(dev) >= 20
+    assert len(test) >= 40
+    assert len(train | dev | test) == len(train) + len(dev) + len(test)
+    assert task_names() == ["sentiment"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"promts": {}}, "unknown key 'promts', did you mean 'prompts'"),
+        ({"steps": None}, "steps"),
+        ({"prompts": {"train": ["a"], "dev": ["b"]}}, "missing key 'prompts.test'"),
+        ({"prompts": {"train": ["a"], "dev": ["a"], "test": ["c"]}}, "train and dev share prompts, e.g. 'a'"),
+        ({"steps": "many"}, "steps"),
+    ],
+)
+def test_a_wrong_task_file_names_the_key(tmp_path, change, message):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump({**TINY, **change}))
+    with pytest.raises(ConfigurationError, match=message):
+        load_task(path)
+
+
+def test_other_wrong_task_files(tmp_path):
+    (tmp_path / "broken.yaml").write_text("env: [")
+    (tmp_path / "list.yaml").write_text("- 1")
+    for name, message in (("broken.yaml", "is not YAML"), ("list.yaml", "task file")):
+        with pytest.raises(ConfigurationError, match=message):
+            load_task(tmp_path / name)
+    with pytest.raises(UnknownNameError, match=r"path of a \.yaml"):
+        load_task("absent.yaml")
+
+
+def test_templates_are_filled_with_every_word():
+    prompts = {"train": {"templates": ["A {x} {y}", "B"], "slots": {"x": ["1", "2"], "y": ["3"]}}}
+    task = Task.model_validate({"name": "t", **TINY, "prompts": {**TINY["prompts"], **prompts}})
+    assert task.prompts.of("train") == ["A 1 3", "A 2 3", "B"]
+
+
+# -- documents
+
+
+def root():
+    return Path(__file__).parents[1]
+
+
+def test_the_readmes_snippet_is_the_example():
+    readme = (root() / "README.md").read_text()
+    example = (root() / "examples" / "quickstart.py").read_text()
+    assert f"<!-- examples/quickstart.py -->\n```python\n{example}```" in readme
