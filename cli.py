@@ -201,7 +201,7 @@ def train(
     agent.save(
         folder / "q", training_state=False, command=command, seed=seed, minutes=round(minutes, 1), held_out=figures
     )
-    out.print(f'use it: qstar decode "{spec.prompts.of("test")[0]}" --task {task} --q {folder / "q"}')
+    out.print(f'use it: qstar decode "{spec.prompts.of("test")[0]}" --task {task} --q {folder}', soft_wrap=True)
 
 
 @app.command()

@@ -44,8 +44,8 @@ class AStarPlanner(Decoder):
         *,
         heuristic: Heuristic | None = None,
         weight: float = 1.0,
-        margin: float = 0.05,
-        width: int = 4,
+        margin: float = 0.1,
+        width: int = 16,
         growth: float = 2.0,
         scope: Scope = "top-k tree",
     ) -> None:

@@ -136,7 +136,8 @@ def as_q_function(q: Any) -> QFunction:
     if isinstance(q, QFunction):
         return q
     if isinstance(q, (str, Path)):
-        for folder in (_PRETRAINED / str(q), Path(q)):
+        # `qstar train --out RUN` leaves RUN/q, and RUN/checkpoint while it is still training.
+        for folder in (_PRETRAINED / str(q), Path(q), Path(q) / "q", Path(q) / "checkpoint"):
             if (folder / "config.json").is_file():
                 return load_q_function(folder)
         raise UnknownNameError("checkpoint", str(q), pretrained_names(), "The folder of a saved one works too.")

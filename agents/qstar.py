@@ -56,6 +56,7 @@ class QStar(DQN):
         searches_per_round: int = 32,
         tokens_per_search: int = 96,
         width: int = 1,
+        margin: float = 0.05,
         expectile: float = 0.8,
         noise: float = 0.05,
         q_free_share: float = 0.1,
@@ -80,6 +81,7 @@ class QStar(DQN):
             tokens_per_search: LM-token budget of each.
             width: Of the first round of each search; see :class:`AStarPlanner`. 1 follows arg max Q to the end first,
                 so that Q hears where it leads.
+            margin: How far f may be below the incumbent before an edge is put off; see :class:`AStarPlanner`.
             expectile: τ in (0, 1); 0.5 is least squares, 1 the maximum.
             noise: Scale of the Gumbel noise added to Q in half of the searches, in units of J. The other half searches
                 as the planner will, so that Q hears of its own mistakes.
@@ -108,7 +110,8 @@ class QStar(DQN):
         }.items():
             if value < 1:
                 raise ConfigurationError(f"{name} is an integer >= 1, got {value!r}")
-        self.searches_per_round, self.tokens_per_search, self.width = searches_per_round, tokens_per_search, width
+        self.searches_per_round, self.tokens_per_search = searches_per_round, tokens_per_search
+        self.width, self.margin = width, margin
         self.expectile, self.noise, self.q_free_share = expectile, noise, q_free_share
         self.buffer_bytes = buffer_bytes
         self.learning_rate_spec = learning_rate
@@ -162,7 +165,7 @@ class QStar(DQN):
         noise = np.where(self.rng.random(len(prompts)) < 0.5, self.noise, 0.0)
         modes = {id(p): (bool(f), float(scale)) for p, f, scale in zip(prompts, free, noise, strict=True)}
         heuristic = _Exploring(q, modes, self.rng)
-        planner = AStarPlanner(mdp, heuristic=heuristic, width=self.width)
+        planner = AStarPlanner(mdp, heuristic=heuristic, width=self.width, margin=self.margin)
         searches = run_searches(planner, prompts, Budget(self.tokens_per_search))
         targets = 0
         for search in searches:
@@ -240,7 +243,15 @@ class QStar(DQN):
 
     def arguments(self) -> dict[str, Any]:
         """Return the constructor's arguments as JSON values, for a checkpoint."""
-        searching = ("searches_per_round", "tokens_per_search", "width", "noise", "q_free_share", "buffer_bytes")
+        searching = (
+            "searches_per_round",
+            "tokens_per_search",
+            "width",
+            "margin",
+            "noise",
+            "q_free_share",
+            "buffer_bytes",
+        )
         names = (*searching, "batch_size", "gradient_steps", "expectile", "policy_kwargs", "seed")
         rate = self.learning_rate_spec  # a schedule of the caller's own cannot be written down
         return {**{name: getattr(self, name) for name in names}, **({} if callable(rate) else {"learning_rate": rate})}

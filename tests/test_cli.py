@@ -84,7 +84,7 @@ def test_train_writes_logs_and_a_checkpoint_that_resumes_and_decodes(task_file, 
         assert name in first.stdout
     assert list((out / "tensorboard").rglob("events*"))
     assert json.loads((out / "q" / "config.json").read_text())["description"]["held_out"]["arg max Q"]["reward"] <= 1
-    assert json.loads(qstar("decode", "A cat", "--task", task_file, "--q", out / "q", "--json").stdout)["text"]
+    assert json.loads(qstar("decode", "A cat", "--task", task_file, "--q", out, "--json").stdout)["text"]
     with pytest.raises(ConfigurationError, match="--resume"):
         qstar("train", task_file, "--out", out)
     again = qstar("train", task_file, "--out", out, "--resume", "--steps", 120)

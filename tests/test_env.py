@@ -267,6 +267,12 @@ def test_the_return_is_the_objective_less_the_potential_of_the_empty_prefix(
     assert last["reward"] == pytest.approx(reward)
     assert last["objective"] == pytest.approx(alpha * sum(logprobs) + reward, abs=1e-6)
 
+    # What every step pays, and what that comes to.
+    generated = [model.decode(prefix[len(model.encode(prompt)) :][:t]) for t in range(len(transitions))]
+    potentials = [*(potential(prompt, text) for text in generated), 0.0]
+    for t, (_, paid, terminated, _, _) in enumerate(transitions):
+        shaped = gamma * potentials[t + 1] - potentials[t] if shaping else 0.0
+        assert paid == pytest.approx(alpha * logprobs[t] + terminated * reward + shaped, abs=1e-5)
     discounted = sum(gamma**t * transition[1] for t, transition in enumerate(transitions))
     expected = sum(gamma**t * alpha * logprob for t, logprob in enumerate(logprobs))
     expected += gamma ** (len(transitions) - 1) * reward
