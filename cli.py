@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main"]
 
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+# A pipe has no width of its own; tables want more than the 80 columns that would be assumed.
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+err = Console(stderr=True, highlight=False)
 
 app = typer.Typer(
     name="qstar",
@@ -239,7 +241,8 @@ def demo(
                 # An empty tree for each: no decoder's seconds profit from what another has computed.
                 plan = make(mdp.fresh()).plan(prompt, limits, progress=show)
             plans.setdefault(name, []).append(plan)
-            table.add_row(name, Text(plan.prompt, "dim") + Text(plan.text), *_figures([plan]))
+            text = plan.text.replace("\n", "⏎")
+            table.add_row(name, Text(plan.prompt, "dim") + Text(text), *_figures([plan]))
         table.add_section()
     for name, found in plans.items():
         table.add_row(f"[bold]{name}", "[bold]mean", *_figures(found), style="bold" if name == "Q*" else "")

@@ -173,7 +173,8 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """Return which actions may be taken now, bool [k]; sb3-contrib's convention."""
-        return self._episodes.action_masks()[0]
+        mask: npt.NDArray[np.bool_] = self._episodes.action_masks()[0]
+        return mask
 
     # -----------------------------------------------------------------------------------------------------------------
 

@@ -35,21 +35,19 @@ class _Core:
         self.env = TokenDecodingEnv(**kwargs)  # arguments, spaces, prompts; never stepped itself
         env = self.env
         self.episodes = Episodes(env.mdp, env.observer, self.count, shaping=env.shaping, gamma=env.gamma)
-        self.generators: list[np.random.Generator] = []
-        self.seed(None)
+        self.generators = [seeding.np_random()[0] for _ in range(self.count)]
 
     def seed(self, seed: int | Sequence[int | None] | None) -> None:
-        """Seed environment i with ``seed + i``, or with ``seed[i]``; None draws entropy."""
+        """Seed environment i with ``seed + i``, or with ``seed[i]``; None changes nothing."""
         if seed is None or isinstance(seed, (int, np.integer)):
             seeds = [None if seed is None else int(seed) + i for i in range(self.count)]
         else:
             seeds = list(seed)
         if len(seeds) != self.count:
             raise ConfigurationError(f"{self.count} seeds are needed, one per environment; got {len(seeds)}")
-        self.generators = [
-            seeding.np_random(s)[0] if s is not None or not self.generators else g
-            for s, g in zip(seeds, self.generators or [None] * self.count, strict=True)
-        ]
+        for i, value in enumerate(seeds):
+            if value is not None:  # None leaves a generator as it is
+                self.generators[i] = seeding.np_random(value)[0]
 
     def begin(self, which: Sequence[int], prompt: Any = None) -> tuple[Observation, list[dict[str, Any]]]:
         """Start the episodes ``which``, with random prompts unless one is given."""
@@ -162,14 +160,14 @@ class TokenDecodingVecEnv(VecEnv):
         self._core = _Core(num_envs, **kwargs)
         env = self._core.env
         self.mdp, self.prompts, self.shaping, self.observer = env.mdp, env.prompts, env.shaping, env.observer
-        self._actions: Sequence[Any] = ()
+        self._actions: Any = ()
         self._attributes: dict[str, list[Any]] = {}
         self._episode_returns = np.zeros(self._core.count)
         self._episode_lengths = np.zeros(self._core.count, dtype=np.int64)
         self.render_mode = env.render_mode  # set before: the base class asks for it
         super().__init__(self._core.count, env.observation_space, env.action_space)
 
-    def reset(self) -> Observation:  # type: ignore[override]
+    def reset(self) -> Observation:
         """Begin all episodes, with the seeds given to :meth:`seed`; infos are in ``reset_infos``."""
         if any(seed is not None for seed in self._seeds):
             self._core.seed(self._seeds)
@@ -190,7 +188,7 @@ class TokenDecodingVecEnv(VecEnv):
         """Take the actions for :meth:`step_wait`."""
         self._actions = actions
 
-    def step_wait(self) -> tuple[Observation, npt.NDArray[np.float32], npt.NDArray[np.bool_], list[dict[str, Any]]]:  # type: ignore[override]
+    def step_wait(self) -> tuple[Observation, npt.NDArray[np.float32], npt.NDArray[np.bool_], list[dict[str, Any]]]:
         """Step all environments; those that end begin anew."""
         steps, observation, begun = self._core.step(self._actions)
         self._episode_returns += steps.rewards
