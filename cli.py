@@ -132,8 +132,7 @@ def decode(
         return
     shown: list[Completion | Plan] = [*plan.completions[:n]] or [plan]
     for rank, completion in enumerate(shown, start=1):
-        title = Text(f"{rank}. " if n > 1 else "")
-        out.print(title + Text(plan.prompt, style="dim") + Text(completion.text, style="bold"))
+        out.print(Text.assemble(f"{rank}. " if n > 1 else "", (plan.prompt, "dim"), (completion.text, "bold")))
         out.print(
             f"   J {completion.objective:.3f} = reward {completion.reward:.3f} "
             f"+ {mdp.logprob_weight:g} · log-prob {completion.logprob:.2f} nats   ({completion.stop})"
@@ -242,7 +241,7 @@ def demo(
                 plan = make(mdp.fresh()).plan(prompt, limits, progress=show)
             plans.setdefault(name, []).append(plan)
             text = plan.text.replace("\n", "⏎")
-            table.add_row(name, Text(plan.prompt, "dim") + Text(text), *_figures([plan]))
+            table.add_row(name, Text.assemble((plan.prompt, "dim"), text), *_figures([plan]))
         table.add_section()
     for name, found in plans.items():
         table.add_row(f"[bold]{name}", "[bold]mean", *_figures(found), style="bold" if name == "Q*" else "")
@@ -250,7 +249,7 @@ def demo(
     screen.print(table)
     screen.print(Text("How close Q* came to the best text of its tree:", "bold"))
     for plan in plans["Q*"]:
-        screen.print(Text(f"{plan.prompt}: ", "dim") + Text(_bounds(plan)))
+        screen.print(Text.assemble((f"{plan.prompt}: ", "dim"), _bounds(plan)))
     if svg:
         screen.save_svg(str(svg), title=f"qstar demo --task {spec.name} --budget {budget}")
 

@@ -70,7 +70,8 @@ def main():
         table.add_row(*cells, end_section=name == "Q*", style="bold" if name == "Q*" else "")
         label = f"J of {name}" + (f" at {budget} LM tokens" if budget else "")
         rows.append({"name": label, "value": objective.mean(), "unit": "J", "target": None, "higher_is_better": True})
-    Console().print(table)
+    console = Console()
+    (console if console.is_terminal else Console(width=120)).print(table)
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump(rows, file, indent=2)
