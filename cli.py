@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import time
 from contextlib import contextmanager
@@ -251,7 +252,9 @@ def demo(
     for plan in plans["Q*"]:
         screen.print(Text.assemble((f"{plan.prompt}: ", "dim"), _bounds(plan)))
     if svg:
-        screen.save_svg(str(svg), title=f"qstar demo --task {spec.name} --budget {budget}")
+        picture = screen.export_svg(title=f"qstar demo --task {spec.name} --budget {budget}")
+        # A picture that fetches nothing: without rich's web font, the reader's own monospace font is used.
+        svg.write_text(re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL), encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -75,6 +75,8 @@ def embedded_model_folder(name: str) -> Path | None:
 
     gguf = _gguf_path(EMBEDDED_MODELS[name])
     folder = cache_folder() / "models" / name
+    if _is_intact(folder):  # before any lock: the cache may be read-only
+        return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Two processes started together convert once: the second waits and finds the folder.

@@ -117,7 +117,7 @@ class DecodingMDP:
         self._kv_budget = kv_budget
         self.tree = TokenTree(self.model, top_k, kv_budget)
         self._eos = np.array(sorted(self.model.eos_token_ids), dtype=np.int64)
-        self._encoded: dict[str, list[int]] = {}
+        self._encoded: dict[tuple[bool, str], list[int]] = {}
         self._texts: dict[int, str] = {}
 
     def fresh(self) -> DecodingMDP:
@@ -141,7 +141,8 @@ class DecodingMDP:
         Raises:
             PromptError: With the horizon it is longer than the model's context.
         """
-        key = prompt.content if isinstance(prompt.content, str) else repr(prompt.content)
+        is_chat = not isinstance(prompt.content, str)
+        key = is_chat, str(prompt.content)
         if key not in self._encoded:
             ids = self.model.encode(prompt.content)
             room = self.model.context_length - self.max_new_tokens

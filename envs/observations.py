@@ -50,8 +50,9 @@ class Observer:
         self._mdp, self.candidate_dims = mdp, check_integer("candidate_dims", candidate_dims)
         self.features = token_features(mdp.model, candidate_dims)
         k, d, e = mdp.top_k, mdp.model.hidden_size, candidate_dims
-        low = min(mdp.reward.lower, 0.0) if np.isfinite(mdp.reward.lower) else -_MAX_POTENTIAL
-        high = max(mdp.reward.upper, 0.0) if np.isfinite(mdp.reward.upper) else _MAX_POTENTIAL
+        # float32 does not reach beyond 3e38; a bound out there is as good as none.
+        low = min(mdp.reward.lower, 0.0) if mdp.reward.lower > -1e30 else -_MAX_POTENTIAL
+        high = max(mdp.reward.upper, 0.0) if mdp.reward.upper < 1e30 else _MAX_POTENTIAL
         self._potential_range = low, high
         hidden, candidate = float(np.sqrt(d)) * 1.001, float(np.abs(self.features).max())
         self.space = spaces.Dict(
