@@ -20,7 +20,7 @@ RUN := build/run
 .PHONY: help demo test lint type format wheel clean FORCE
 
 help: ## list the targets
-	@echo "usage: make TARGET [PYTHON=python3] [PYTEST_ARGS='-k toy -n 2']"
+	@echo "usage: make TARGET [PYTHON=python3] [PYTEST_ARGS='-k astar -n 2']"
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP) ## set up, then decode with the embedded model and show what search adds
