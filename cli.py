@@ -58,7 +58,7 @@ meet, the text is certified to be the best.
 
   qstar decode "The movie was" --n 3 --json         the three best texts, for a script
 
-  qstar train sentiment --seed 0 --out runs/my-q    train a Q (about 13 minutes on 2 cores)
+  qstar train sentiment --seed 0 --out runs/my-q    train a Q (about 11 minutes on 2 cores)
 
   qstar decode "The movie was" --q runs/my-q        search with it
 """,
@@ -153,7 +153,7 @@ def train(
     """Train a Q-function for a task by searching its training prompts, then try it on its held-out prompts.
 
     Writes a checkpoint (safetensors and JSON) and TensorBoard logs into --out. Ctrl-C stops after saving;
-    --resume goes on. Training for the task 'sentiment' takes about 13 minutes on 2 cores.
+    --resume goes on. Training for the task 'sentiment' takes about 11 minutes on 2 cores.
     """
     import gymnasium as gym
 
