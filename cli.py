@@ -134,6 +134,10 @@ def decode(
     shown: list[Completion | Plan] = [*plan.completions[:n]] or [plan]
     for rank, completion in enumerate(shown, start=1):
         out.print(Text.assemble(f"{rank}. " if n > 1 else "", (plan.prompt, "dim"), (completion.text, "bold")))
+        if completion.stop == "partial":
+            needed = mdp.max_new_tokens - 1
+            out.print(f"   unfinished: {budget} LM tokens did not pay for a text; --budget {needed} surely does")
+            continue
         out.print(
             f"   J {completion.objective:.3f} = reward {completion.reward:.3f} "
             f"+ {mdp.logprob_weight:g} · log-prob {completion.logprob:.2f} nats   ({completion.stop})"

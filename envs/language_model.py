@@ -6,10 +6,12 @@ without repeating work is the business of an :class:`Engine`, which each model b
 
 from __future__ import annotations
 
+import difflib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, cast
 
 import numpy as np
@@ -301,6 +303,10 @@ def load_language_model(
 def _load(name: str, device: torch.device, dtype: torch.dtype, model_kwargs: dict[str, Any]) -> TransformersLM:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    is_typo = "/" not in name and difflib.get_close_matches(name.lower(), EMBEDDED_MODELS)
+    if name not in EMBEDDED_MODELS and is_typo and not Path(name).exists():
+        # Said at once: the hub would be asked for it for a minute where there is no network.
+        raise UnknownNameError("model", name, EMBEDDED_MODELS, "A local folder or a hub id works too.")
     source = str(embedded_model_folder(name) or EMBEDDED_MODELS[name].hub_id) if name in EMBEDDED_MODELS else name
     tokenizer_kwargs = {k: v for k, v in model_kwargs.items() if k in ("revision", "token", "trust_remote_code")}
     try:

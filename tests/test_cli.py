@@ -69,6 +69,13 @@ def test_decode_with_another_k_says_that_the_shipped_q_does_not_fit():
     assert json.loads(result.stdout)["certified"] is True
 
 
+def test_an_unfinished_text_is_said_to_be_unfinished():
+    output = qstar("decode", "The play was", "--budget", 5).stdout
+    assert "unfinished" in output
+    assert "--budget 23" in output
+    assert "nan" not in output
+
+
 def test_an_unbounded_bound_is_null_in_json():
     result = json.loads(
         qstar("decode", "The movie was", "--budget", 5, "--decoder", "greedy", "--json", "--max-new-tokens", 9).stdout
@@ -99,6 +106,7 @@ def test_train_writes_logs_and_a_checkpoint_that_resumes_and_decodes(task_file, 
         (["decode", "x", "--task", "sentimint"], "unknown task 'sentimint'; known, nearest first: 'sentiment'"),
         (["decode", "x", "--reward", "sentimental"], "unknown reward 'sentimental'"),
         (["decode", "x", "--model", "no-such-model"], "unknown model 'no-such-model'"),
+        (["decode", "x", "--model", "SmolLM2-135M"], "known, nearest first: 'smollm2-135m-instruct'"),
         (["decode", "x", "--q", "nowhere"], "unknown checkpoint 'nowhere'"),
         (["decode", "x", "--budget", "0"], "lm_tokens"),
         (["decode", "x", "--top-k", "0"], "top_k is an integer"),

@@ -147,7 +147,10 @@ def test_an_unknown_name_lists_the_known_ones_nearest_first(monkeypatch: pytest.
     assert sorted(caught.value.known) == ["smollm2-135m-instruct", "smollm3", "zephyr"]
     if name.startswith("smolm2"):
         assert caught.value.known == ["smollm2-135m-instruct", "smollm3", "zephyr"]
-    assert f"{name!r} could not be loaded" in str(caught.value)
+    # A likely typo is told at once, without asking the hub; of any other name it is told why it could not be loaded.
+    said_of_others = f"{name!r} could not be loaded" in str(caught.value)
+    assert said_of_others != name.startswith("smolm2")
+    assert "local folder or a hub id works too" in str(caught.value)
 
 
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
