@@ -281,15 +281,13 @@ def _heuristic(mdp: DecodingMDP, task: Task, q: str | None, *, adapted: bool = F
         return BoundHeuristic()
     if q is not None:
         heuristic = QHeuristic(q)
-        if heuristic.q.spec is not None:
-            heuristic.q.spec.check(mdp)
+        heuristic.q.check(mdp)
         return heuristic
     if adapted or task.name not in pretrained_names():
         return BoundHeuristic()
     heuristic = QHeuristic(task.name)
     try:
-        if heuristic.q.spec is not None:
-            heuristic.q.spec.check(mdp)
+        heuristic.q.check(mdp)
     except CheckpointError as error:
         err.print(f"note: the shipped Q does not fit, using the bound instead ({error})", soft_wrap=True)
         return BoundHeuristic()

@@ -25,7 +25,7 @@ from .q_function import QFunction, QSpec
 if TYPE_CHECKING:
     from .qstar import QStar
 
-__all__ = ["load_agent", "load_q_function", "save_agent", "save_q_function"]
+__all__ = ["load_agent", "load_q_function", "save_agent"]
 
 _FORMAT = 1
 _WEIGHTS, _CONFIG = "q_network.safetensors", "config.json"
@@ -63,11 +63,6 @@ def _write_q(folder: Path, network: TokenQNetwork, spec: QSpec, description: Map
         "description": dict(description),
     }
     (folder / _CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def save_q_function(agent: QStar, folder: Path, description: Mapping[str, Any]) -> None:
-    """Write the agent's Q-function alone: what planning needs."""
-    save_agent(agent, folder, training_state=False, description=description)
 
 
 def load_q_function(folder: Path) -> QFunction:

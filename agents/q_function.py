@@ -79,6 +79,15 @@ class QFunction:
     description: dict[str, Any] = field(default_factory=dict)
     _observer: tuple[DecodingMDP, Observer] | None = None
 
+    def check(self, mdp: DecodingMDP) -> None:
+        """Compare with the MDP that Q is about to be used in, as far as it is known what it was trained on.
+
+        Raises:
+            CheckpointError: The network belongs to another model, k or observation layout.
+        """
+        if self.spec is not None:
+            self.spec.check(mdp)
+
     def values(self, mdp: DecodingMDP, prompts: Sequence[Prompt], nodes: IntArray) -> Values:
         """Return the estimated best return through each edge, φ(s) added back, float64 [n, k].
 
@@ -86,8 +95,7 @@ class QFunction:
             CheckpointError: The network belongs to another model, k or observation layout.
         """
         if self._observer is None or self._observer[0] is not mdp:
-            if self.spec is not None:
-                self.spec.check(mdp)
+            self.check(mdp)
             self._observer = mdp, Observer(mdp, self.candidate_dims)
         observation = self._observer[1].observe(prompts, nodes)
         device = next(self.network.parameters()).device

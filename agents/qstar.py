@@ -17,7 +17,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
 from ..envs import DecodingMDP, Observer, Prompt
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, check_integer
 from .astar import AStarPlanner
 from .experience import SearchExperience
 from .heuristics import QHeuristic
@@ -37,7 +37,7 @@ class QStar(DQN):
     short of it is punished more than exceeding it, as in IQL (Kostrikov, Nair & Levine 2022, eq. 5). Too high a Q costs
     the search an expansion and is corrected by it; too low a Q loses a text for good.
 
-    Q estimates the return less the potential φ(s), that of the shaped process (see DESIGN's objective), whether or not
+    Q estimates the return less the potential φ(s), that of the shaped process, whether or not
     the environment's own rewards are shaped; :class:`QHeuristic` adds φ(s) back.
 
     The interface is that of stable-baselines3's off-policy algorithms: ``learn``, ``predict``, ``set_env``, callbacks,
@@ -108,8 +108,7 @@ class QStar(DQN):
             "searches_per_round": searches_per_round,
             "tokens_per_search": tokens_per_search,
         }.items():
-            if value < 1:
-                raise ConfigurationError(f"{name} is an integer >= 1, got {value!r}")
+            check_integer(name, value)
         self.searches_per_round, self.tokens_per_search = searches_per_round, tokens_per_search
         self.width, self.margin = width, margin
         self.expectile, self.noise, self.q_free_share = expectile, noise, q_free_share
@@ -224,7 +223,7 @@ class QStar(DQN):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
     def _on_step(self) -> None:
-        """Do nothing: there is no target network to update, as nothing is bootstrapped."""
+        """Do nothing: there is no target network to update."""
 
     # -- using the result ---------------------------------------------------------------------------------------------
 

@@ -222,8 +222,7 @@ class TokenDecodingVecEnv(VecEnv):
         which = list(self._get_indices(indices))
         if attr_name in self._attributes:
             return [self._attributes[attr_name][i] for i in which]
-        source = self if attr_name in ("mdp", "prompts", "shaping", "observer", "render_mode") else self._core.env
-        return [getattr(source, attr_name)] * len(which)
+        return [getattr(self._core.env, attr_name)] * len(which)
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
         """Note an attribute for some environments; those that define the process cannot be changed.
