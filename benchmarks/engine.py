@@ -1,0 +1,318 @@
+"""The engine against what a user could put together from ``transformers``, on the embedded model.
+
+    python benchmarks/engine.py [--model NAME] [--device cpu] [--dtype auto] [--repeats 5] [--json FILE]
+    python benchmarks/engine.py --scaling
+
+The two sides of a comparison run in turn in this process, on the same model object in the same dtype. A figure is the
+median of its repeats, a ratio the median of the repeats' ratios. ``--scaling`` shows how the time of a step grows with
+batch, depth, prompt length, size of the tree and k. docs/performance.md explains the rows.
+"""
+
+import argparse
+import json
+import platform
+import time
+
+import gymnasium as gym
+import numpy as np
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import qstar_decoding
+from qstar_decoding.agents import AStarPlanner, QHeuristic
+from qstar_decoding.envs import TokenTree, load_language_model
+from qstar_decoding.tasks import load_task
+
+TOP_K = 8
+HORIZON = 48  # tokens of a completion
+MB = 10**6
+
+
+class Bench:
+    """One language model and everything that is timed on it."""
+
+    def __init__(self, model, device, dtype, repeats):
+        self.lm, self.repeats, self.rng = load_language_model(model, device, dtype), repeats, np.random.default_rng(0)
+        self.words = " ".join(load_task("sentiment").prompts.of("train")).split()
+
+    def texts(self, count, low, high):
+        """Return ``count`` prompts of about ``low`` to ``high`` tokens."""
+        lengths = np.linspace(low, high, count).round().astype(int)
+        starts = self.rng.integers(len(self.words) - high, size=count)
+        return [" ".join(self.words[s : s + n]) for s, n in zip(starts, lengths, strict=True)]
+
+    def ids(self, count, low, high):
+        """Return the same as token ids."""
+        return [self.lm.encode(text) for text in self.texts(count, low, high)]
+
+    def seconds(self, function):
+        """Return how long ``function`` takes on the device."""
+        self._synchronize()
+        start = time.perf_counter()
+        function()
+        self._synchronize()
+        return time.perf_counter() - start
+
+    def in_turn(self, *functions):
+        """Run functions that return a figure in turn; return float64 [repeats, functions]."""
+        for function in functions:
+            function()  # to warm up
+        return np.array([[function() for function in functions] for _ in range(self.repeats)])
+
+    def _synchronize(self):
+        if self.lm.device.type == "cuda":
+            torch.cuda.synchronize(self.lm.device)
+
+    # -- this project -------------------------------------------------------------------------------------------------
+
+    def make_vec(self, num_envs, prompts, **kwargs):
+        """Make environments with an empty tree."""
+        options = {"model": self.lm, "prompts": prompts, "top_k": TOP_K, "max_new_tokens": HORIZON, **kwargs}
+        return gym.make_vec("TokenDecoding-v0", num_envs=num_envs, vectorization_mode="vector_entry_point", **options)
+
+    def play(self, env, steps, seed=0):
+        """Take random actions from ``reset`` on; return the seconds of the reset and of every step."""
+        rng = np.random.default_rng(seed)
+        times = [self.seconds(lambda: env.reset(seed=seed))]
+        for _ in range(steps):
+            actions = rng.integers(TOP_K, size=env.num_envs)
+            times.append(self.seconds(lambda actions=actions: env.step(actions)))
+        return np.array(times)
+
+    def env_speed(self, num_envs, prompts, steps=HORIZON):
+        """Return tokens/s of fresh prefixes, the prompts' processing included in the time."""
+        env = self.make_vec(num_envs, prompts)
+        seconds = self.play(env, steps).sum()
+        return (len(env.mdp.tree) - len(env.mdp.roots(env.prompts))) / seconds
+
+    def plan_speed(self, prompt, **planner):
+        """Return LM tokens/s of a search of 24 tokens with 16 pops at a time."""
+        env = gym.make("TokenDecoding-v0", model=self.lm, prompts=[prompt], top_k=TOP_K)
+        plan = AStarPlanner(env, width=16, **planner).plan(prompt, 400)
+        return plan.usage.lm_tokens / plan.usage.seconds
+
+    # -- transformers alone -------------------------------------------------------------------------------------------
+
+    def generate_speed(self, prompts, new_tokens=HORIZON, **kwargs):
+        """Return tokens/s of ``generate`` with its own cache, prompts padded to one length."""
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=self.lm.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.lm.device)
+        options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "pad_token_id": 0, **kwargs}
+
+        def generate():
+            with torch.inference_mode():
+                self.lm.model.generate(ids, attention_mask=mask, **options)
+
+        return len(prompts) * new_tokens * kwargs.get("num_beams", 1) / self.seconds(generate)
+
+    def recompute_speed(self, prompts, depth=HORIZON // 2):
+        """Return tokens/s where a step processes whole prefixes, in a padded batch, as in envs without a cache."""
+        sequences = [[*p, *self.rng.integers(1000, self.lm.vocab_size, size=depth)] for p in prompts]
+        width = max(map(len, sequences))
+        ids = torch.tensor([[*s, *[0] * (width - len(s))] for s in sequences], device=self.lm.device)
+        mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences], device=self.lm.device)
+        rows, last = torch.arange(len(sequences)), torch.tensor([len(s) - 1 for s in sequences])
+
+        def step():
+            with torch.inference_mode():
+                body = self.lm.model.base_model(ids, attention_mask=mask, use_cache=False)
+                self.lm.model.get_output_embeddings()(body.last_hidden_state[rows, last]).log_softmax(-1).topk(TOP_K)
+
+        return len(sequences) / self.seconds(step)
+
+    def matrix_products(self, batch):
+        """Return the seconds that the products with the model's weights take on their own for ``batch`` tokens."""
+        weights = [m.weight for m in self.lm.model.modules() if isinstance(m, torch.nn.Linear)]
+        inputs = {w.shape[1]: torch.randn(batch, w.shape[1], dtype=w.dtype, device=w.device) for w in weights}
+
+        def multiply():
+            with torch.inference_mode():
+                for weight in weights:
+                    torch.nn.functional.linear(inputs[weight.shape[1]], weight)
+
+        return self.seconds(multiply)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The comparisons: each returns (name, this project's figure, the other's, unit, ratio, target, higher is better)
+
+
+def one_env(bench):
+    """1 env against ``generate`` with greedy decoding."""
+    (text,), (ids,) = bench.texts(1, 30, 30), bench.ids(1, 30, 30)
+    both = bench.in_turn(
+        lambda: bench.env_speed(1, [text]), lambda: bench.generate_speed([ids], do_sample=False)
+    )
+    return "1 env, fresh, / generate (greedy)", both, "tokens/s", 1.0, True
+
+
+def many_envs(bench):
+    """64 envs against ``generate`` with sampling."""
+    texts = bench.texts(16, 10, 120)
+    batch = [bench.lm.encode(text) for text in texts] * 4
+    both = bench.in_turn(
+        lambda: bench.env_speed(64, texts), lambda: bench.generate_speed(batch, do_sample=True, top_k=TOP_K)
+    )
+    return "64 envs, fresh, / generate (sampling, padded)", both, "tokens/s", 1.4, True
+
+
+def no_cache(bench):
+    """64 envs against whole prefixes each step."""
+    texts = bench.texts(16, 10, 120)
+    batch = [bench.lm.encode(text) for text in texts] * 4
+    both = bench.in_turn(lambda: bench.env_speed(64, texts), lambda: bench.recompute_speed(batch))
+    return "64 envs, fresh, / whole prefixes each step", both, "tokens/s", 8.0, True
+
+
+def visited(bench):
+    """A walk that was walked before against its first time."""
+
+    def walks():
+        env = bench.make_vec(64, bench.texts(16, 10, 120))
+        fresh = bench.play(env, HORIZON)
+        return [64 / np.median(bench.play(env, HORIZON)[1:]), 64 / np.median(fresh[1:])]
+
+    return "64 envs, visited, / fresh", np.array([walks() for _ in range(bench.repeats)]), "tokens/s", 50.0, True
+
+
+def planner(bench):
+    """A* with 16 pops at a time against 16 beams."""
+    (text,) = bench.texts(1, 30, 30)
+    ids = bench.lm.encode(text)
+    both = bench.in_turn(
+        lambda: bench.plan_speed(text, heuristic=QHeuristic("sentiment") if bench.lm.hidden_size == 576 else None),
+        lambda: bench.generate_speed([ids], 24, num_beams=16, do_sample=False),
+    )
+    return "A*, 16 pops at a time, / generate (16 beams)", both, "LM tokens/s", 1.5, True
+
+
+def outside_the_forward(bench):
+    """What of a step of 16 envs is not the language model."""
+    inside = [0.0]
+    forward = type(bench.lm).hidden_and_logits
+
+    def timed(*args, **kwargs):
+        result = []
+        inside[0] += bench.seconds(lambda: result.append(forward(bench.lm, *args, **kwargs)))
+        return result[0]
+
+    def walk():
+        env = bench.make_vec(16, bench.texts(16, 10, 120))
+        bench.lm.hidden_and_logits = timed
+        try:
+            env.reset(seed=0)
+            inside[0] = 0.0
+            total = bench.play(env, HORIZON)[1:].sum()
+        finally:
+            del bench.lm.hidden_and_logits
+        return [1e3 * (total - inside[0]) / HORIZON, 1e3 * total / HORIZON]
+
+    return "16 envs, outside the forward / step", np.array([walk() for _ in range(bench.repeats)]), "ms", 0.10, False
+
+
+def above_the_floor(bench):
+    """A step of 16 envs against its matrix products."""
+    texts = bench.texts(16, 10, 120)
+    both = bench.in_turn(
+        lambda: 1e3 * np.median(bench.play(bench.make_vec(16, texts), HORIZON)[1:]),
+        lambda: 1e3 * np.median([bench.matrix_products(16) for _ in range(HORIZON)]),
+    )
+    return "16 envs, step / its matrix products alone", both, "ms", 1.5, False
+
+
+def size_of_the_tree(bench):
+    """A step in a large tree against the same in a small one."""
+    small, large = (TokenTree(bench.lm, TOP_K) for _ in range(2))
+    grow(bench, small, 1_000)
+    grow(bench, large, 50_000)
+
+    def step(tree):
+        nodes, actions = fresh_edges(bench, tree, 16)
+        return 1e3 * bench.seconds(lambda: tree.expand(nodes, actions))
+
+    both = bench.in_turn(*[lambda t=t: np.median([step(t) for _ in range(20)]) for t in (large, small)])
+    return "16 prefixes, tree of 50,000 / of 1,000", both, "ms", 1.15, False
+
+
+def bounded_memory(bench, prefixes=20_000, budget=64 * MB):
+    """The same prefixes with all memory and with 64 MB: what is held, and how far apart the outputs are."""
+    free, bounded = TokenTree(bench.lm, TOP_K), TokenTree(bench.lm, TOP_K, kv_budget=budget)
+    prompts = bench.ids(16, 10, 120)
+    for tree in (free, bounded):
+        tree.roots(prompts)
+    held, difference = 0, 0.0
+    while len(free) < prefixes:
+        nodes, actions = fresh_edges(bench, free, 64)
+        new, again = free.expand(nodes, actions), bounded.expand(nodes, actions)
+        held = max(held, bounded.kv_bytes)
+        assert np.array_equal(new, again)
+        difference = max(difference, float(np.abs(free.logprobs[new] - bounded.logprobs[again]).max()))
+    return free.kv_bytes, held, difference
+
+
+def grow(bench, tree, prefixes):
+    tree.roots(bench.ids(16, 10, 120))
+    while len(tree) < prefixes:
+        tree.expand(*fresh_edges(bench, tree, min(256, prefixes - len(tree))))
+
+
+def fresh_edges(bench, tree, count):
+    """Return ``count`` edges that nobody has followed yet, from nodes of all ages."""
+    edges = set()
+    while len(edges) < count:
+        node, action = int(bench.rng.integers(len(tree))), int(bench.rng.integers(TOP_K))
+        if tree.children[node, action] < 0 and tree.depth[node] < HORIZON:
+            edges.add((node, action))
+    nodes, actions = np.array(sorted(edges)).T
+    return nodes, actions
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+COMPARISONS = [
+    one_env,
+    many_envs,
+    no_cache,
+    visited,
+    planner,
+    outside_the_forward,
+    above_the_floor,
+    size_of_the_tree,
+]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", nargs="+", help="names of comparisons, such as one_env")
+    parser.add_argument("--json", help="also write the rows to this file")
+    arguments = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    bench = Bench(arguments.model, arguments.device, arguments.dtype, arguments.repeats)
+    table = Table("what", "this project", "the other", "ratio", "at least / at most", title=machine(bench.lm))
+    rows = []
+    for compare in track(COMPARISONS, "timing", console=Console(stderr=True), transient=True):
+        if arguments.only and compare.__name__ not in arguments.only:
+            continue
+        name, both, unit, target, higher = compare(bench)
+        ours, other = np.median(both, axis=0)
+        ratio = float(np.median(both[:, 0] / both[:, 1]))
+        table.add_row(name, f"{ours:,.1f} {unit}", f"{other:,.1f} {unit}", f"{ratio:.2f}", f"{'≥' if higher else '≤'} {target}")
+        rows.append({"name": name, "value": ratio, "unit": "ratio", "target": target, "higher_is_better": higher})
+    Console(width=130).print(table)
+
+
+def machine(lm):
+    return f"{lm.name}, {lm.model.dtype}, {lm.device}"
+
+
+if __name__ == "__main__":
+    main()
