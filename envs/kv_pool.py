@@ -54,6 +54,8 @@ class _Block:
         distance: int64 [G, Q, U], how many positions back each slot lies; only for models with a sliding window.
         packed: int64 [m], where the m real queries stand in the flattened [G, Q].
         members: int64 [m], which packed tokens these are.
+        in_order: The queries are the packed tokens, all of them and in their order.
+        sees_all: Every query sees every slot of its group.
     """
 
     queries: Tensor
@@ -62,10 +64,14 @@ class _Block:
     distance: Tensor | None
     packed: Tensor
     members: Tensor
+    in_order: bool
+    sees_all: bool
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
 
-    def mask(self, repeats: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    def mask(self, repeats: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
         """Return the additive mask [G, 1, repeats * Q, U]; layers of the same kind share it."""
+        if self.sees_all and not window:
+            return None
         if (repeats, window) not in self._masks:
             visible = self.visible if self.distance is None or not window else self.visible & (self.distance < window)
             mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
@@ -78,7 +84,7 @@ class _Forward:
     """What the attention needs to know about the forward in progress."""
 
     pool: _Pool
-    slots: Tensor  # int64 [N], where the packed tokens' own keys and values go
+    slots: Tensor  # int64 [N], where the packed tokens' own keys and values go; what follows them is filling
     blocks: list[_Block]
     windows: set[int]  # where the attention puts down the sliding windows that it is told of
 
@@ -87,7 +93,7 @@ class _Forward:
         """Store keys and values [1, H, N, D] of the packed tokens; hand back the layer's pool and the value width."""
         pool = self.pool.layer(layer, keys, values)
         rows = torch.cat((keys[0].transpose(0, 1), values[0].transpose(0, 1)), dim=-1)
-        pool.index_copy_(0, self.slots, rows)
+        pool.index_copy_(0, self.slots, rows[: len(self.slots)])
         return pool, values
 
     def get_seq_length(self, layer: int = 0) -> int:
@@ -118,24 +124,32 @@ def _tree_attention(
     pool, value_width = key, value.shape[-1]
     heads, kv_heads = query.shape[1], pool.shape[1]
     repeats = heads // kv_heads
-    packed_queries = query[0].transpose(0, 1)  # [N, H, D]
-    output = query.new_empty(packed_queries.shape[0], heads, value_width)
+    packed_queries = query[0].transpose(0, 1)  # [N, H, D], and filling
+    count = len(_active.slots)
+    output = query.new_zeros(packed_queries.shape[0], heads, value_width)
     for block in _active.blocks:
         groups, width = block.queries.shape
         # The heads that share a key-value head become further queries of it: no copy of keys or values per head.
-        q = packed_queries.index_select(0, block.queries.flatten()).view(groups, width, kv_heads, repeats, -1)
+        q = packed_queries[:count] if block.in_order else packed_queries.index_select(0, block.queries.flatten())
+        q = q.view(groups, width, kv_heads, repeats, -1)
         q = q.permute(0, 2, 3, 1, 4).reshape(groups, kv_heads, repeats * width, -1)
         seen = pool.index_select(0, block.slots.flatten()).view(groups, -1, kv_heads, pool.shape[-1]).transpose(1, 2)
         k, v = seen[..., :-value_width], seen[..., -value_width:]
         mask = block.mask(repeats, sliding_window, q.dtype)
         if softcap:
             scores = q @ k.transpose(2, 3) * (scaling or q.shape[-1] ** -0.5)
-            weights = ((scores / softcap).tanh() * softcap + mask).softmax(-1, dtype=torch.float32).to(q.dtype)
+            scores = (scores / softcap).tanh() * softcap
+            weights = (scores if mask is None else scores + mask).softmax(-1, dtype=torch.float32).to(q.dtype)
             out = weights @ v
         else:
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
         out = out.view(groups, kv_heads, repeats, width, -1).permute(0, 3, 1, 2, 4).reshape(groups * width, heads, -1)
-        output.index_copy_(0, block.members, out.index_select(0, block.packed))
+        if block.in_order and count == len(output):
+            output = out
+        elif block.in_order:
+            output[:count] = out
+        else:
+            output.index_copy_(0, block.members, out.index_select(0, block.packed))
     return output.unsqueeze(0), None
 
 
@@ -394,7 +408,13 @@ class TreeEngine:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
         forward = _Forward(self._pool, tensor(self._table.slot[rows]), self._blocks(rows, tensor), self._windows)
-        with torch.inference_mode(), _tree_attention_in(model, forward):
+        count, weights = len(asked), self._lm.packed_weights
+        size = weights.size_for(len(rows)) if weights else None
+        with torch.inference_mode(), _tree_attention_in(model, forward), contextlib.ExitStack() as stack:
+            if weights and size:
+                # Filled up with the first token again; nobody sees the filling, and its outputs are thrown away.
+                rows, asked = (np.concatenate((a, a[:1].repeat(size - len(a)))) for a in (rows, asked))
+                stack.enter_context(weights.swapped_in(size))
             hidden, logits = self._lm.hidden_and_logits(
                 tensor(asked),
                 input_ids=tensor(self._table.token[rows]).unsqueeze(0),
@@ -402,6 +422,7 @@ class TreeEngine:
                 past_key_values=forward,
                 use_cache=True,
             )
+            hidden, logits = hidden[:count], logits[:count]
             logprobs, tokens = _top_logprobs(logits.float(), self._top_k)
             return Outputs(hidden.float().cpu().numpy(), tokens.cpu().numpy(), logprobs.cpu().numpy())
 
@@ -412,37 +433,43 @@ class TreeEngine:
         return [self._block(rows, np.flatnonzero(kind), limit, tensor) for kind, limit in kinds if kind.any()]
 
     def _block(self, rows: IntArray, members: IntArray, limit: int, tensor: Any) -> _Block:
-        """Group the queries ``rows[members]`` by prompt, at most ``limit`` together."""
+        """Group the queries ``rows[members]``: those of a prompt, at most ``limit``, make a piece; pieces share groups."""
         table = self._table
         # Sorted by prompt, then by age, which keeps the branches of one search together.
         members = members[np.lexsort((rows[members], table.chain[rows[members]]))]
         queries = rows[members]
         chain = table.chain[queries]
-        first_of_chain = np.flatnonzero(np.r_[True, chain[1:] != chain[:-1]])
-        rank = np.arange(len(queries)) - first_of_chain[np.cumsum(np.r_[True, chain[1:] != chain[:-1]]) - 1]
+        new_chain = np.r_[True, chain[1:] != chain[:-1]]
+        rank = np.arange(len(queries)) - np.flatnonzero(new_chain)[np.cumsum(new_chain) - 1]
         starts = np.flatnonzero(rank % limit == 0)
-        group = np.cumsum(rank % limit == 0) - 1
-        place = rank % limit
+        piece = np.cumsum(rank % limit == 0) - 1
 
-        # Columns of a group: its prompt's tokens first, then every continuation token that one of its queries sees.
+        # A piece sees its prompt's tokens, and every continuation token that one of its queries sees.
         seen_of_prompt = table.position[table.stem[queries]] + 1
         prompt_length = np.maximum.reduceat(seen_of_prompt, starts)
         ancestors = self._continuations(queries)
         query, step = np.nonzero(ancestors >= 0)
-        distinct, inverse = np.unique(group[query] * table.size + ancestors[query, step], return_inverse=True)
+        distinct, inverse = np.unique(piece[query] * table.size + ancestors[query, step], return_inverse=True)
         owner, row = distinct // table.size, distinct % table.size
-        column = prompt_length[owner] + np.arange(len(distinct)) - np.searchsorted(owner, owner)
-        width = int((prompt_length + np.bincount(owner, minlength=len(starts))).max())
+        widths = prompt_length + np.bincount(owner, minlength=len(starts))
+        group_of_piece, offset, width = _pack(widths)
+        sizes = np.diff(np.r_[starts, len(queries)])
+        place_of_piece = _running_sum(sizes, group_of_piece)
+        group, place = group_of_piece[piece], place_of_piece[piece] + rank % limit
+        column = offset[owner] + prompt_length[owner] + np.arange(len(distinct)) - np.searchsorted(owner, owner)
 
-        seen = np.full((len(starts), width), -1, dtype=np.int64)
-        for g, start in enumerate(starts):
-            seen[g, : prompt_length[g]] = self._chains[chain[start]][: prompt_length[g]]
-        seen[owner, column] = row
-        visible = np.zeros((len(starts), int(place.max()) + 1, width), dtype=bool)
+        shape = int(group.max()) + 1, int(place.max()) + 1, width
+        seen = np.full((shape[0], width), -1, dtype=np.int64)
+        for p, start in enumerate(starts):
+            length = prompt_length[p]
+            seen[group_of_piece[p], offset[p] : offset[p] + length] = self._chains[chain[start]][:length]
+        seen[group_of_piece[owner], column] = row
+        visible = np.zeros(shape, dtype=bool)
         visible[:, :, 0] = True  # a padded query must see something, or its softmax is NaN
-        visible[group, place] = np.arange(width) < seen_of_prompt[:, None]
+        first, columns = offset[piece][:, None], np.arange(width)
+        visible[group, place] = (columns >= first) & (columns < first + seen_of_prompt[:, None])
         visible[group[query], place[query], column[inverse]] = True
-        index = np.zeros(visible.shape[:2], dtype=np.int64)
+        index = np.zeros(shape[:2], dtype=np.int64)
         index[group, place] = members
         distance = None
         if self._window:
@@ -452,9 +479,42 @@ class TreeEngine:
             slots=tensor(np.where(seen >= 0, table.slot[seen], 0)),
             visible=torch.from_numpy(visible).to(self._lm.device),
             distance=distance,
-            packed=tensor(group * visible.shape[1] + place),
+            packed=tensor(group * shape[1] + place),
             members=tensor(members),
+            in_order=index.size == len(rows) and bool((index.flatten() == np.arange(len(rows))).all()),
+            sees_all=bool(visible.all()),
         )
+
+
+def _pack(widths: IntArray) -> tuple[IntArray, IntArray, int]:
+    """Share groups as wide as the widest piece among all pieces, so that little of a group is padding.
+
+    Returns:
+        The group of each piece, where in it the piece begins, and the width of the groups.
+    """
+    capacity, order = int(widths.max()), np.argsort(-widths, kind="stable").tolist()
+    group, offset = np.zeros(len(widths), dtype=np.int64), np.zeros(len(widths), dtype=np.int64)
+    groups = 0
+    while order:
+        piece, used = order.pop(0), 0  # the widest that is left, with the narrowest for as long as they fit
+        while True:
+            group[piece], offset[piece] = groups, used
+            used += int(widths[piece])
+            if not order or used + widths[order[-1]] > capacity:
+                break
+            piece = order.pop()
+        groups += 1
+    return group, offset, capacity
+
+
+def _running_sum(sizes: IntArray, group: IntArray) -> IntArray:
+    """Return for each entry the sum of the earlier sizes of its group."""
+    order = np.argsort(group, kind="stable")
+    before = np.cumsum(sizes[order]) - sizes[order]
+    first = np.r_[True, np.diff(group[order]) != 0]
+    result = np.empty_like(sizes)
+    result[order] = before - before[np.flatnonzero(first)][np.cumsum(first) - 1]
+    return result
 
 
 def _top_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
