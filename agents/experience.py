@@ -88,9 +88,10 @@ class SearchExperience:
         if not len(rows):
             return 0
         nodes, prompts = search.node[rows], [search.prompt] * len(rows)
-        seen = observer.observe(prompts, nodes)
+        potential = search.mdp.potential(prompts, nodes)
+        seen = observer.observe(potential, nodes)
         # What is learnt is the return from here on, less the potential: Q of the shaped process.
-        target = value[rows] - search.g[rows, None] - search.mdp.potential(prompts, nodes)[:, None]
+        target = value[rows] - search.g[rows, None] - potential[:, None]
         self._write(
             {
                 **{name: seen[name] for name in ("hidden", "logprobs", "potential", "remaining", "action_mask")},

@@ -448,6 +448,7 @@ def run_searches(
 ) -> list[Search]:
     """Like :func:`run`, but return the searches themselves."""
     mdp = decoder.mdp
+    mdp.make_room()
     searches = [Search(mdp, prompt, budget, decoder.scope) for prompt in prompts]
     roots = mdp.roots(prompts)
     h = decoder.evaluate(prompts, roots)

@@ -97,14 +97,15 @@ class QFunction:
         if self._observer is None or self._observer[0] is not mdp:
             self.check(mdp)
             self._observer = mdp, Observer(mdp, self.candidate_dims)
-        observation = self._observer[1].observe(prompts, nodes)
+        potential = mdp.potential(prompts, nodes)
+        observation = self._observer[1].observe(potential, nodes)
         device = next(self.network.parameters()).device
         self.network.train(False)
         with torch.inference_mode():
             q = self.network({key: torch.from_numpy(value).to(device) for key, value in observation.items()})
         values: Values = q.double().cpu().numpy()
         # In float64, as J is: the observation's float32 potential would round the sum.
-        return values + mdp.potential(prompts, nodes)[:, None] if self.shaped else values
+        return values + potential[:, None] if self.shaped else values
 
     def __repr__(self) -> str:
         """Name the model and the action count."""

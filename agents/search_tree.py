@@ -54,7 +54,7 @@ class SearchTree:
         nodes = search.node[rows]
         tokens = mdp.tree.tokens[nodes].ravel()
         distinct, inverse = np.unique(tokens, return_inverse=True)
-        texts = [mdp.model.decode([int(token)]) for token in distinct]
+        texts = [mdp.token_text(token) for token in distinct.tolist()]
         objective = np.full((search.size, k), np.nan)
         for edge, completion in search.completions.items():
             objective[edge] = completion.objective

@@ -2,37 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import EpisodeError, IllegalActionError
+from ..errors import ConfigurationError, EpisodeError, IllegalActionError
 from .language_model import IntArray
 from .mdp import Completion, DecodingMDP, Finish, Values
 from .observations import Observation, Observer
 from .prompts import Prompt
 
-__all__ = ["Episodes", "Steps"]
+__all__ = ["EpisodeState", "Episodes", "Steps"]
 
 _NONE = -1  # the node of an episode that has not begun or has ended
+_NOTHING = np.empty(0, dtype=np.int64)
 
 
 class Steps(NamedTuple):
     """What one step of ``N`` episodes brought.
 
     Attributes:
-        observation: Arrays [N, …]; where an episode ended, that after the end.
+        observation: Arrays [N, …] to go on from; where an episode ended and none began in its place, what follows the
+            end.
         rewards: float64 [N].
         terminated: bool [N].
-        infos: ``info`` of each episode.
+        tokens: int64 [N], what was appended.
+        logprobs: float32 [N], nats.
+        ended: By episode, what ``info`` says of a completion; only of those that ended.
     """
 
     observation: Observation
     rewards: Values
     terminated: npt.NDArray[np.bool_]
-    infos: list[dict[str, Any]]
+    tokens: IntArray
+    logprobs: npt.NDArray[np.float32]
+    ended: dict[int, dict[str, Any]]
+
+
+@dataclass(eq=False)
+class EpisodeState:
+    """Where ``N`` episodes stand, to come back to; as much to keep, whatever the lengths of prompt and completion.
+
+    Attributes:
+        node: int64 [N], nodes of the token tree, -1 before an episode's beginning and after its end.
+    """
+
+    node: IntArray
+    _mdp: DecodingMDP
+    _prompt: list[Prompt | None]
+    _ended: list[Completion | None]
+    _potential: Values
 
 
 class Episodes:
@@ -51,17 +73,18 @@ class Episodes:
         self.prompt: list[Prompt | None] = [None] * count
         self.ended: list[Completion | None] = [None] * count
         self._potential = np.zeros(count)
+        mdp.tree.hold(self)
 
-    def begin(self, which: Sequence[int], prompts: Sequence[Prompt]) -> tuple[Observation, list[dict[str, Any]]]:
-        """Start the episodes ``which`` [m] anew; return observations [m, …] and infos. All of them start, or none."""
+    def begin(self, which: Sequence[int], prompts: Sequence[Prompt]) -> Observation:
+        """Start the episodes ``which`` [m] anew; return observations [m, …]. All of them start, or none."""
+        self._mdp.make_room()
         nodes = self._mdp.roots(prompts)
-        observation = self._observer.observe(prompts, nodes)
         potential = self._mdp.potential(prompts, nodes)
+        observation = self._observer.observe(potential, nodes)
         for i, prompt in zip(which, prompts, strict=True):
             self.prompt[i], self.ended[i] = prompt, None
         self.node[which], self._potential[which] = nodes, potential
-        masks = observation["action_mask"]
-        return observation, [{"action_mask": m.copy(), "prompt": p.text} for m, p in zip(masks, prompts, strict=True)]
+        return observation
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """Return which actions may be taken, bool [N, k]; all ones where there is no episode."""
@@ -71,61 +94,89 @@ class Episodes:
             masks[alive] = self._mdp.action_mask(self.node[alive])
         return masks
 
-    def step(self, actions: Sequence[Any]) -> Steps:
+    def step(self, actions: Any, restart: Callable[[IntArray], Sequence[Prompt]] | None = None) -> Steps:
         """Take one action in each episode. Either all steps happen or, on any error, none does.
+
+        Args:
+            actions: ``N`` integers.
+            restart: Given the indices of those that end, the prompts with which they begin anew in this very step.
 
         Raises:
             EpisodeError: An episode has not begun or has ended.
             IllegalActionError: An action is not an integer, out of range, or masked.
             RewardError: The reward model failed.
         """
-        mdp, nodes = self._mdp, self.node
-        ranks = self._check(actions)
-        rows = np.arange(len(nodes))
-        going_on = mdp.finishes(nodes)[rows, ranks] == Finish.NO
+        mdp = self._mdp
+        mdp.make_room()
+        ranks, nodes, rows = self._check(actions), self.node, np.arange(len(self.node))
+        terminated = mdp.finishes(nodes)[rows, ranks] != Finish.NO
         rewards = mdp.edge_returns(nodes)[rows, ranks]
-        infos = self._token_infos(nodes, ranks)
+        tokens, logprobs = mdp.tree.tokens[nodes, ranks], mdp.tree.logprobs[nodes, ranks]
         # The reward comes first: it can fail without a trace, and a forward that nobody uses is merely cached.
-        ending = np.flatnonzero(~going_on)
-        completions = mdp.complete(self._prompts(ending), nodes[ending], ranks[ending])
-        goers = np.flatnonzero(going_on)
+        ending, going_on = np.flatnonzero(terminated), np.flatnonzero(~terminated)
+        completions = mdp.complete([self._prompt(i) for i in ending], nodes[ending], ranks[ending])
+        fresh = list(restart(ending)) if restart and len(ending) else []
+        begun = ending[: len(fresh)]
+        roots, children = mdp.grow(fresh, nodes[going_on], ranks[going_on])
+        prompts = self.prompt.copy()
+        for i, prompt in zip(begun, fresh, strict=True):
+            prompts[i] = prompt
         after, potential = np.full(len(nodes), _NONE), np.zeros(len(nodes))
-        observation = self._observer.after_the_end(len(nodes))
-        if len(goers):
-            after[goers] = mdp.tree.expand(nodes[goers], ranks[goers])
-            for key, value in self._observer.observe(self._prompts(goers), after[goers]).items():
-                observation[key][goers] = value
-            potential[goers] = mdp.potential(self._prompts(goers), after[goers])
+        after[begun], after[going_on] = roots, children
+        alive = np.flatnonzero(after != _NONE)
+        potential[alive] = mdp.potential([p for i in alive if (p := prompts[i]) is not None], after[alive])
+        observation = self._observer.observe(potential[alive], after[alive])
+        if len(alive) < len(nodes):
+            whole = self._observer.after_the_end(len(nodes))
+            for key, value in observation.items():
+                whole[key][alive] = value
+            observation = whole
         # Nothing can fail from here on.
-        for i, completion in zip(ending, completions, strict=True):
-            # A completion that cannot be scored earns its fluency only.
-            scored = bool(np.isfinite(completion.reward))
-            rewards[i] += completion.reward if scored else 0.0
-            infos[i] |= {"completion": completion.text, "stop": completion.stop}
-            infos[i] |= {"reward": completion.reward if scored else None}
-            infos[i] |= {"objective": completion.objective if scored else None}
-            self.ended[i] = completion
+        ended = {int(i): _summary(completion) for i, completion in zip(ending, completions, strict=True)}
+        # A completion that cannot be scored earns its fluency only.
+        rewards[ending] += [c.reward if np.isfinite(c.reward) else 0.0 for c in completions]
         if self._shaping:
-            rewards += self._gamma * potential - self._potential
-        self.node, self._potential = after, potential
-        for info, mask in zip(infos, observation["action_mask"], strict=True):
-            info["action_mask"] = mask.copy()
-        return Steps(observation, rewards, ~going_on, infos)
+            rewards += np.where(terminated, 0.0, self._gamma * potential) - self._potential
+        for i, completion in zip(ending, completions, strict=True):
+            self.ended[i] = completion if after[i] == _NONE else None
+        self.node[:], self._potential, self.prompt = after, potential, prompts
+        return Steps(observation, rewards, terminated, tokens, logprobs, ended)
+
+    def token_info(self, steps: Steps, index: int) -> dict[str, Any]:
+        """Return what ``info`` says of one episode's step, but for the mask."""
+        token = int(steps.tokens[index])
+        info = {"token": token, "token_text": self._mdp.token_text(token), "logprob": float(steps.logprobs[index])}
+        return info | steps.ended.get(index, {})
+
+    def get_state(self) -> EpisodeState:
+        """Return where the episodes stand, for :meth:`set_state`."""
+        state = EpisodeState(
+            self.node.copy(), self._mdp, self.prompt.copy(), self.ended.copy(), self._potential.copy()
+        )
+        self._mdp.tree.hold(state)
+        return state
+
+    def set_state(self, state: EpisodeState) -> None:
+        """Go back, or over, to ``state``.
+
+        Raises:
+            ConfigurationError: It is no state, or one of another environment.
+        """
+        if not isinstance(state, EpisodeState):
+            raise ConfigurationError(f"set_state takes what get_state returned, got {type(state).__name__}")
+        if state._mdp is not self._mdp or len(state.node) != len(self.node):
+            raise ConfigurationError("this state is one of another environment; set_state takes its own get_state's")
+        self.node[:], self._potential = state.node, state._potential.copy()
+        self.prompt, self.ended = state._prompt.copy(), state._ended.copy()
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _prompts(self, which: IntArray) -> list[Prompt]:
-        return [prompt for i in which if (prompt := self.prompt[i]) is not None]
+    def _prompt(self, index: int) -> Prompt:
+        prompt = self.prompt[index]
+        assert prompt is not None
+        return prompt
 
-    def _token_infos(self, nodes: IntArray, ranks: IntArray) -> list[dict[str, Any]]:
-        tree, decode = self._mdp.tree, self._mdp.model.decode
-        tokens, logprobs = tree.tokens[nodes, ranks].tolist(), tree.logprobs[nodes, ranks].tolist()
-        return [
-            {"token": token, "token_text": decode([token]), "logprob": logprob}
-            for token, logprob in zip(tokens, logprobs, strict=True)
-        ]
-
-    def _check(self, actions: Sequence[Any]) -> IntArray:
+    def _check(self, actions: Any) -> IntArray:
         if len(actions) != len(self.node):
             raise IllegalActionError(f"{len(self.node)} actions are needed, one per environment; got {len(actions)}")
         idle = np.flatnonzero(self.node == _NONE)
@@ -133,18 +184,34 @@ class Episodes:
             when = "after the end of the episode" if self.ended[idle[0]] else "before reset"
             raise EpisodeError(f"step() was called {when}; call reset() first")
         masks = self.action_masks()
-        return np.array([self._rank(action, mask) for action, mask in zip(actions, masks, strict=True)], dtype=np.int64)
+        if isinstance(actions, np.ndarray) and actions.dtype.kind in "iu" and actions.ndim == 1:
+            inside = (actions >= 0) & (actions < masks.shape[1])
+            if inside.all() and masks[np.arange(len(masks)), actions].all():
+                return actions.astype(np.int64)
+        # One by one: to take what is an integer in other clothes, and to name what is wrong.
+        return np.array([_rank(action, mask) for action, mask in zip(actions, masks, strict=True)], dtype=np.int64)
 
-    def _rank(self, action: Any, mask: npt.NDArray[np.bool_]) -> int:
-        legal = np.flatnonzero(mask).tolist()
-        try:
-            array = np.asarray(action)
-        except ValueError:  # lists of different lengths
-            array = np.empty(0)
-        if array.size != 1 or array.dtype.kind not in "iu":
-            raise IllegalActionError(f"an action is one integer, got {action!r}; legal now: {legal}")
-        rank = int(array.reshape(()))
-        if rank not in legal:
-            why = "masked" if 0 <= rank < len(mask) else f"not in 0..{len(mask) - 1}"
-            raise IllegalActionError(f"action {rank} is {why}; legal now: {legal}")
-        return rank
+
+def _rank(action: Any, mask: npt.NDArray[np.bool_]) -> int:
+    legal = np.flatnonzero(mask).tolist()
+    try:
+        array = np.asarray(action)
+    except ValueError:  # lists of different lengths
+        array = np.empty(0)
+    if array.size != 1 or array.dtype.kind not in "iu":
+        raise IllegalActionError(f"an action is one integer, got {action!r}; legal now: {legal}")
+    rank = int(array.reshape(()))
+    if rank not in legal:
+        why = "masked" if 0 <= rank < len(mask) else f"not in 0..{len(mask) - 1}"
+        raise IllegalActionError(f"action {rank} is {why}; legal now: {legal}")
+    return rank
+
+
+def _summary(completion: Completion) -> dict[str, Any]:
+    scored = bool(np.isfinite(completion.reward))
+    return {
+        "completion": completion.text,
+        "stop": completion.stop,
+        "reward": completion.reward if scored else None,
+        "objective": completion.objective if scored else None,
+    }

@@ -236,6 +236,14 @@ class _Table:
         self.stem[rows], self.slot[rows], self.used[rows] = rows, _FREE, 0
         return rows
 
+    def keep(self, rows: IntArray, new: IntArray) -> None:
+        """Keep only ``rows``; ``new`` [size + 1] tells the new index of each, and -1 of -1."""
+        self.parent[rows], self.stem[rows] = new[self.parent[rows]], new[self.stem[rows]]
+        self.size = len(rows)
+        for name, column in list(vars(self).items()):
+            if name != "size":
+                setattr(self, name, np.resize(column[rows], max(1024, len(rows))))
+
 
 class TreeEngine:
     """The fast engine: every token of every prefix is computed once, in one packed forward per call."""
@@ -274,22 +282,47 @@ class TreeEngine:
         """Bytes of key-value memory per token, over all layers; 0 before the first forward."""
         return self.kv_bytes // max(self._pool.capacity, 1)
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[IntArray, Outputs]:
-        """See :meth:`Engine.prefill`; prompts with a common beginning share it."""
-        rows = np.array([self._chain(tuple(prompt))[-1] for prompt in prompts], dtype=np.int64)
-        return rows, self._run(rows)
-
-    def extend(self, parents: IntArray, tokens: IntArray) -> tuple[IntArray, Outputs]:
-        """See :meth:`Engine.extend`."""
+    def compute(
+        self, prompts: Sequence[Sequence[int]], parents: IntArray, tokens: IntArray
+    ) -> tuple[IntArray, Outputs]:
+        """See :meth:`Engine.compute`; prompts with a common beginning share it."""
+        ends = np.array([self._chain(tuple(prompt))[-1] for prompt in prompts], dtype=np.int64)
         table, size = self._table, self._table.size
-        rows = table.append(tokens, parents, table.position[parents] + 1, table.chain[parents])
-        table.stem[rows] = table.stem[parents]
+        new = table.append(tokens, parents, table.position[parents] + 1, table.chain[parents])
+        table.stem[new] = table.stem[parents]
+        rows = np.concatenate((ends, new))
         try:
             return rows, self._run(rows)
         except BaseException:
-            self._release(rows)
-            table.size = size  # the step did not happen
+            self._release(new)
+            table.size = size  # the step did not happen; what is known of the prompts' tokens does no harm
             raise
+
+    def forget(self, kept: IntArray) -> IntArray:
+        """See :meth:`Engine.forget`."""
+        table = self._table
+        needed = np.zeros(table.size, dtype=bool)
+        frontier = kept
+        while len(frontier):
+            needed[frontier] = True
+            frontier = np.unique(table.parent[frontier])
+            frontier = frontier[(frontier >= 0) & ~needed[frontier]]
+        rows = np.flatnonzero(needed)
+        self._release(np.flatnonzero(~needed))
+        new = np.full(table.size + 1, -1, dtype=np.int64)  # the last is for the parent of a prompt's first token, -1
+        new[rows] = np.arange(len(rows))
+        chains, table.chain[rows] = np.unique(table.chain[rows], return_inverse=True)
+        # A chain may have tokens beyond the last one that is needed.
+        self._chains = [new[chain[new[chain] >= 0]] for chain in (self._chains[c] for c in chains)]
+        table.keep(rows, new)
+        resident = np.flatnonzero(table.slot[: table.size] != _FREE)
+        self._row_in_slot[table.slot[resident]] = resident
+        self._chain_of = {tuple(table.token[chain].tolist()): i for i, chain in enumerate(self._chains)}
+        prompt_rows = np.flatnonzero(table.stem[: table.size] == np.arange(table.size))
+        edges = zip(table.parent[prompt_rows].tolist(), table.token[prompt_rows].tolist(), strict=True)
+        self._trie = dict(zip(edges, prompt_rows.tolist(), strict=True))
+        kept_rows: IntArray = new[kept]
+        return kept_rows
 
     # -----------------------------------------------------------------------------------------------------------------
     # Bookkeeping
@@ -325,9 +358,10 @@ class TreeEngine:
         """Return all rows that ``rows`` need to be resident: themselves and every ancestor, each once, sorted."""
         table = self._table
         continuations = self._continuations(rows)
+        stems = np.unique(table.stem[rows])
         prompts = [
             self._chains[chain][: length + 1]
-            for chain, length in {(int(table.chain[r]), int(table.position[table.stem[r]])) for r in rows}
+            for chain, length in zip(table.chain[stems].tolist(), table.position[stems].tolist(), strict=True)
         ]
         return np.unique(np.concatenate([continuations[continuations >= 0], *prompts]))
 
@@ -553,12 +587,12 @@ def tree_mask_error(model: TransformersLM, tolerance: float = 2e-3) -> str | Non
     if model.model.dtype != torch.float32:
         tolerance = 1.0
     try:
-        engine = TreeEngine(model, top_k=min(4, model.vocab_size))
-        rows, _ = engine.prefill(prompts)
+        engine, none = TreeEngine(model, top_k=min(4, model.vocab_size)), np.empty(0, dtype=np.int64)
+        rows, _ = engine.compute(prompts, none, none)
         tokens = rng.integers(model.vocab_size, size=(3, 4))
         parents, sequences = rows[[0, 0, 1, 1]], [prompts[i] for i in (0, 0, 1, 1)]
         for level in tokens:  # four branches, two of each prompt
-            parents, outputs = engine.extend(parents, level)
+            parents, outputs = engine.compute([], parents, level)
             sequences = [[*s, int(t)] for s, t in zip(sequences, level, strict=True)]
         reference = np.take_along_axis(model.forward(sequences)[1], outputs.tokens, axis=1)
         error = float(np.abs(outputs.logprobs - reference).max())

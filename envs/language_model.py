@@ -56,11 +56,22 @@ class Engine(Protocol):
     def kv_bytes(self) -> int:
         """Bytes of key-value memory held now."""
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[IntArray, Outputs]:
-        """Start ``n`` sequences; return handles int64 [n] and the outputs after each."""
+    def compute(
+        self, prompts: Sequence[Sequence[int]], parents: IntArray, tokens: IntArray
+    ) -> tuple[IntArray, Outputs]:
+        """Start sequences and continue others, in one forward if memory allows; on an error nothing has changed.
 
-    def extend(self, parents: IntArray, tokens: IntArray) -> tuple[IntArray, Outputs]:
-        """Append ``tokens`` [n] to the prefixes with handles ``parents`` [n], in one forward if memory allows."""
+        Args:
+            prompts: Token ids of ``m`` new prompts.
+            parents: int64 [n], handles of prefixes.
+            tokens: int64 [n], what to append to each.
+
+        Returns:
+            Handles int64 [m + n], the prompts' first, and the outputs after each.
+        """
+
+    def forget(self, kept: IntArray) -> IntArray:
+        """Give up all prefixes but ``kept`` and their ancestors; return the new handles of ``kept``, int64 [n]."""
 
 
 class LanguageModel(ABC):
@@ -134,21 +145,23 @@ class PrefixEngine:
         """Always 0: nothing is cached."""
         return 0
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[IntArray, Outputs]:
-        """See :meth:`Engine.prefill`."""
-        return self._run([tuple(prompt) for prompt in prompts])
-
-    def extend(self, parents: IntArray, tokens: IntArray) -> tuple[IntArray, Outputs]:
-        """See :meth:`Engine.extend`."""
-        return self._run([(*self._sequences[p], int(t)) for p, t in zip(parents, tokens, strict=True)])
-
-    def _run(self, sequences: list[tuple[int, ...]]) -> tuple[IntArray, Outputs]:
+    def compute(
+        self, prompts: Sequence[Sequence[int]], parents: IntArray, tokens: IntArray
+    ) -> tuple[IntArray, Outputs]:
+        """See :meth:`Engine.compute`."""
+        sequences = [tuple(prompt) for prompt in prompts]
+        sequences += [(*self._sequences[p], int(t)) for p, t in zip(parents, tokens, strict=True)]
         hidden, logprobs = self._model.forward(sequences)
         # A stable sort makes ties fall the same way in every batch.
-        tokens = np.argsort(-logprobs, axis=1, kind="stable")[:, : self._top_k]
+        ranked = np.argsort(-logprobs, axis=1, kind="stable")[:, : self._top_k]
         handles = np.arange(len(self._sequences), len(self._sequences) + len(sequences))
         self._sequences.extend(sequences)
-        return handles, Outputs(hidden, tokens, np.take_along_axis(logprobs, tokens, axis=1))
+        return handles, Outputs(hidden, ranked, np.take_along_axis(logprobs, ranked, axis=1))
+
+    def forget(self, kept: IntArray) -> IntArray:
+        """See :meth:`Engine.forget`."""
+        self._sequences = [self._sequences[handle] for handle in kept]
+        return np.arange(len(kept))
 
 
 class TransformersLM(LanguageModel):

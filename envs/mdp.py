@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 from ..errors import ConfigurationError, PromptError, check_integer, check_number
 from ..rewards import Reward, as_reward
@@ -67,6 +68,7 @@ class DecodingMDP:
         top_k: Number k of actions.
         max_new_tokens: The horizon T, in tokens.
         logprob_weight: α.
+        max_prefixes: How many prefixes are remembered, about.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class DecodingMDP:
         device: str = "auto",
         dtype: str = "auto",
         kv_budget: int | None = None,
+        max_prefixes: int | None = None,
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
         """Define the process; the arguments are those of ``gym.make("TokenDecoding-v0")``.
@@ -96,7 +99,10 @@ class DecodingMDP:
             logprob_weight: α, how much fluency (nats) counts against the reward.
             device: See :func:`load_language_model`.
             dtype: See :func:`load_language_model`.
-            kv_budget: Bytes of key-value memory for the tree; None for a share of the free memory.
+            kv_budget: Bytes of key-value memory for the tree; None for a share of the free memory. Prefixes whose
+                keys and values are given up keep their outputs, and are computed again when they are continued.
+            max_prefixes: Prefixes whose outputs are remembered, about; beyond, those not asked for longest are
+                forgotten. None for what an eighth of the free memory holds.
             model_kwargs: Handed to ``from_pretrained``.
 
         Raises:
@@ -116,9 +122,15 @@ class DecodingMDP:
         )
         self._kv_budget = kv_budget
         self.tree = TokenTree(self.model, top_k, kv_budget)
+        if max_prefixes is None:
+            max_prefixes = max(psutil.virtual_memory().available // 8 // self.tree.node_bytes, 1)
+        self.max_prefixes = check_integer("max_prefixes", max_prefixes)
         self._eos = np.array(sorted(self.model.eos_token_ids), dtype=np.int64)
         self._encoded: dict[tuple[bool, str], list[int]] = {}
         self._texts: dict[int, str] = {}
+        self._potentials = np.empty(0)  # per node, NaN where not yet asked for
+        self._prompts: dict[int, Prompt] = {}  # whose potentials these are, by root
+        self._token_texts: dict[int, str] = {}
 
     def fresh(self) -> DecodingMDP:
         """Return the same process with an empty tree; model and reward are shared."""
@@ -131,6 +143,7 @@ class DecodingMDP:
             stop=self.stop,
             logprob_weight=self.logprob_weight,
             kv_budget=self._kv_budget,
+            max_prefixes=self.max_prefixes,
         )
 
     # -- states -------------------------------------------------------------------------------------------------------
@@ -157,7 +170,25 @@ class DecodingMDP:
 
     def roots(self, prompts: Sequence[Prompt]) -> IntArray:
         """Return the initial states of ``n`` prompts, int64 [n]."""
-        return self.tree.roots([self.encode(prompt) for prompt in prompts])
+        return self.grow(prompts, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))[0]
+
+    def grow(self, prompts: Sequence[Prompt], nodes: IntArray, actions: IntArray) -> tuple[IntArray, IntArray]:
+        """Return the initial states of ``m`` prompts and where ``n`` edges lead, all in one forward."""
+        return self.tree.grow([self.encode(prompt) for prompt in prompts], nodes, actions)
+
+    def make_room(self) -> None:
+        """Forget what was not asked for lately, once more than ``max_prefixes`` are remembered.
+
+        Nodes change their numbers: only those in a :meth:`TokenTree.hold` survive. Half of the room is made at once, so
+        that this is rare.
+        """
+        if len(self.tree) <= self.max_prefixes:
+            return
+        new = self.tree.forget(self.max_prefixes // 2)
+        self._texts = {int(new[node]): text for node, text in self._texts.items() if new[node] >= 0}
+        self._prompts = {int(new[root]): prompt for root, prompt in self._prompts.items() if new[root] >= 0}
+        self._potentials = self._potentials[: len(new)][new[: len(self._potentials)] >= 0]
+        self._encoded.clear()
 
     def remaining(self, nodes: IntArray) -> IntArray:
         """Return how many tokens may still be generated, int64 [n]."""
@@ -170,6 +201,12 @@ class DecodingMDP:
         mask[:, 0] = True
         return mask
 
+    def token_text(self, token: int) -> str:
+        """Return the text of one token."""
+        if token not in self._token_texts:
+            self._token_texts[token] = self.model.decode([token])
+        return self._token_texts[token]
+
     def text(self, node: int) -> str:
         """Return the completion so far as text."""
         if node not in self._texts:
@@ -180,9 +217,22 @@ class DecodingMDP:
         """Return φ, the reward model's score of ``n`` unfinished prefixes, float64 [n]."""
         if not self.reward.has_potential:
             return np.zeros(len(nodes))
-        ids = [self.tree.completion_ids(int(node)) for node in nodes]
-        texts = [self.text(int(node)) for node in nodes]
-        return self.reward.potential([p.text for p in prompts], texts, ids, **_columns(prompts))
+        if len(self._potentials) < len(self.tree):
+            unknown = np.full(max(2 * len(self._potentials), len(self.tree)) - len(self._potentials), np.nan)
+            self._potentials = np.concatenate((self._potentials, unknown))
+        values: Values = self._potentials[nodes]
+        # Prompts of the same text may differ in their columns, which the reward may read: the first one's are kept.
+        roots = self.tree.root[nodes].tolist()
+        kept = np.array([_same(self._prompts.setdefault(r, p), p) for r, p in zip(roots, prompts, strict=True)], bool)
+        asked = np.flatnonzero(np.isnan(values) | ~kept)
+        if len(asked):
+            ids = [self.tree.completion_ids(node) for node in nodes[asked].tolist()]
+            texts = [self.text(node) for node in nodes[asked].tolist()]
+            whose = [prompts[i] for i in asked]
+            values[asked] = self.reward.potential([p.text for p in whose], texts, ids, **_columns(whose))
+            fresh = asked[kept[asked]]
+            self._potentials[nodes[fresh]] = values[fresh]
+        return values
 
     # -- edges --------------------------------------------------------------------------------------------------------
 
@@ -240,6 +290,10 @@ class DecodingMDP:
 
     def _stop_at(self, text: str) -> int | None:
         return min((text.find(s) for s in self.stop if s in text), default=None)
+
+
+def _same(one: Prompt, other: Prompt) -> bool:
+    return one is other or (one.text == other.text and not one.columns and not other.columns)
 
 
 def _columns(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:

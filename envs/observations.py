@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -11,8 +10,7 @@ from gymnasium import spaces
 
 from ..errors import check_integer
 from .language_model import FloatArray, IntArray, LanguageModel
-from .mdp import DecodingMDP
-from .prompts import Prompt
+from .mdp import DecodingMDP, Values
 
 __all__ = ["Observer", "token_features"]
 
@@ -66,16 +64,21 @@ class Observer:
             }
         )
 
-    def observe(self, prompts: Sequence[Prompt], nodes: IntArray) -> Observation:
-        """Return the observations of ``n`` states, every array with a leading axis n and memory of its own."""
+    def observe(self, potential: Values, nodes: IntArray) -> Observation:
+        """Return the observations of ``n`` states, every array with a leading axis n and memory of its own.
+
+        Args:
+            potential: float64 [n], φ of the states, as :meth:`DecodingMDP.potential` gives it.
+            nodes: int64 [n].
+        """
         mdp, tree, n = self._mdp, self._mdp.tree, len(nodes)
         hidden = tree.hidden[nodes]
         scale = np.sqrt(np.mean(np.square(hidden), axis=1, keepdims=True))
         return {
             "hidden": hidden / np.maximum(scale, 1e-6),
-            "candidates": self.features[tree.tokens[nodes]].reshape(n, -1),
+            "candidates": self.features[tree.tokens[nodes]].reshape(n, mdp.top_k * self.candidate_dims),
             "logprobs": np.clip(tree.logprobs[nodes], _MIN_LOGPROB, 0.0),
-            "potential": np.clip(mdp.potential(prompts, nodes), *self._potential_range).astype(np.float32)[:, None],
+            "potential": np.clip(potential, *self._potential_range).astype(np.float32)[:, None],
             "remaining": (mdp.remaining(nodes) / mdp.max_new_tokens).astype(np.float32)[:, None],
             "action_mask": mdp.action_mask(nodes).astype(np.int8),
         }

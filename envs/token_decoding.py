@@ -11,7 +11,7 @@ import numpy.typing as npt
 from gymnasium import spaces
 
 from ..errors import ConfigurationError, check_number
-from .episodes import Episodes
+from .episodes import Episodes, EpisodeState
 from .language_model import LanguageModel
 from .mdp import DecodingMDP
 from .observations import Observation, Observer
@@ -140,10 +140,10 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
             prompt = as_prompt(options["prompt"])
         else:
             prompt = self.prompts[int(self.np_random.integers(len(self.prompts)))]
-        observation, infos = self._episodes.begin([0], [prompt])
+        observation = _first(self._episodes.begin([0], [prompt]))
         if self.render_mode == "human":
             self.render()
-        return _first(observation), infos[0]
+        return observation, {"action_mask": observation["action_mask"].copy(), "prompt": prompt.text}
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Append the token of rank ``action``.
@@ -156,7 +156,9 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
         steps = self._episodes.step([action])
         if self.render_mode == "human":
             self.render()
-        return _first(steps.observation), float(steps.rewards[0]), bool(steps.terminated[0]), False, steps.infos[0]
+        observation = _first(steps.observation)
+        info = self._episodes.token_info(steps, 0) | {"action_mask": observation["action_mask"].copy()}
+        return observation, float(steps.rewards[0]), bool(steps.terminated[0]), False, info
 
     def render(self) -> str | None:
         """Show the prompt, the text so far, and the candidates with their probabilities."""
@@ -175,6 +177,21 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
         """Return which actions may be taken now, bool [k]; sb3-contrib's convention."""
         mask: npt.NDArray[np.bool_] = self._episodes.action_masks()[0]
         return mask
+
+    def get_state(self) -> EpisodeState:
+        """Return where the episode stands, to come back to with :meth:`set_state`: for planners and tree searches.
+
+        It costs the same whatever the length of the text. The random numbers that choose prompts are no part of it.
+        """
+        return self._episodes.get_state()
+
+    def set_state(self, state: EpisodeState) -> None:
+        """Go back, or over, to ``state``; the same one can be used as often as needed.
+
+        Raises:
+            ConfigurationError: It is no state, or one of another environment.
+        """
+        self._episodes.set_state(state)
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -198,7 +215,7 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
             f"remaining   {int(self.mdp.remaining(np.array([node]))[0])} of {self.mdp.max_new_tokens} tokens",
         ]
         for rank, legal in enumerate(self.action_masks()):
-            text = self.mdp.model.decode([int(tree.tokens[node, rank])])
+            text = self.mdp.token_text(int(tree.tokens[node, rank]))
             lines.append(
                 f"  {rank:>3}  {np.exp(tree.logprobs[node, rank]):6.1%}  {text!r}{'' if legal else '  masked'}"
             )

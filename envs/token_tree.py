@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Protocol
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import check_integer
-from .language_model import FloatArray, IntArray, LanguageModel, Outputs
+from .language_model import FloatArray, IntArray, LanguageModel
 
-__all__ = ["TokenTree"]
+__all__ = ["Holder", "TokenTree"]
 
 _MISSING = -1
+_NOTHING = np.empty(0, dtype=np.int64)
+
+
+class Holder(Protocol):
+    """Whoever keeps nodes from one call to the next: they are never forgotten, and renumbered where others are."""
+
+    node: IntArray  # -1 for none
 
 
 class TokenTree:
     """A cache of prefixes: each is computed once, whoever asks, and known by a node number from then on.
 
-    The columns below have one row per node; they are read-only views that a later ``roots`` or ``expand`` may replace.
+    The columns below have one row per node; they are read-only views that a later ``grow`` or ``forget`` may replace.
 
     Attributes:
         top_k: Number k of next tokens kept at a node.
@@ -26,6 +36,7 @@ class TokenTree:
         tokens: int64 [nodes, k], the most likely next tokens, most likely first.
         logprobs: float32 [nodes, k], nats, of the full-vocabulary softmax.
         parent: int64 [nodes], -1 at a prompt.
+        root: int64 [nodes], the node of the prompt.
         action: int64 [nodes], the rank of this node's token at its parent, -1 at a prompt.
         depth: int64 [nodes], tokens since the prompt.
         path_logprob: float64 [nodes], nats, summed since the prompt.
@@ -47,17 +58,20 @@ class TokenTree:
         self.top_k = check_integer("top_k", top_k, high=model.vocab_size, meaning="at most the vocabulary")
         self._engine = model.engine(self.top_k, kv_budget)
         self._roots: dict[tuple[int, ...], int] = {}
-        self._size = 0
+        self._holders: WeakSet[Holder] = WeakSet()
+        self._size = self._clock = 0
         self._columns: dict[str, npt.NDArray[np.generic]] = {
             "hidden": np.empty((0, model.hidden_size), dtype=np.float32),
             "tokens": np.empty((0, self.top_k), dtype=np.int64),
             "logprobs": np.empty((0, self.top_k), dtype=np.float32),
             "parent": np.empty(0, dtype=np.int64),
+            "root": np.empty(0, dtype=np.int64),
             "action": np.empty(0, dtype=np.int64),
             "depth": np.empty(0, dtype=np.int64),
             "path_logprob": np.empty(0, dtype=np.float64),
             "children": np.empty((0, self.top_k), dtype=np.int64),
             "handle": np.empty(0, dtype=np.int64),
+            "used": np.empty(0, dtype=np.int64),  # the last call that a node was asked for or continued in
         }
         self._publish()
 
@@ -65,6 +79,7 @@ class TokenTree:
     tokens: IntArray
     logprobs: FloatArray
     parent: IntArray
+    root: IntArray
     action: IntArray
     depth: IntArray
     path_logprob: npt.NDArray[np.float64]
@@ -79,16 +94,14 @@ class TokenTree:
         """Bytes of key-value memory held now."""
         return self._engine.kv_bytes
 
+    @property
+    def node_bytes(self) -> int:
+        """Bytes that a node takes here, beside its key-value memory."""
+        return sum(column.dtype.itemsize * math.prod(column.shape[1:]) for column in self._columns.values())
+
     def roots(self, prompts: Sequence[Sequence[int]]) -> IntArray:
         """Return the nodes of ``n`` prompts (token ids), int64 [n]; the unseen ones are processed in one batch."""
-        keys = [tuple(prompt) for prompt in prompts]
-        new = [key for key in dict.fromkeys(keys) if key not in self._roots]
-        if new:
-            handles, outputs = self._engine.prefill(new)
-            start = np.full(len(new), _MISSING)
-            nodes = self._append(handles, outputs, start, start, np.zeros(len(new)), np.zeros(len(new)))
-            self._roots.update(zip(new, nodes.tolist(), strict=True))
-        return np.array([self._roots[key] for key in keys], dtype=np.int64)
+        return self.grow(prompts, _NOTHING, _NOTHING)[0]
 
     def expand(self, nodes: IntArray, actions: IntArray) -> IntArray:
         """Follow ``n`` edges and return the nodes they lead to, int64 [n]; unseen ones cost one forward together.
@@ -97,14 +110,75 @@ class TokenTree:
             nodes: int64 [n].
             actions: int64 [n], ranks in the nodes' top-k lists.
         """
+        return self.grow([], nodes, actions)[1]
+
+    def grow(
+        self, prompts: Sequence[Sequence[int]], nodes: IntArray, actions: IntArray
+    ) -> tuple[IntArray, IntArray]:
+        """Do what ``roots`` and ``expand`` do, in one forward together; on an error the tree stays as it was."""
+        keys = [tuple(prompt) for prompt in prompts]
+        new = [key for key in dict.fromkeys(keys) if key not in self._roots]
         missing = self.children[nodes, actions] == _MISSING
-        if missing.any():
-            parents, ranks = np.unique(np.stack((nodes[missing], actions[missing])), axis=1)
-            handles, outputs = self._engine.extend(self._columns["handle"][parents], self.tokens[parents, ranks])
+        if new or missing.any():
+            edges = np.unique(nodes[missing] * self.top_k + actions[missing])
+            parents, ranks = edges // self.top_k, edges % self.top_k
+            handles, outputs = self._engine.compute(
+                new, self._columns["handle"][parents], self.tokens[parents, ranks]
+            )
+            added = np.arange(self._size, self._size + len(handles))
+            start = np.full(len(new), _MISSING)
             logprob = self.path_logprob[parents] + self.logprobs[parents, ranks]
-            new = self._append(handles, outputs, parents, ranks, self.depth[parents] + 1, logprob)
-            self._columns["children"][parents, ranks] = new
-        return self.children[nodes, actions]
+            self._append(
+                **outputs._asdict(),
+                parent=np.concatenate((start, parents)),
+                root=np.concatenate((added[: len(new)], self.root[parents])),
+                action=np.concatenate((start, ranks)),
+                depth=np.concatenate((start + 1, self.depth[parents] + 1)),
+                path_logprob=np.concatenate((np.zeros(len(new)), logprob)),
+                handle=handles,
+            )
+            self._columns["children"][parents, ranks] = added[len(new) :]
+            self._roots.update(zip(new, added.tolist(), strict=False))
+        roots = np.array([self._roots[key] for key in keys], dtype=np.int64)
+        children = self.children[nodes, actions]
+        self._clock += 1
+        for asked in (roots, nodes, children):
+            self._columns["used"][asked] = self._clock
+        return roots, children
+
+    def hold(self, holder: Holder) -> None:
+        """Let no ``forget`` forget the nodes in ``holder.node``, and renumber them there, for as long as it lives."""
+        self._holders.add(holder)
+
+    def forget(self, most: int) -> IntArray:
+        """Forget nodes that were not asked for lately, so that at most ``most`` others stay beside those held.
+
+        Returns:
+            The new number of each node, int64 [old nodes], -1 where it was forgotten.
+        """
+        keep = np.zeros(self._size, dtype=bool)
+        used = self._columns["used"][: self._size]
+        keep[np.argsort(-used, kind="stable")[:most]] = True
+        for holder in self._holders:
+            keep[holder.node[holder.node != _MISSING]] = True
+        frontier = np.flatnonzero(keep)
+        while len(frontier):  # what leads to a node that stays, stays
+            frontier = self.parent[frontier]
+            frontier = frontier[(frontier != _MISSING) & ~keep[frontier]]
+            keep[frontier] = True
+        kept = np.flatnonzero(keep)
+        new = np.full(self._size + 1, _MISSING, dtype=np.int64)  # the last is for -1, no node
+        new[kept] = np.arange(len(kept))
+        self._columns["handle"][kept] = self._engine.forget(self._columns["handle"][kept])
+        for name in ("parent", "root", "children"):
+            self._columns[name][kept] = new[self._columns[name][kept]]
+        self._columns = {name: column[kept] for name, column in self._columns.items()}
+        self._size = len(kept)
+        self._roots = {key: int(new[root]) for key, root in self._roots.items() if new[root] != _MISSING}
+        for holder in self._holders:
+            holder.node[:] = new[holder.node]
+        self._publish()
+        return new[:-1]
 
     def completion_ids(self, node: int) -> list[int]:
         """Return the token ids from the prompt's end to ``node``."""
@@ -114,28 +188,19 @@ class TokenTree:
             node = int(self.parent[node])
         return ids[::-1]
 
-    def _append(
-        self,
-        handles: IntArray,
-        outputs: Outputs,
-        parent: IntArray,
-        action: IntArray,
-        depth: npt.NDArray[np.generic],
-        path_logprob: npt.NDArray[np.float64],
-    ) -> IntArray:
-        nodes = np.arange(self._size, self._size + len(handles))
-        self._size += len(handles)
+    def _append(self, **values: npt.NDArray[np.generic]) -> None:
+        nodes = slice(self._size, self._size + len(values["handle"]))
+        self._size = nodes.stop
         if self._size > len(self._columns["parent"]):
             capacity = max(2 * len(self._columns["parent"]), self._size, 1024)
             for name, column in self._columns.items():
                 bigger = np.empty((capacity, *column.shape[1:]), dtype=column.dtype)
                 bigger[: len(column)] = column
                 self._columns[name] = bigger
-        values = {"parent": parent, "action": action, "depth": depth, "path_logprob": path_logprob, "handle": handles}
-        for name, value in {**outputs._asdict(), **values, "children": _MISSING}.items():
+        self._columns["children"][nodes] = _MISSING
+        for name, value in values.items():
             self._columns[name][nodes] = value
         self._publish()
-        return nodes
 
     def _publish(self) -> None:
         for name, column in self._columns.items():

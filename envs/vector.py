@@ -7,7 +7,7 @@ episode that ends begins anew in the same step, and what followed the end is han
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -19,7 +19,8 @@ from gymnasium.vector.utils import batch_space
 from stable_baselines3.common.vec_env import VecEnv
 
 from ..errors import ConfigurationError, check_integer
-from .episodes import Episodes, Steps
+from .episodes import Episodes, EpisodeState, Steps
+from .language_model import IntArray
 from .observations import Observation
 from .prompts import Prompt, as_prompt
 from .token_decoding import TokenDecodingEnv
@@ -49,30 +50,39 @@ class _Core:
             if value is not None:  # None leaves a generator as it is
                 self.generators[i] = seeding.np_random(value)[0]
 
-    def begin(self, which: Sequence[int], prompt: Any = None) -> tuple[Observation, list[dict[str, Any]]]:
-        """Start the episodes ``which``, with random prompts unless one is given."""
-        prompts: list[Prompt] = self.env.prompts
-        chosen = [
-            as_prompt(prompt) if prompt is not None else prompts[int(self.generators[i].integers(len(prompts)))]
-            for i in which
-        ]
-        return self.episodes.begin(which, chosen)
+    def begin(self, given: Sequence[Any]) -> Observation:
+        """Start all episodes, each with the prompt given, or a random one where that is None."""
+        drawn = iter(self.draw(i for i, prompt in enumerate(given) if prompt is None))
+        return self.episodes.begin(range(self.count), [next(drawn) if p is None else as_prompt(p) for p in given])
 
-    def step(self, actions: Sequence[Any]) -> tuple[Steps, Observation, dict[int, dict[str, Any]]]:
-        """Step all; return the steps, the observations to go on from, and the infos of the episodes just begun."""
-        steps = self.episodes.step(actions)
-        ended = np.flatnonzero(steps.terminated).tolist()
-        if not ended:
-            return steps, steps.observation, {}
-        fresh, infos = self.begin(ended)
-        observation = {key: value.copy() for key, value in steps.observation.items()}
-        for key, value in fresh.items():
-            observation[key][ended] = value
-        return steps, observation, dict(zip(ended, infos, strict=True))
+    def draw(self, which: Iterable[int]) -> list[Prompt]:
+        """Return a random prompt for each of the environments ``which``; several may draw the same."""
+        prompts = self.env.prompts
+        return [prompts[int(self.generators[i].integers(len(prompts)))] for i in which]
 
+    def step(self, actions: Any) -> Steps:
+        """Step all; those that end begin anew. On an error nothing has happened, and nothing has been drawn."""
+        drawn: dict[int, Any] = {}
 
-def _row(batch: Observation, index: int) -> Observation:
-    return {key: value[index].copy() for key, value in batch.items()}
+        def restart(ending: IntArray) -> list[Prompt]:
+            drawn.update((int(i), self.generators[i].bit_generator.state) for i in ending)
+            return self.draw(ending)
+
+        try:
+            return self.episodes.step(actions, restart)
+        except BaseException:
+            for i, state in drawn.items():
+                self.generators[i].bit_generator.state = state
+            raise
+
+    def prompt_text(self, index: int) -> str:
+        """Return the prompt of an environment that has begun."""
+        prompt = self.episodes.prompt[index]
+        return "" if prompt is None else prompt.text
+
+    def after_the_end(self) -> Observation:
+        """Return the observation of one environment after its end."""
+        return {key: value[0] for key, value in self.env.observer.after_the_end(1).items()}
 
 
 class TokenDecodingVectorEnv(VectorEnv[Observation, Any, Any]):
@@ -117,8 +127,9 @@ class TokenDecodingVectorEnv(VectorEnv[Observation, Any, Any]):
             raise ConfigurationError(f"reset's options may hold 'prompt', not {sorted(unknown)}")
         if seed is not None:
             self._core.seed(seed)
-        observation, infos = self._core.begin(range(self.num_envs), (options or {}).get("prompt"))
-        return observation, self._merge(infos)
+        observation = self._core.begin([(options or {}).get("prompt")] * self.num_envs)
+        everywhere = np.ones(self.num_envs, dtype=bool)
+        return observation, {**self._masks(observation), **self._prompts(everywhere)}
 
     def step(
         self, actions: Any
@@ -129,13 +140,37 @@ class TokenDecodingVectorEnv(VectorEnv[Observation, Any, Any]):
             EpisodeError: Before ``reset``.
             IllegalActionError: An action is not an integer, out of range or masked; nothing has changed.
         """
-        steps, observation, begun = self._core.step(actions)
-        infos = [
-            info if i not in begun else {**begun[i], "final_obs": _row(steps.observation, i), "final_info": info}
-            for i, info in enumerate(steps.infos)
-        ]
-        truncated = np.zeros(self.num_envs, dtype=bool)
-        return observation, steps.rewards, steps.terminated, truncated, self._merge(infos)
+        core, steps = self._core, self._core.step(actions)
+        done, truncated = steps.terminated, np.zeros(self.num_envs, dtype=bool)
+        texts = np.array([core.env.mdp.token_text(token) for token in steps.tokens.tolist()], dtype=object)
+        # As Gymnasium lays out the infos of many environments: arrays, and where ``_key`` is False there is none.
+        taken = {"token": steps.tokens, "token_text": texts, "logprob": steps.logprobs.astype(np.float64)}
+        info = self._masks(steps.observation)
+        if not done.any():
+            return steps.observation, steps.rewards, done, truncated, info | _marked(taken, ~done)
+        final_obs = np.full(self.num_envs, None, dtype=object)
+        for i in steps.ended:
+            final_obs[i] = core.after_the_end()
+        numbers = {"reward", "objective"}  # NaN for a completion that could not be scored
+        last = {
+            key: np.full(self.num_envs, np.nan if key in numbers else None, dtype=float if key in numbers else object)
+            for key in next(iter(steps.ended.values()))
+        }
+        for i, summary in steps.ended.items():
+            for key, value in summary.items():
+                last[key][i] = value
+        last["action_mask"] = np.ones_like(info["action_mask"])
+        info |= self._prompts(done) | _marked(taken, ~done)
+        info |= _marked({"final_obs": final_obs, "final_info": _marked({**taken, **last}, done)}, done)
+        return steps.observation, steps.rewards, done, truncated, info
+
+    def get_state(self) -> EpisodeState:
+        """Return where the environments stand; see :meth:`TokenDecodingEnv.get_state`."""
+        return self._core.episodes.get_state()
+
+    def set_state(self, state: EpisodeState) -> None:
+        """Go back, or over, to ``state``; see :meth:`TokenDecodingEnv.set_state`."""
+        self._core.episodes.set_state(state)
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """Return which actions may be taken now, bool [N, k]."""
@@ -145,11 +180,20 @@ class TokenDecodingVectorEnv(VectorEnv[Observation, Any, Any]):
         """Return the texts so far."""
         return _texts(self._core)
 
-    def _merge(self, infos: list[dict[str, Any]]) -> dict[str, Any]:
-        merged: dict[str, Any] = {}
-        for i, info in enumerate(infos):
-            merged = self._add_info(merged, info, i)
-        return merged
+    def _masks(self, observation: Observation) -> dict[str, Any]:
+        mask = observation["action_mask"]
+        return {"action_mask": mask.copy(), "_action_mask": np.ones(self.num_envs, dtype=bool)}
+
+    def _prompts(self, which: npt.NDArray[np.bool_]) -> dict[str, Any]:
+        texts = np.full(self.num_envs, None, dtype=object)
+        for i in np.flatnonzero(which):
+            texts[i] = self._core.prompt_text(i)
+        return _marked({"prompt": texts}, which)
+
+
+def _marked(arrays: dict[str, Any], which: npt.NDArray[np.bool_]) -> dict[str, Any]:
+    """Add to each array, under its name after an underscore, for which environments it says something."""
+    return arrays | {f"_{key}": which.copy() for key in arrays}
 
 
 class TokenDecodingVecEnv(VecEnv):
@@ -171,14 +215,9 @@ class TokenDecodingVecEnv(VecEnv):
         """Begin all episodes, with the seeds given to :meth:`seed`; infos are in ``reset_infos``."""
         if any(seed is not None for seed in self._seeds):
             self._core.seed(self._seeds)
-        prompts = {i: (options or {}).get("prompt") for i, options in enumerate(self._options)}
-        chosen = {id(p): p for p in prompts.values()}
-        if len(chosen) == 1:
-            observation, self.reset_infos = self._core.begin(range(self.num_envs), next(iter(chosen.values())))
-        else:
-            parts = [self._core.begin([i], prompt) for i, prompt in prompts.items()]
-            observation = {key: np.concatenate([part[0][key] for part in parts]) for key in parts[0][0]}
-            self.reset_infos = [part[1][0] for part in parts]
+        observation = self._core.begin([(options or {}).get("prompt") for options in self._options])
+        for i, mask in enumerate(observation["action_mask"]):
+            self.reset_infos[i] = {"action_mask": mask.copy(), "prompt": self._core.prompt_text(i)}
         self._reset_seeds()
         self._reset_options()
         self._episode_returns[:], self._episode_lengths[:] = 0, 0
@@ -190,21 +229,21 @@ class TokenDecodingVecEnv(VecEnv):
 
     def step_wait(self) -> tuple[Observation, npt.NDArray[np.float32], npt.NDArray[np.bool_], list[dict[str, Any]]]:
         """Step all environments; those that end begin anew."""
-        steps, observation, begun = self._core.step(self._actions)
+        core, steps = self._core, self._core.step(self._actions)
         self._episode_returns += steps.rewards
         self._episode_lengths += 1
-        for i, info in begun.items():
-            self.reset_infos[i] = info
+        masks = steps.observation["action_mask"].copy()
+        infos = [core.episodes.token_info(steps, i) | {"action_mask": mask} for i, mask in enumerate(masks)]
+        for i in steps.ended:
+            self.reset_infos[i] = {"action_mask": masks[i], "prompt": core.prompt_text(i)}
+            last = core.after_the_end()
+            infos[i] |= {"action_mask": last["action_mask"].copy(), "terminal_observation": last}
+            infos[i]["TimeLimit.truncated"] = False
             # What stable-baselines3's Monitor would add; its logs of returns rest on it.
-            steps.infos[i]["episode"] = {
-                "r": float(self._episode_returns[i]),
-                "l": int(self._episode_lengths[i]),
-                "t": 0.0,
-            }
-            steps.infos[i]["terminal_observation"] = _row(steps.observation, i)
-            steps.infos[i]["TimeLimit.truncated"] = False
+            length = int(self._episode_lengths[i])
+            infos[i]["episode"] = {"r": float(self._episode_returns[i]), "l": length, "t": 0.0}
             self._episode_returns[i], self._episode_lengths[i] = 0, 0
-        return observation, steps.rewards.astype(np.float32), steps.terminated, steps.infos
+        return steps.observation, steps.rewards.astype(np.float32), steps.terminated, infos
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """Return which actions may be taken now, bool [N, k]."""

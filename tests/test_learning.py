@@ -148,7 +148,7 @@ def test_the_heuristic_adds_back_the_potential_of_a_shaped_q(shaping):
     root = mdp.roots(env.unwrapped.prompts[:1])
     node = mdp.tree.expand(root, np.array([0]))  # the text is "a": the potential is 0.25
     h = QHeuristic(agent)(mdp, env.unwrapped.prompts[:1], node)
-    observation = env.unwrapped.observer.observe(env.unwrapped.prompts[:1], node)
+    observation = env.unwrapped.observer.observe(env.unwrapped.mdp.potential(env.unwrapped.prompts[:1], node), node)
     with torch.no_grad():
         agent.policy.set_training_mode(False)
         q = agent.q_net({k: torch.from_numpy(v) for k, v in observation.items()}).numpy()
