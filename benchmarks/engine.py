@@ -36,6 +36,7 @@ class Bench:
 
     def __init__(self, model, device, dtype, repeats):
         self.lm, self.repeats, self.rng = load_language_model(model, device, dtype), repeats, np.random.default_rng(0)
+        self.finished = 0
         self.words = " ".join(load_task("sentiment").prompts.of("train")).split()
 
     def texts(self, count, low, high):
@@ -79,14 +80,21 @@ class Bench:
         times = [self.seconds(lambda: env.reset(seed=seed))]
         for _ in range(steps):
             actions = rng.integers(TOP_K, size=env.num_envs)
-            times.append(self.seconds(lambda actions=actions: env.step(actions)))
+            result = []
+            times.append(self.seconds(lambda actions=actions, result=result: result.append(env.step(actions))))
+            self.finished += int(result[0][2].sum())
         return np.array(times)
 
     def env_speed(self, num_envs, prompts, steps=HORIZON):
-        """Return tokens/s of fresh prefixes, the prompts' processing included in the time."""
+        """Return tokens/s, the prompts' processing included in the time.
+
+        Tokens count where nobody was before: new prefixes, and the last tokens of completions, which need no forward
+        here, as the last of ``generate``'s do not.
+        """
         env = self.make_vec(num_envs, prompts)
+        self.finished = 0
         seconds = self.play(env, steps).sum()
-        return (len(env.mdp.tree) - len(env.mdp.roots(env.prompts))) / seconds
+        return (np.count_nonzero(env.mdp.tree.depth) + self.finished) / seconds
 
     def plan_speed(self, prompt, **planner):
         """Return LM tokens/s of a search of 24 tokens with 16 pops at a time."""

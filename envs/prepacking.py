@@ -33,12 +33,13 @@ class PackedWeights:
         self._forwards: dict[int, list[Callable[[Tensor], Tensor]]] = {}
         self._versions = self._weight_versions()
         bytes_each = sum(m.weight.numel() * m.weight.element_size() for m in self._linears)
-        self._most = int(min(available_bytes / bytes_each, len(_SIZES))) if bytes_each and _usable(self._linears) else 0
+        self._most = available_bytes // max(bytes_each, 1)
+        self._usable = _usable(self._linears)
 
     def size_for(self, rows: int) -> int | None:
         """Return how many rows a forward of ``rows`` should be filled up to; None where it should stay as it is."""
         size = next((size for size in _SIZES if rows <= size), None)
-        if size is None or rows < _LEAST_FULL * size:
+        if not self._usable or size is None or rows < _LEAST_FULL * size:
             return None
         return size if size in self._forwards or len(self._forwards) < self._most else None
 
@@ -65,7 +66,7 @@ class PackedWeights:
 def _usable(linears: list[torch.nn.Linear]) -> bool:
     """Return whether this build of PyTorch can do it for these layers."""
     plain = all(m.weight.device.type == "cpu" and m.weight.dtype == torch.float32 for m in linears)
-    return plain and torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
+    return bool(linears) and plain and torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
 
 
 def _packed(linear: torch.nn.Linear, size: int) -> Callable[[Tensor], Tensor]:
