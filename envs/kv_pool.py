@@ -98,7 +98,7 @@ class _Forward:
         """Store keys and values [1, H, N, D] of the packed tokens; hand back the layer's pool and the value width."""
         pool = self.pool.layer(layer, keys, values)
         rows = torch.cat((keys, values), dim=-1)[0].transpose(0, 1)
-        pool.index_copy_(0, self.slots, rows[: len(self.slots)])
+        pool.index_copy_(0, self.slots, rows[: self.slots.shape[0]])
         return pool, values
 
     def get_seq_length(self, layer: int = 0) -> int:
@@ -127,28 +127,33 @@ def _tree_attention(
     if sliding_window:
         _active.windows.add(sliding_window)
     pool, value_width = key, value.shape[-1]
-    heads, kv_heads = query.shape[1], pool.shape[1]
+    heads, kv_heads, key_width = query.shape[1], pool.shape[1], query.shape[-1]
     repeats = heads // kv_heads
+    count, filled = _active.slots.shape[0], query.shape[2]
     packed_queries = query[0].transpose(0, 1)  # [N, H, D], and filling
-    count, filled = len(_active.slots), query.shape[2]
     output = None
     for block in _active.blocks:
         groups, width = block.shape
         # The heads that share a key-value head become further queries of it: no copy of keys or values per head.
         q = packed_queries[:count] if block.in_order else packed_queries.index_select(0, block.queries)
-        q = q.view(groups, width, kv_heads, repeats, -1)
-        q = q.permute(0, 2, 3, 1, 4).reshape(groups, kv_heads, repeats * width, -1)
+        if width == 1:
+            q = q.reshape(groups, kv_heads, repeats, key_width)
+        else:
+            q = q.view(groups, width, kv_heads, repeats, key_width)
+            q = q.permute(0, 2, 3, 1, 4).reshape(groups, kv_heads, repeats * width, key_width)
         seen = pool.index_select(0, block.slots).view(groups, -1, kv_heads, pool.shape[-1]).transpose(1, 2)
-        k, v = seen[..., :-value_width], seen[..., -value_width:]
+        k, v = seen.split((key_width, value_width), dim=-1)
         mask = block.mask(repeats, sliding_window, q.dtype)
         if softcap:
-            scores = q @ k.transpose(2, 3) * (scaling or q.shape[-1] ** -0.5)
+            scores = q @ k.transpose(2, 3) * (scaling or key_width**-0.5)
             scores = (scores / softcap).tanh() * softcap
             weights = (scores if mask is None else scores + mask).softmax(-1, dtype=torch.float32).to(q.dtype)
             out = weights @ v
         else:
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-        out = out.view(groups, kv_heads, repeats, width, -1).permute(0, 3, 1, 2, 4).reshape(groups * width, heads, -1)
+        if width > 1:
+            out = out.view(groups, kv_heads, repeats, width, value_width).permute(0, 3, 1, 2, 4)
+        out = out.reshape(groups * width, heads, value_width)
         if block.in_order and count == filled:
             return out.unsqueeze(0), None
         if output is None:
@@ -358,10 +363,9 @@ class TreeEngine:
             rows = np.maximum(table.parent[rows], 0)  # those that have arrived run idle
         return np.where(np.arange(len(columns)) < depth[:, None], columns.T, -1)
 
-    def _lineage(self, rows: IntArray) -> IntArray:
+    def _lineage(self, rows: IntArray, continuations: IntArray) -> IntArray:
         """Return all rows that ``rows`` need to be resident: themselves and every ancestor, each once, sorted."""
         table = self._table
-        continuations = self._continuations(rows)
         stems = np.unique(table.stem[rows])
         prompts = [
             self._chains[chain][: length + 1]
@@ -407,7 +411,8 @@ class TreeEngine:
 
     def _run(self, rows: IntArray) -> Outputs:
         """Return the outputs at ``rows``, computing what they need and is not resident."""
-        lineage = self._lineage(rows)
+        continuations = self._continuations(rows)
+        lineage = self._lineage(rows, continuations)
         if len(lineage) > self._pool.max_slots:
             if len(rows) == 1:
                 raise ConfigurationError(
@@ -422,7 +427,8 @@ class TreeEngine:
         table.used[lineage] = self._clock
         missing = lineage[table.slot[lineage] == _FREE]
         # A row asked for is computed even where it is resident: its output is what was asked for.
-        compute = rows if np.count_nonzero(table.slot[rows] == _FREE) == len(missing) else np.union1d(missing, rows)
+        only_rows = np.count_nonzero(table.slot[rows] == _FREE) == len(missing)
+        compute = rows if only_rows else np.union1d(missing, rows)
         try:
             self._allocate(missing, keep=lineage)
         except _OUT_OF_MEMORY as error:
@@ -432,31 +438,30 @@ class TreeEngine:
             logger.warning("no memory for more keys and values: going on with %d tokens", self._pool.capacity)
             return self._run(rows)
         try:
-            return self._compute(rows, compute)
+            return self._compute(rows, compute, continuations if only_rows else self._continuations(compute))
         except BaseException:
             self._release(missing)
             raise
 
-    def _compute(self, rows: IntArray, compute: IntArray) -> Outputs:
+    def _compute(self, rows: IntArray, compute: IntArray, continuations: IntArray) -> Outputs:
         """Process the tokens ``compute``, ancestors first, in as few forwards as memory allows; return those asked."""
         limit = min(self._positions, _POSITIONS_PER_FORWARD)
-        if len(compute) > limit:
-            compute = compute[np.argsort(self._table.position[compute], kind="stable")]
+        # Within a forward the order does not matter: a layer writes all keys and values before it reads any.
+        by_age = np.argsort(self._table.position[compute], kind="stable")
         parts: list[Outputs] = []
         order: list[IntArray] = []
         start = 0
         while start < len(compute):
-            chunk = compute[start : start + limit]
+            now = by_age[start : start + limit]
+            chunk = compute[now]
             asked = np.flatnonzero(np.isin(chunk, rows))
             try:
-                parts.append(self._forward(chunk, asked))
+                parts.append(self._forward(chunk, asked, continuations[now]))
             except _OUT_OF_MEMORY as error:
                 if not _is_out_of_memory(error) or len(chunk) == 1:
                     raise
                 self._positions = limit = len(chunk) // 2
                 logger.warning("out of memory: from now on at most %d tokens at a time", limit)
-                compute = compute[start:][np.argsort(self._table.position[compute[start:]], kind="stable")]
-                start = 0
                 continue
             order.append(chunk[asked])
             start += len(chunk)
@@ -464,14 +469,14 @@ class TreeEngine:
         place = np.argsort(done)[np.searchsorted(np.sort(done), rows)]
         return Outputs(together.hidden[place], together.tokens[place], together.logprobs[place])
 
-    def _forward(self, rows: IntArray, asked: IntArray) -> Outputs:
+    def _forward(self, rows: IntArray, asked: IntArray, continuations: IntArray) -> Outputs:
         """Run the model over ``rows`` packed into one sequence; return the outputs at the indices ``asked``."""
         model, device = self._lm.model, self._lm.device
 
         def tensor(array: IntArray) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-        forward = _Forward(self._pool, tensor(self._table.slot[rows]), self._blocks(rows, tensor), self._windows)
+        forward = _Forward(self._pool, tensor(self._table.slot[rows]), self._blocks(rows, continuations, tensor), self._windows)
         count, weights = len(asked), self._lm.packed_weights
         size = weights.size_for(len(rows)) if weights else None
         with torch.inference_mode(), _tree_attention_in(model, forward), contextlib.ExitStack() as stack:
@@ -490,13 +495,17 @@ class TreeEngine:
             logprobs, tokens = _top_logprobs(logits.float(), self._top_k)
             return Outputs(hidden.float().cpu().numpy(), tokens.cpu().numpy(), logprobs.cpu().numpy())
 
-    def _blocks(self, rows: IntArray, tensor: Any) -> list[_Block]:
+    def _blocks(self, rows: IntArray, continuations: IntArray, tensor: Any) -> list[_Block]:
         """Group the queries: tokens of prompts, and tokens of continuations, which see far more than their number."""
         within_prompt = self._table.stem[rows] == rows
         kinds = ((within_prompt, _PROMPT_TOKENS_PER_GROUP), (~within_prompt, _QUERIES_PER_GROUP))
-        return [self._block(rows, np.flatnonzero(kind), limit, tensor) for kind, limit in kinds if kind.any()]
+        return [
+            self._block(rows, np.flatnonzero(kind), continuations, limit, tensor) for kind, limit in kinds if kind.any()
+        ]
 
-    def _block(self, rows: IntArray, members: IntArray, limit: int, tensor: Any) -> _Block:
+    def _block(
+        self, rows: IntArray, members: IntArray, continuations: IntArray, limit: int, tensor: Any
+    ) -> _Block:
         """Group the queries ``rows[members]``: those of a prompt, at most ``limit``, make a piece; pieces share groups."""
         table = self._table
         # Sorted by prompt, then by age, which keeps the branches of one search together.
@@ -511,7 +520,7 @@ class TreeEngine:
         # A piece sees its prompt's tokens, and every continuation token that one of its queries sees.
         seen_of_prompt = table.position[table.stem[queries]] + 1
         prompt_length = np.maximum.reduceat(seen_of_prompt, starts)
-        ancestors = self._continuations(queries)
+        ancestors = continuations[members]
         query, step = np.nonzero(ancestors >= 0)
         distinct, inverse = np.unique(piece[query] * table.size + ancestors[query, step], return_inverse=True)
         owner, row = distinct // table.size, distinct % table.size
@@ -599,7 +608,7 @@ def _top(values: Tensor, k: int, width: int = 128) -> tuple[Tensor, Tensor]:
     if values.device.type != "cpu" or blocks <= 2 * k:
         return values.topk(k, dim=-1)
     best = values[:, : blocks * width].view(n, blocks, width).amax(-1).topk(k, dim=-1).indices
-    columns = (best.unsqueeze(-1) * width + torch.arange(width)).view(n, -1)
+    columns = (best.unsqueeze(-1) * width + torch.arange(width)).view(n, k * width)
     columns = torch.cat((columns, torch.arange(blocks * width, values.shape[1]).expand(n, -1)), dim=-1)
     top, place = values.gather(1, columns).topk(k, dim=-1)
     return top, columns.gather(1, place)

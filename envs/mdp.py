@@ -209,9 +209,13 @@ class DecodingMDP:
 
     def text(self, node: int) -> str:
         """Return the completion so far as text."""
-        if node not in self._texts:
-            self._texts[node] = self._decode(self.tree.completion_ids(node))
-        return self._texts[node]
+        return self.texts(np.array([node]))[0]
+
+    def texts(self, nodes: IntArray) -> list[str]:
+        """Return the completions so far of ``n`` states as texts."""
+        new = [node for node in nodes.tolist() if node not in self._texts]
+        self._texts.update(zip(new, map(self._decode, self.tree.completions(np.array(new, dtype=np.int64))), strict=True))
+        return [self._texts[node] for node in nodes.tolist()]
 
     def potential(self, prompts: Sequence[Prompt], nodes: IntArray) -> Values:
         """Return φ, the reward model's score of ``n`` unfinished prefixes, float64 [n]."""
@@ -226,8 +230,7 @@ class DecodingMDP:
         kept = np.array([_same(self._prompts.setdefault(r, p), p) for r, p in zip(roots, prompts, strict=True)], bool)
         asked = np.flatnonzero(np.isnan(values) | ~kept)
         if len(asked):
-            ids = [self.tree.completion_ids(node) for node in nodes[asked].tolist()]
-            texts = [self.text(node) for node in nodes[asked].tolist()]
+            ids, texts = self.tree.completions(nodes[asked]), self.texts(nodes[asked])
             whose = [prompts[i] for i in asked]
             values[asked] = self.reward.potential([p.text for p in whose], texts, ids, **_columns(whose))
             fresh = asked[kept[asked]]
@@ -242,8 +245,7 @@ class DecodingMDP:
         kinds = np.where((self.remaining(nodes) <= 1)[:, None], Finish.LENGTH, Finish.NO).astype(np.int8)
         kinds = np.broadcast_to(kinds, tokens.shape).copy()
         if self.stop:
-            for row, node in enumerate(nodes):
-                prefix = self.tree.completion_ids(int(node))
+            for row, prefix in enumerate(self.tree.completions(nodes)):
                 for action, token in enumerate(tokens[row]):
                     if self._stop_at(self.model.decode([*prefix, int(token)])) is not None:
                         kinds[row, action] = Finish.STOP
@@ -269,7 +271,7 @@ class DecodingMDP:
         if not len(nodes):
             return []
         tokens = self.tree.tokens[nodes, actions]
-        ids = [(*self.tree.completion_ids(int(n)), int(t)) for n, t in zip(nodes, tokens, strict=True)]
+        ids = [(*prefix, token) for prefix, token in zip(self.tree.completions(nodes), tokens.tolist(), strict=True)]
         texts = [self._decode(sequence) for sequence in ids]
         kinds = self.finishes(nodes)[np.arange(len(nodes)), actions]
         logprobs = self.tree.path_logprob[nodes] + np.maximum(self.tree.logprobs[nodes, actions], -1e6)

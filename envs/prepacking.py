@@ -30,6 +30,8 @@ class PackedWeights:
     def __init__(self, model: torch.nn.Module, available_bytes: float = float("inf")) -> None:
         """Prepare for ``model``; layouts may take up to ``available_bytes`` together."""
         self._linears = [m for m in model.modules() if type(m) is torch.nn.Linear and "forward" not in vars(m)]
+        self._weights = [m.weight for m in self._linears]
+        self._attributes = [vars(m) for m in self._linears]
         self._forwards: dict[int, list[Callable[[Tensor], Tensor]]] = {}
         self._versions = self._weight_versions()
         bytes_each = sum(m.weight.numel() * m.weight.element_size() for m in self._linears)
@@ -51,16 +53,15 @@ class PackedWeights:
         if size not in self._forwards:
             self._forwards[size] = [_packed(m, size) for m in self._linears]
         try:
-            for linear, forward in zip(self._linears, self._forwards[size], strict=True):
-                vars(linear)["forward"] = forward  # not setattr, which torch.nn.Module makes slow
+            for attributes, forward in zip(self._attributes, self._forwards[size], strict=True):
+                attributes["forward"] = forward  # not setattr, which torch.nn.Module makes slow
             yield
         finally:
-            for linear in self._linears:
-                vars(linear).pop("forward", None)
+            for attributes in self._attributes:
+                attributes.pop("forward", None)
 
-    def _weight_versions(self) -> list[tuple[int, int]]:
-        weights = [m.weight for m in self._linears]
-        return [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
+    def _weight_versions(self) -> int:
+        return sum(weight._version for weight in self._weights if not weight.is_inference())
 
 
 def _usable(linears: list[torch.nn.Linear]) -> bool:

@@ -182,11 +182,18 @@ class TokenTree:
 
     def completion_ids(self, node: int) -> list[int]:
         """Return the token ids from the prompt's end to ``node``."""
-        ids = []
-        while self.parent[node] != _MISSING:
-            ids.append(int(self.tokens[self.parent[node], self.action[node]]))
-            node = int(self.parent[node])
-        return ids[::-1]
+        return self.completions(np.array([node]))[0]
+
+    def completions(self, nodes: IntArray) -> list[list[int]]:
+        """Return the token ids from the prompt's end to each of ``n`` nodes."""
+        depths = self.depth[nodes]
+        tokens = np.empty((len(nodes), int(depths.max(initial=0))), dtype=np.int64)
+        for column in reversed(range(tokens.shape[1])):
+            parents = self.parent[nodes]
+            inside = parents != _MISSING
+            tokens[:, column] = self.tokens[parents, self.action[nodes]]  # of the last node, where not inside
+            nodes = np.where(inside, parents, nodes)
+        return [row[len(row) - depth :] for row, depth in zip(tokens.tolist(), depths.tolist(), strict=True)]
 
     def _append(self, **values: npt.NDArray[np.generic]) -> None:
         nodes = slice(self._size, self._size + len(values["handle"]))
