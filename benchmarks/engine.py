@@ -151,7 +151,8 @@ class Bench:
 
 def one_env(bench):
     """1 env against ``generate`` with greedy decoding."""
-    (text,), (ids,) = bench.texts(1, 30, 30), bench.ids(1, 30, 30)
+    (text,) = bench.texts(1, 30, 30)
+    ids = bench.lm.encode(text)
     both = bench.in_turn(
         lambda: bench.env_speed(1, [text]), lambda: bench.generate_speed([ids], do_sample=False)
     )
