@@ -153,9 +153,7 @@ def one_env(bench):
     """1 env against ``generate`` with greedy decoding."""
     (text,) = bench.texts(1, 30, 30)
     ids = bench.lm.encode(text)
-    both = bench.in_turn(
-        lambda: bench.env_speed(1, [text]), lambda: bench.generate_speed([ids], do_sample=False)
-    )
+    both = bench.in_turn(lambda: bench.env_speed(1, [text]), lambda: bench.generate_speed([ids], do_sample=False))
     return "1 env, fresh, / generate (greedy)", both, "tokens/s", 1.0, True
 
 
@@ -248,39 +246,78 @@ def size_of_the_tree(bench):
 
 
 def bounded_memory(bench, prefixes=20_000, budget=64 * MB):
-    """The same prefixes with all memory and with 64 MB: what is held, and how far apart the outputs are."""
+    """The same prefixes with all memory and with little: the most that was held, and how far the outputs are apart.
+
+    Prompt after prompt gets a tree of some 400 prefixes, 32 at a time; every 25th step continues nodes of all prompts.
+    """
     free, bounded = TokenTree(bench.lm, TOP_K), TokenTree(bench.lm, TOP_K, kv_budget=budget)
-    prompts = bench.ids(16, 10, 120)
-    for tree in (free, bounded):
-        tree.roots(prompts)
-    held, difference = 0, 0.0
-    while len(free) < prefixes:
-        nodes, actions = fresh_edges(bench, free, 64)
-        new, again = free.expand(nodes, actions), bounded.expand(nodes, actions)
+    held, difference, seconds, start = 0, 0.0, np.zeros(2), 0
+    for step in range(prefixes // 32):
+        if step % 13 == 0:
+            start = len(free)
+            prompts = bench.ids(1, 10 + step % 111, 10 + step % 111)
+            for tree in (free, bounded):
+                tree.roots(prompts)
+        edges = fresh_edges(bench, free, 32, 0 if step % 25 == 24 else start, like=bounded)
+        for i, tree in enumerate((free, bounded)):
+            seconds[i] += bench.seconds(lambda tree=tree, edges=edges: tree.expand(*edges))
+        new = slice(len(free) - len(edges[0]), len(free))
         held = max(held, bounded.kv_bytes)
-        assert np.array_equal(new, again)
-        difference = max(difference, float(np.abs(free.logprobs[new] - bounded.logprobs[again]).max()))
-    return free.kv_bytes, held, difference
+        difference = max(difference, float(np.abs(free.logprobs[new] - bounded.logprobs[new]).max()))
+    return free.kv_bytes, held, difference, seconds
 
 
 def grow(bench, tree, prefixes):
     tree.roots(bench.ids(16, 10, 120))
     while len(tree) < prefixes:
-        tree.expand(*fresh_edges(bench, tree, min(256, prefixes - len(tree))))
+        tree.expand(*fresh_edges(bench, tree, min(256, len(tree), prefixes - len(tree))))
 
 
-def fresh_edges(bench, tree, count):
-    """Return ``count`` edges that nobody has followed yet, from nodes of all ages."""
+def fresh_edges(bench, tree, count, start=0, like=None):
+    """Return ``count`` edges that nobody has followed yet, from nodes of all ages, numbered ``start`` or more.
+
+    ``like`` is a tree of the same prefixes: edges whose ranks differ there (rounding may swap two tokens that are about
+    as likely) are left out.
+    """
     edges = set()
     while len(edges) < count:
-        node, action = int(bench.rng.integers(len(tree))), int(bench.rng.integers(TOP_K))
-        if tree.children[node, action] < 0 and tree.depth[node] < HORIZON:
+        node, action = int(bench.rng.integers(start, len(tree))), int(bench.rng.integers(TOP_K))
+        same = like is None or tree.tokens[node, action] == like.tokens[node, action]
+        if same and tree.children[node, action] < 0 and tree.depth[node] < HORIZON:
             edges.add((node, action))
     nodes, actions = np.array(sorted(edges)).T
     return nodes, actions
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def scaling(bench):
+    """Print what a step costs as batch, depth, prompt, tree and k grow, one at a time; everything else stays."""
+    table = Table("what", "ms a step", title=machine(bench.lm))
+
+    def step(count=16, depth=24, prompt=30, size=0, k=TOP_K):
+        tree = TokenTree(bench.lm, k)
+        nodes = np.resize(tree.roots(bench.ids(min(count, 16), prompt, prompt)), count)
+        if size:
+            grow(bench, tree, size)
+        times = []
+        for level in range(depth + 5):
+            actions = bench.rng.integers(k, size=count) if level else (np.arange(count) // 16) % k
+            result = []
+            seconds = bench.seconds(lambda n=nodes, a=actions, r=result: r.append(tree.expand(n, a)))
+            times.append(1e3 * seconds)
+            nodes = result[0]
+        return np.median(times[depth:])
+
+    series = {
+        "batch": [("count", n) for n in (1, 4, 8, 16, 32, 64, 128)],
+        "depth, tokens since the prompt": [("depth", n) for n in (1, 24, 96, 192)],
+        "prompt, words": [("prompt", n) for n in (10, 30, 120, 480)],
+        "prefixes in the tree": [("size", n) for n in (1_000, 10_000)],
+        "k": [("k", n) for n in (2, 8, 64, 512)],
+    }
+    for name, points in series.items():
+        for i, (argument, value) in enumerate(points):
+            table.add_row(f"{name} = {value:,}", f"{step(**{argument: value}):.1f}", end_section=i == len(points) - 1)
+    Console(width=130).print(table)
 
 
 COMPARISONS = [
@@ -293,6 +330,7 @@ COMPARISONS = [
     above_the_floor,
     size_of_the_tree,
 ]
+NAMES = [*(comparison.__name__ for comparison in COMPARISONS), "bounded_memory"]
 
 
 def main():
@@ -301,26 +339,59 @@ def main():
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", nargs="+", help="names of comparisons, such as one_env")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="some of: " + ", ".join(NAMES))
+    parser.add_argument("--scaling", action="store_true", help="show how the time of a step grows, and nothing else")
     parser.add_argument("--json", help="also write the rows to this file")
     arguments = parser.parse_args()
+    if unknown := set(arguments.only or ()) - set(NAMES):
+        parser.error(f"--only takes {', '.join(NAMES)}; got {', '.join(sorted(unknown))}")
     transformers.utils.logging.set_verbosity_error()
     bench = Bench(arguments.model, arguments.device, arguments.dtype, arguments.repeats)
-    table = Table("what", "this project", "the other", "ratio", "at least / at most", title=machine(bench.lm))
+    if arguments.scaling:
+        scaling(bench)
+        return
+
+    table = Table("what", "this project", "the other", "ratio", "target", title=machine(bench.lm))
     rows = []
-    for compare in track(COMPARISONS, "timing", console=Console(stderr=True), transient=True):
-        if arguments.only and compare.__name__ not in arguments.only:
+
+    def add(name, ours, other, value, unit, target, higher, shown):
+        sign = "≥" if higher else "≤"
+        table.add_row(name, ours, other, shown, f"{sign} {target:g}" + (" MB" if unit == "MB" else ""))
+        rows.append({"name": name, "value": value, "unit": unit, "target": target, "higher_is_better": higher})
+
+    chosen = [name for name in NAMES if name in (arguments.only or NAMES)]
+    for name in track(chosen, "timing", console=Console(stderr=True), transient=True):
+        if name == "bounded_memory":
+            free, held, difference, (seconds, bounded_seconds) = bounded_memory(bench)
+            label = f"20,000 prefixes, kv_budget=64 MB ({bounded_seconds / seconds:.1f} × the time): held"
+            add(label, f"{held / MB:.1f} MB", f"{free / MB:,.0f} MB", held / MB, "MB", 64, False, f"{held / free:.2f}")
+            add("  largest difference of a log-prob", f"{difference:.1e} nats", "", difference, "nats", 1e-3, False, "")
             continue
-        name, both, unit, target, higher = compare(bench)
+        label, both, unit, target, higher = COMPARISONS[NAMES.index(name)](bench)
         ours, other = np.median(both, axis=0)
         ratio = float(np.median(both[:, 0] / both[:, 1]))
-        table.add_row(name, f"{ours:,.1f} {unit}", f"{other:,.1f} {unit}", f"{ratio:.2f}", f"{'≥' if higher else '≤'} {target}")
-        rows.append({"name": name, "value": ratio, "unit": "ratio", "target": target, "higher_is_better": higher})
+        cells = [f"{figure:,.1f} {unit}" for figure in (ours, other)]
+        add(label, *cells, ratio, "ratio", target, higher, f"{ratio:.2f}")
     Console(width=130).print(table)
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(rows, file, indent=2)
 
 
 def machine(lm):
-    return f"{lm.name}, {lm.model.dtype}, {lm.device}"
+    """Say what the figures were measured on."""
+    device = torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else processor()
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    dtype, threads = str(lm.model.dtype).removeprefix("torch."), torch.get_num_threads()
+    return f"{lm.name}, {dtype}; {device}, {threads} threads\n{versions}, qstar-decoding {qstar_decoding.__version__}"
+
+
+def processor():
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
 
 
 if __name__ == "__main__":

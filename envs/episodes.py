@@ -114,7 +114,7 @@ class Episodes:
         tokens, logprobs = mdp.tree.tokens[nodes, ranks], mdp.tree.logprobs[nodes, ranks]
         # The reward comes first: it can fail without a trace, and a forward that nobody uses is merely cached.
         ending, going_on = np.flatnonzero(terminated), np.flatnonzero(~terminated)
-        completions = mdp.complete([self._prompt(i) for i in ending], nodes[ending], ranks[ending])
+        completions = mdp.complete([self._prompt(i) for i in ending.tolist()], nodes[ending], ranks[ending])
         fresh = list(restart(ending)) if restart and len(ending) else []
         begun = ending[: len(fresh)]
         roots, children = mdp.grow(fresh, nodes[going_on], ranks[going_on])
@@ -150,9 +150,7 @@ class Episodes:
 
     def get_state(self) -> EpisodeState:
         """Return where the episodes stand, for :meth:`set_state`."""
-        state = EpisodeState(
-            self.node.copy(), self._mdp, self.prompt.copy(), self.ended.copy(), self._potential.copy()
-        )
+        state = EpisodeState(self.node.copy(), self._mdp, self.prompt.copy(), self.ended.copy(), self._potential.copy())
         self._mdp.tree.hold(state)
         return state
 

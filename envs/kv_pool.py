@@ -142,7 +142,7 @@ def _tree_attention(
             q = q.view(groups, width, kv_heads, repeats, key_width)
             q = q.permute(0, 2, 3, 1, 4).reshape(groups, kv_heads, repeats * width, key_width)
         seen = pool.index_select(0, block.slots).view(groups, -1, kv_heads, pool.shape[-1]).transpose(1, 2)
-        k, v = seen.split((key_width, value_width), dim=-1)
+        k, v = torch.split(seen, [key_width, value_width], dim=-1)
         mask = block.mask(repeats, sliding_window, q.dtype)
         if softcap:
             scores = q @ k.transpose(2, 3) * (scaling or key_width**-0.5)
@@ -476,7 +476,9 @@ class TreeEngine:
         def tensor(array: IntArray) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-        forward = _Forward(self._pool, tensor(self._table.slot[rows]), self._blocks(rows, continuations, tensor), self._windows)
+        forward = _Forward(
+            self._pool, tensor(self._table.slot[rows]), self._blocks(rows, continuations, tensor), self._windows
+        )
         count, weights = len(asked), self._lm.packed_weights
         size = weights.size_for(len(rows)) if weights else None
         with torch.inference_mode(), _tree_attention_in(model, forward), contextlib.ExitStack() as stack:
@@ -503,10 +505,8 @@ class TreeEngine:
             self._block(rows, np.flatnonzero(kind), continuations, limit, tensor) for kind, limit in kinds if kind.any()
         ]
 
-    def _block(
-        self, rows: IntArray, members: IntArray, continuations: IntArray, limit: int, tensor: Any
-    ) -> _Block:
-        """Group the queries ``rows[members]``: those of a prompt, at most ``limit``, make a piece; pieces share groups."""
+    def _block(self, rows: IntArray, members: IntArray, continuations: IntArray, limit: int, tensor: Any) -> _Block:
+        """Group the queries ``rows[members]``: up to ``limit`` of one prompt make a piece, and pieces share groups."""
         table = self._table
         # Sorted by prompt, then by age, which keeps the branches of one search together.
         members = members[np.lexsort((rows[members], table.chain[rows[members]]))]

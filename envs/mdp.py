@@ -214,7 +214,9 @@ class DecodingMDP:
     def texts(self, nodes: IntArray) -> list[str]:
         """Return the completions so far of ``n`` states as texts."""
         new = [node for node in nodes.tolist() if node not in self._texts]
-        self._texts.update(zip(new, map(self._decode, self.tree.completions(np.array(new, dtype=np.int64))), strict=True))
+        self._texts.update(
+            zip(new, map(self._decode, self.tree.completions(np.array(new, dtype=np.int64))), strict=True)
+        )
         return [self._texts[node] for node in nodes.tolist()]
 
     def potential(self, prompts: Sequence[Prompt], nodes: IntArray) -> Values:
@@ -231,7 +233,7 @@ class DecodingMDP:
         asked = np.flatnonzero(np.isnan(values) | ~kept)
         if len(asked):
             ids, texts = self.tree.completions(nodes[asked]), self.texts(nodes[asked])
-            whose = [prompts[i] for i in asked]
+            whose = [prompts[i] for i in asked.tolist()]
             values[asked] = self.reward.potential([p.text for p in whose], texts, ids, **_columns(whose))
             fresh = asked[kept[asked]]
             self._potentials[nodes[fresh]] = values[fresh]

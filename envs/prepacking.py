@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -66,11 +66,12 @@ class PackedWeights:
 def _usable(linears: list[torch.nn.Linear]) -> bool:
     """Return whether this build of PyTorch can do it for these layers."""
     plain = all(m.weight.device.type == "cpu" and m.weight.dtype == torch.float32 for m in linears)
-    return bool(linears) and plain and torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
+    return bool(linears) and plain and hasattr(torch.ops.mkl, "_mkl_linear")
 
 
 def _packed(linear: torch.nn.Linear, size: int) -> Callable[[Tensor], Tensor]:
-    weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+    weight, bias = linear.weight.detach(), cast("Tensor | None", linear.bias)
+    bias = None if bias is None else bias.detach()
     operators: Any = torch.ops.mkl
     packed = operators._mkl_reorder_linear_weight(weight, size)
     # Where the rows are not that many, the operator falls back to the plain weight by itself.

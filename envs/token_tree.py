@@ -84,6 +84,8 @@ class TokenTree:
     depth: IntArray
     path_logprob: npt.NDArray[np.float64]
     children: IntArray
+    handle: IntArray
+    used: IntArray
 
     def __len__(self) -> int:
         """Return the number of nodes."""
@@ -112,9 +114,7 @@ class TokenTree:
         """
         return self.grow([], nodes, actions)[1]
 
-    def grow(
-        self, prompts: Sequence[Sequence[int]], nodes: IntArray, actions: IntArray
-    ) -> tuple[IntArray, IntArray]:
+    def grow(self, prompts: Sequence[Sequence[int]], nodes: IntArray, actions: IntArray) -> tuple[IntArray, IntArray]:
         """Do what ``roots`` and ``expand`` do, in one forward together; on an error the tree stays as it was."""
         keys = [tuple(prompt) for prompt in prompts]
         new = [key for key in dict.fromkeys(keys) if key not in self._roots]
@@ -122,9 +122,7 @@ class TokenTree:
         if new or missing.any():
             edges = np.unique(nodes[missing] * self.top_k + actions[missing])
             parents, ranks = edges // self.top_k, edges % self.top_k
-            handles, outputs = self._engine.compute(
-                new, self._columns["handle"][parents], self.tokens[parents, ranks]
-            )
+            handles, outputs = self._engine.compute(new, self.handle[parents], self.tokens[parents, ranks])
             added = np.arange(self._size, self._size + len(handles))
             start = np.full(len(new), _MISSING)
             logprob = self.path_logprob[parents] + self.logprobs[parents, ranks]
@@ -157,8 +155,7 @@ class TokenTree:
             The new number of each node, int64 [old nodes], -1 where it was forgotten.
         """
         keep = np.zeros(self._size, dtype=bool)
-        used = self._columns["used"][: self._size]
-        keep[np.argsort(-used, kind="stable")[:most]] = True
+        keep[np.argsort(self.used)[max(self._size - most, 0) :]] = True
         for holder in self._holders:
             keep[holder.node[holder.node != _MISSING]] = True
         frontier = np.flatnonzero(keep)
@@ -169,7 +166,7 @@ class TokenTree:
         kept = np.flatnonzero(keep)
         new = np.full(self._size + 1, _MISSING, dtype=np.int64)  # the last is for -1, no node
         new[kept] = np.arange(len(kept))
-        self._columns["handle"][kept] = self._engine.forget(self._columns["handle"][kept])
+        self._columns["handle"][kept] = self._engine.forget(self.handle[kept])
         for name in ("parent", "root", "children"):
             self._columns[name][kept] = new[self._columns[name][kept]]
         self._columns = {name: column[kept] for name, column in self._columns.items()}

@@ -186,7 +186,7 @@ class TokenDecodingVectorEnv(VectorEnv[Observation, Any, Any]):
 
     def _prompts(self, which: npt.NDArray[np.bool_]) -> dict[str, Any]:
         texts = np.full(self.num_envs, None, dtype=object)
-        for i in np.flatnonzero(which):
+        for i in np.flatnonzero(which).tolist():
             texts[i] = self._core.prompt_text(i)
         return _marked({"prompt": texts}, which)
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qstar_decoding.envs import PrefixEngine, TabularLM, TokenTree, TransformersLM, TreeEngine, kv_pool
+from qstar_decoding.envs.prepacking import PackedWeights
 from qstar_decoding.errors import ConfigurationError
 
 TinyLM = Callable[[str], TransformersLM]
@@ -510,3 +511,185 @@ def test_the_model_stays_as_it_was(lm: TransformersLM, new_tiny_lm: TinyLM, arch
     assert (lm.model.config._attn_implementation, generate(), str(lm.model.config)) == before
     assert not lm.model.training
     assert not any(module._forward_pre_hooks for module in lm.model.modules())
+
+
+# -------------------------------------------------------------------------------------------------------- forgetting
+
+
+class Held:
+    """Holds some nodes of a tree."""
+
+    def __init__(self, nodes: Sequence[int]) -> None:
+        self.node = np.array(nodes, dtype=np.int64)
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Mistral", "tabular"])
+@given(script=scripts(tokens=(0, 4)), more=scripts(tokens=(0, 4)), most=st.integers(0, 12), data=st.data())
+@settings(max_examples=15)
+def test_what_is_left_after_forgetting_is_as_it_was(
+    tiny_lm: TinyLM, architecture: str, script: Script, more: Script, most: int, data: st.DataObject
+) -> None:
+    tree = TokenTree(TabularLM.random(5, 2, seed=0) if architecture == "tabular" else tiny_lm(architecture), TOP_K)
+    prompts = play(tree, script)
+    before, texts = contents(tree), sequences(tree, prompts)
+    held = Held(data.draw(st.lists(st.integers(-1, len(tree) - 1), max_size=4)))
+    nodes = held.node.copy()
+    tree.hold(held)
+    new = tree.forget(most)
+    kept = np.flatnonzero(new >= 0)
+    np.testing.assert_array_equal(new[kept], np.arange(len(tree)))
+    np.testing.assert_array_equal(held.node, np.where(nodes < 0, -1, new[nodes]))
+    assert (held.node[nodes >= 0] >= 0).all()
+    for name in ("hidden", "tokens", "logprobs", "action", "depth", "path_logprob"):
+        np.testing.assert_array_equal(getattr(tree, name), before[name][kept], err_msg=name)
+    # The tree goes on as if nothing had been: every node is what it was, and so is everything that is grown from it.
+    roots = [prompt for prompt in prompts if tuple(prompt) in tree._roots]
+    assert sequences(tree, roots) == [texts[node] for node in kept]
+    assert_slots_add_up(tree)
+    roots += [prompt for prompt in play(tree, more) if prompt not in roots]
+    assert_exact(tree, roots)
+
+
+def test_the_longest_unused_goes_first(tiny_lm: TinyLM) -> None:
+    tree = TokenTree(tiny_lm("Llama"), TOP_K)
+    first, second, third = (tree.roots([[token, 7]]) for token in (5, 6, 8))
+    child = tree.expand(second, np.array([0]))
+    tree.roots([[5, 7]])
+    new = tree.forget(2)
+    assert (new[[*first, *second, *child]] >= 0).all()  # of the second, its last use was as its child's parent
+    assert new[third[0]] < 0
+    assert len(tree) == 3
+
+
+def test_memory_stays_flat_over_endless_prompts(tiny_lm: TinyLM) -> None:
+    tree = TokenTree(tiny_lm("Llama"), TOP_K)
+    engine, rng = tree._engine, np.random.default_rng(0)
+    assert isinstance(engine, TreeEngine)
+    sizes = []
+    for _ in range(40):
+        tree.expand(tree.roots(rng.integers(VOCABULARY, size=(8, 20)).tolist()), np.arange(8) % TOP_K)
+        tree.forget(16)
+        sizes.append([len(tree), engine._table.size, len(engine._chains), len(engine._trie), engine._pool.capacity])
+    # Eight prompts of 20 tokens, with a continuation each; a few of their first tokens were older prompts'.
+    assert (np.max(sizes, axis=0) <= [16, 8 * 21, 20, 8 * 20, 512]).all()
+    assert {len(tree) for tree, *_ in sizes} == {16}
+    assert_slots_add_up(tree)
+
+
+# --------------------------------------------------------------------------------------------------- out of memory
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
+def test_out_of_memory_halves_the_batch_and_is_said_once(
+    new_tiny_lm: TinyLM, error: RuntimeError, caplog: pytest.LogCaptureFixture
+) -> None:
+    lm = new_tiny_lm("Llama")
+    prompts = [[5, 6, 7, 8], [5, 9], [11, 12, 13]]
+    tree = TokenTree(lm, TOP_K)
+    layer: Any = lm.model.model.layers[1]
+
+    def fail(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if hidden.shape[1] > 4:
+            raise error
+        return type(layer).forward(layer, hidden, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING, "qstar_decoding"):
+        patch.setattr(layer, "forward", fail)
+        roots = tree.roots(prompts)  # eight tokens
+        tree.expand(roots.repeat(2), np.array([0, 1] * 3))
+    assert [r.getMessage() for r in caplog.records] == ["out of memory: from now on at most 4 tokens at a time"]
+    assert_exact(tree, prompts)
+
+
+def test_one_token_that_does_not_fit_is_an_error(new_tiny_lm: TinyLM) -> None:
+    lm = new_tiny_lm("Llama")
+    tree = TokenTree(lm, TOP_K)
+    layer: Any = lm.model.model.layers[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer, "forward", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+        with pytest.raises(torch.OutOfMemoryError):
+            tree.roots([[5, 6, 7]])
+    assert len(tree) == 0
+    tree.roots([[5, 6, 7]])
+    assert_exact(tree, [[5, 6, 7]])
+
+
+def test_memory_that_cannot_grow_is_a_budget(
+    new_tiny_lm: TinyLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tree = TokenTree(new_tiny_lm("Llama"), TOP_K)
+    prompts = np.random.default_rng(0).integers(VOCABULARY, size=(10, 60)).tolist()
+    tree.roots(prompts[:2])
+    assert tree._engine._pool.capacity == 256  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        patch.setattr(kv_pool._Pool, "grow", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+        roots = tree.roots(prompts)  # 600 tokens
+        tree.expand(roots, np.arange(10) % TOP_K)
+    assert tree._engine._pool.capacity == 256  # type: ignore[attr-defined]
+    assert "going on with 256 tokens" in caplog.text
+    assert_exact(tree, prompts)
+
+
+# ------------------------------------------------------------------------------------------------ faster, not otherwise
+
+
+@given(data=st.data(), n=st.integers(1, 3), k=st.integers(1, 4), width=st.integers(1, 5), columns=st.integers(4, 60))
+def test_the_fast_top_k_is_top_k(data: st.DataObject, n: int, k: int, width: int, columns: int) -> None:
+    order = [data.draw(st.permutations(range(columns))) for _ in range(n)]
+    values = torch.tensor(order, dtype=torch.float32)
+    for ours, theirs in zip(kv_pool._top(values, k, width), values.topk(k), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=20))
+def test_pieces_share_groups_without_overlap(widths: list[int]) -> None:
+    group, offset, width = kv_pool._pack(np.array(widths))
+    taken = [(g, o + i) for g, o, w in zip(group, offset, widths, strict=True) for i in range(w)]
+    assert len(set(taken)) == sum(widths)
+    assert max(place for _, place in taken) < width == max(widths)
+    assert sorted(set(group)) == list(range(max(group) + 1))
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Phi"])  # without and with biases
+def test_packed_weights_change_nothing_but_the_speed(new_tiny_lm: TinyLM, architecture: str) -> None:
+    lm = new_tiny_lm(architecture)
+    if lm.packed_weights is None or lm.packed_weights.size_for(16) is None:
+        pytest.skip("this build of PyTorch has no MKL")
+    prompts = [[5, 6, 7], [5, 9], [11], [12, 13]]
+
+    def grown() -> TokenTree:
+        tree = TokenTree(lm, TOP_K)
+        nodes = tree.expand(tree.roots(prompts).repeat(3), np.tile([0, 1, 2], 4))
+        tree.expand(nodes.repeat(3), np.tile([0, 1, 2], 12))  # 36 tokens
+        return tree
+
+    assert_exact(grown(), prompts)
+    assert lm.packed_weights._forwards.keys() == {16}  # of 8, 12 and 36 tokens
+    assert not any("forward" in vars(module) for module in lm.model.modules())
+    with torch.no_grad():
+        for weights in lm.model.parameters():
+            weights.mul_(0.5)
+    assert_exact(grown(), prompts)  # with the weights that the model has now
+
+
+def test_packed_weights_keep_to_their_share_of_memory(tiny_lm: TinyLM) -> None:
+    model = tiny_lm("Llama").model
+    nothing, one_copy = (
+        PackedWeights(model, n * 4 * sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)))
+        for n in (0.9, 1.5)
+    )
+    assert [nothing.size_for(n) for n in (1, 6, 7, 16, 17, 64, 65)] == [None] * 7
+    if one_copy.size_for(16):
+        assert [one_copy.size_for(n) for n in (1, 6, 7, 16, 17, 32, 33, 45, 64, 65)] == [
+            *[None, None, 16, 16, 32, 32, None, 64, 64, None]
+        ]
+        with one_copy.swapped_in(16):
+            pass
+        assert [one_copy.size_for(n) for n in (16, 32, 64)] == [16, None, None]
+
+
+def test_prepack_is_yes_no_or_auto(tiny_lm: TinyLM) -> None:
+    lm = tiny_lm("Llama")
+    assert TransformersLM(lm.model, lm.tokenizer, prepack=False).packed_weights is None
+    with pytest.raises(ConfigurationError, match="prepack is True, False or 'auto'"):
+        TransformersLM(lm.model, lm.tokenizer, prepack="yes")

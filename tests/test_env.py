@@ -30,7 +30,7 @@ from qstar_decoding.errors import (
     RewardError,
     UnknownNameError,
 )
-from qstar_decoding.rewards import as_reward
+from qstar_decoding.rewards import Reward, as_reward
 
 MakeEnv = Callable[..., TokenDecodingEnv]
 Transition = tuple[dict[str, Any], float, bool, bool, dict[str, Any]]
@@ -698,3 +698,106 @@ def test_an_env_on_a_model_by_name_can_be_pickled(lm: TransformersLM) -> None:
     spec = gym.make("TokenDecoding-v0", model=lm, max_new_tokens=2).spec
     again = pickle.loads(pickle.dumps(spec))
     assert again.kwargs["model"] is lm
+
+
+# ---------------------------------------------------------------------------------------------- states to come back to
+
+
+def test_a_state_can_be_gone_back_to_as_often_as_needed(tabular_env: Callable[..., TokenDecodingEnv]) -> None:
+    env = tabular_env()
+    env.reset(seed=0, options={"prompt": "ab"})
+    state = env.get_state()
+
+    def rest(actions: list[int]) -> list[tuple[float, bool, str | None]]:
+        env.set_state(state)
+        seen = []
+        for action in actions:
+            _, reward, terminated, _, info = env.step(action)
+            seen.append((reward, terminated, info.get("completion")))
+            if terminated:
+                break
+        return seen
+
+    first, second = rest([0, 0, 0, 0]), rest([1, 0, 1, 0])
+    assert first != second
+    assert (rest([0, 0, 0, 0]), rest([1, 0, 1, 0])) == (first, second)
+
+
+def test_exhaustive_search_by_states_finds_what_the_mdp_says(tabular_env: Callable[..., TokenDecodingEnv]) -> None:
+    env = tabular_env(max_new_tokens=3, shaping=False)
+    env.reset(options={"prompt": "c"})
+    completions: dict[str, float] = {}
+
+    def search() -> float:
+        state, best = env.get_state(), -np.inf
+        for action in np.flatnonzero(env.action_masks()):
+            env.set_state(state)
+            _, reward, terminated, _, info = env.step(int(action))
+            if terminated:
+                completions[info["completion"]] = info["objective"]
+            best = max(best, reward + (0.0 if terminated else search()))
+        return best
+
+    assert search() == pytest.approx(max(completions.values()))
+
+
+def test_a_state_outlives_the_end_and_the_forgetting(tabular_env: Callable[..., TokenDecodingEnv]) -> None:
+    prompts = ["".join(letters) for letters in itertools.product("abcd", repeat=3)]
+    env = tabular_env(max_prefixes=10, prompts=prompts)
+    env.reset(seed=0)
+    state = env.get_state()
+    for _ in range(40):
+        env.reset()
+        while not env.step(0)[2]:
+            pass
+    assert len(env.mdp.tree) < 40
+    env.set_state(state)
+    after = env.step(0)[0]
+    env.reset(seed=0)
+    for key, value in env.step(0)[0].items():
+        np.testing.assert_array_equal(after[key], value)
+
+
+def test_a_state_after_the_end_is_an_end(tabular_env: Callable[..., TokenDecodingEnv]) -> None:
+    env = tabular_env(max_new_tokens=1)
+    env.reset(seed=0)
+    env.step(0)
+    state = env.get_state()
+    env.reset()
+    env.set_state(state)
+    with pytest.raises(EpisodeError, match="after the end"):
+        env.step(0)
+
+
+def test_a_state_of_another_environment_is_refused(tabular_env: Callable[..., TokenDecodingEnv]) -> None:
+    env, other = tabular_env(), tabular_env()
+    for each in (env, other):
+        each.reset(seed=0)
+    with pytest.raises(ConfigurationError, match="one of another environment"):
+        env.set_state(other.get_state())
+    with pytest.raises(ConfigurationError, match="takes what get_state returned, got int"):
+        env.set_state(3)  # type: ignore[arg-type]
+    env.step(0)  # and goes on from where it was
+
+
+@pytest.mark.parametrize("max_prefixes", [0, -3, 1.5, "many"])
+def test_max_prefixes_is_a_positive_integer(tabular_env: Callable[..., TokenDecodingEnv], max_prefixes: Any) -> None:
+    with pytest.raises(ConfigurationError, match="max_prefixes"):
+        tabular_env(max_prefixes=max_prefixes)
+
+
+def test_potentials_are_those_of_the_prompt_that_asks(tabular_env: Callable[..., TokenDecodingEnv]) -> None:
+    class Matches(Reward):
+        name, lower, upper = "matches", 0.0, 1.0
+
+        def score(self, prompts: Any, completions: Any, completion_ids: Any = None, **columns: Any) -> list[float]:
+            return self.score_prefixes(prompts, completions, completion_ids, **columns)
+
+        def score_prefixes(self, prompts: Any, completions: Any, completion_ids: Any = None, **columns: Any) -> Any:
+            return [float(wanted == 1) for wanted in columns["wanted"]]
+
+    env = tabular_env(reward=Matches(), prompts=[{"prompt": "ab", "wanted": 0}, {"prompt": "ab", "wanted": 1}])
+    mdp, (no, yes) = env.mdp, env.prompts
+    node = mdp.roots([no])
+    assert [mdp.potential([p], node)[0] for p in (no, yes, no, yes)] == [0, 1, 0, 1]
+    np.testing.assert_array_equal(mdp.potential([yes, no, yes], node.repeat(3)), [1, 0, 1])

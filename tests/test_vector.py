@@ -1,5 +1,8 @@
 """The vector environments are N single ones that share their computation."""
 
+import contextlib
+import itertools
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -132,3 +135,135 @@ def test_mistakes_leave_everything_as_it_was():
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ConfigurationError, match=message):
         call()
+
+
+class CountingLM(TabularLM):
+    """Counts its forwards; fails at the next one if told so."""
+
+    forwards = 0
+    fails = False
+
+    def forward(self, sequences):
+        if self.fails:
+            raise RuntimeError("no power")
+        self.forwards += 1
+        return super().forward(sequences)
+
+
+def test_a_reset_to_a_prompt_never_seen_is_part_of_the_same_forward():
+    model = CountingLM(np.full((4, 4), 0.25), eos_token_ids=[])
+    prompts = ["".join(letters) for letters in itertools.product("abc", repeat=4)]
+    env = make_vec(4, **arguments(model=model, max_new_tokens=2, prompts=prompts))
+    env.reset(seed=0)
+    for _ in range(8):
+        before, size = model.forwards, len(env.mdp.tree)
+        terminated = env.step(np.arange(4) % 3)[2]
+        assert model.forwards == before + (len(env.mdp.tree) > size)
+        if terminated.any():
+            assert len(env.mdp.tree) > size  # of the 81 prompts
+
+
+@pytest.mark.parametrize("make", [make_vec, lambda n, **kwargs: TokenDecodingVecEnv(n, **kwargs)])
+def test_a_step_that_fails_has_not_happened(make):
+    prompts = ["a", "b", "c", "ab", "bc", "ca", "aa", "bb"]
+
+    def play(failing_steps):
+        model = CountingLM(np.full((4, 4), 0.25), eos_token_ids=[])
+        env = make(3, **arguments(model=model, max_new_tokens=2, prompts=prompts))
+        env.reset(seed=3) if isinstance(env, gym.vector.VectorEnv) else (env.seed(3), env.reset())
+        seen, failures = [], 0
+        for step in range(6):
+            model.fails, size = step in failing_steps, len(env.mdp.tree)
+            with contextlib.suppress(RuntimeError):
+                seen.append(env.step(np.zeros(3, dtype=int))[0]["hidden"])
+            if len(seen) == step:  # it failed
+                failures, model.fails = failures + 1, False
+                assert len(env.mdp.tree) == size
+                seen.append(env.step(np.zeros(3, dtype=int))[0]["hidden"])
+        return seen, failures
+
+    (with_failures, failures), (without, none) = play([0, 1, 3]), play([])
+    assert failures > 1
+    assert none == 0
+    np.testing.assert_array_equal(with_failures, without)
+
+
+def test_there_may_be_more_environments_than_prompts():
+    env = make_vec(6, **arguments(prompts=["a", "b"]))
+    _, info = env.reset(seed=0)
+    assert set(info["prompt"]) == {"a", "b"}
+    assert len(env.mdp.tree) == 2  # those of one prompt share everything
+    _, _, terminated, _, _ = env.step(np.zeros(6, dtype=int))
+    assert len(env.mdp.tree) == 2 + len(set(info["prompt"][~terminated]))
+
+
+def test_infos_are_laid_out_as_gymnasium_does():
+    vector = make_vec(3, **arguments())
+    single = gym.vector.SyncVectorEnv(
+        [lambda: gym.make("TokenDecoding-v0", **arguments())] * 3, autoreset_mode=AutoresetMode.SAME_STEP
+    )
+
+    def same(ours, theirs, where=""):
+        assert ours.keys() == theirs.keys(), where
+        for key, value in theirs.items():
+            if isinstance(value, dict):
+                same(ours[key], value, f"{where}{key}.")
+            elif key == "final_obs":
+                for a, b in zip(ours[key], value, strict=True):
+                    assert (a is None) == (b is None)
+                    if a is not None:
+                        assert_same(a, b)
+            elif f"_{key}" in theirs:
+                filled = theirs[f"_{key}"]
+                assert np.shape(ours[key]) == np.shape(value), f"{where}{key}"
+                np.testing.assert_array_equal(ours[key][filled], value[filled], err_msg=f"{where}{key}")
+            else:
+                np.testing.assert_array_equal(ours[key], value, err_msg=f"{where}{key}")
+
+    same(vector.reset(seed=4)[1], single.reset(seed=4)[1])
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        actions = rng.integers(3, size=3)
+        same(vector.step(actions)[-1], single.step(actions)[-1])
+
+
+def test_a_completion_that_cannot_be_scored_is_nan_beside_those_that_can():
+    def reward(prompts, completions):
+        return [None if "a" in completion else 1.0 for completion in completions]
+
+    model = TabularLM(np.full((4, 4), 0.25), eos_token_ids=[])
+    env = make_vec(6, **arguments(model=model, reward=reward, max_new_tokens=2))
+    env.reset(seed=0)
+    env.step(np.arange(6) % 3)
+    info = env.step(np.arange(6) % 3)[-1]["final_info"]
+    unscored = np.array(["a" in text for text in info["completion"]])
+    assert unscored.any()
+    assert not unscored.all()
+    np.testing.assert_array_equal(np.isnan(info["reward"]), unscored)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 1000), most=st.integers(1, 12))
+def test_forgetting_changes_nothing_that_is_seen(seed, most):
+    free, bounded = make_vec(3, **arguments()), make_vec(3, **arguments(max_prefixes=most))
+    rng = np.random.default_rng(seed)
+    assert_same(free.reset(seed=seed)[0], bounded.reset(seed=seed)[0])
+    for _ in range(25):
+        actions = rng.integers(3, size=3)
+        (a, *rest), (b, *others) = free.step(actions), bounded.step(actions)
+        assert_same(a, b)
+        np.testing.assert_array_equal(rest[0], others[0])
+        # Beside what was asked for lately: where the three stand, the way there, and one step more.
+        assert len(bounded.mdp.tree) <= most + 3 * 6
+
+
+def test_states_of_many_environments():
+    env = make_vec(3, **arguments())
+    env.reset(seed=1)
+    state = env.get_state()
+    there = [env.step([0, 1, 2]) for _ in range(2)][-1]
+    env.set_state(state)
+    again = [env.step([0, 1, 2]) for _ in range(2)][-1]
+    assert_same(there[0], again[0])
+    with pytest.raises(ConfigurationError, match="another environment"):
+        make_vec(2, **arguments()).set_state(state)
