@@ -9,6 +9,7 @@ batch, depth, prompt length, size of the tree and k. docs/performance.md explain
 """
 
 import argparse
+import itertools
 import json
 import platform
 import time
@@ -251,17 +252,20 @@ def bounded_memory(bench, prefixes=20_000, budget=64 * MB):
     Prompt after prompt gets a tree of some 400 prefixes, 32 at a time; every 25th step continues nodes of all prompts.
     """
     free, bounded = TokenTree(bench.lm, TOP_K), TokenTree(bench.lm, TOP_K, kv_budget=budget)
-    held, difference, seconds, start = 0, 0.0, np.zeros(2), 0
-    for step in range(prefixes // 32):
+    held, difference, seconds, done, start = 0, 0.0, np.zeros(2), 0, 0
+    for step in itertools.count():
+        if done == prefixes:
+            break
         if step % 13 == 0:
             start = len(free)
             prompts = bench.ids(1, 10 + step % 111, 10 + step % 111)
             for tree in (free, bounded):
                 tree.roots(prompts)
-        edges = fresh_edges(bench, free, 32, 0 if step % 25 == 24 else start, like=bounded)
+        edges = fresh_edges(bench, free, min(32, prefixes - done), 0 if step % 25 == 24 else start, like=bounded)
         for i, tree in enumerate((free, bounded)):
             seconds[i] += bench.seconds(lambda tree=tree, edges=edges: tree.expand(*edges))
         new = slice(len(free) - len(edges[0]), len(free))
+        done += len(edges[0])
         held = max(held, bounded.kv_bytes)
         difference = max(difference, float(np.abs(free.logprobs[new] - bounded.logprobs[new]).max()))
     return free.kv_bytes, held, difference, seconds
@@ -270,23 +274,21 @@ def bounded_memory(bench, prefixes=20_000, budget=64 * MB):
 def grow(bench, tree, prefixes):
     tree.roots(bench.ids(16, 10, 120))
     while len(tree) < prefixes:
-        tree.expand(*fresh_edges(bench, tree, min(256, len(tree), prefixes - len(tree))))
+        tree.expand(*fresh_edges(bench, tree, min(256, prefixes - len(tree))))
 
 
 def fresh_edges(bench, tree, count, start=0, like=None):
-    """Return ``count`` edges that nobody has followed yet, from nodes of all ages, numbered ``start`` or more.
+    """Return up to ``count`` edges that nobody has followed yet, from nodes of all ages, numbered ``start`` or more.
 
     ``like`` is a tree of the same prefixes: edges whose ranks differ there (rounding may swap two tokens that are about
     as likely) are left out.
     """
-    edges = set()
-    while len(edges) < count:
-        node, action = int(bench.rng.integers(start, len(tree))), int(bench.rng.integers(TOP_K))
-        same = like is None or tree.tokens[node, action] == like.tokens[node, action]
-        if same and tree.children[node, action] < 0 and tree.depth[node] < HORIZON:
-            edges.add((node, action))
-    nodes, actions = np.array(sorted(edges)).T
-    return nodes, actions
+    open_ = (tree.children[start:] < 0) & (tree.depth[start:] < HORIZON)[:, None]
+    if like is not None:
+        open_ &= tree.tokens[start:] == like.tokens[start:]
+    edges = np.flatnonzero(open_)
+    edges = np.sort(bench.rng.choice(edges, size=min(count, len(edges)), replace=False))
+    return start + edges // TOP_K, edges % TOP_K
 
 
 def scaling(bench):
