@@ -341,16 +341,16 @@ class TreeEngine:
     def _chain(self, prompt: tuple[int, ...]) -> IntArray:
         """Return the rows of a prompt's tokens; what it shares with earlier prompts are the same rows."""
         if prompt not in self._chain_of:
-            index, row = len(self._chains), -1
-            rows: list[int] = []
-            for position, token in enumerate(prompt):
-                if (row, token) not in self._trie:
-                    columns: list[IntArray] = [np.array([value]) for value in (token, row, position, index)]
-                    self._trie[row, token] = int(self._table.append(*columns)[0])
-                row = self._trie[row, token]
-                rows.append(row)
-            self._chains.append(np.array(rows, dtype=np.int64))
-            self._chain_of[prompt] = index
+            shared: list[int] = []
+            while len(shared) < len(prompt) and (edge := ((shared or [-1])[-1], prompt[len(shared)])) in self._trie:
+                shared.append(self._trie[edge])
+            positions = np.arange(len(shared), len(prompt))
+            parents = np.r_[(shared or [-1])[-1], self._table.size + np.arange(len(positions))][: len(positions)]
+            tokens = np.array(prompt[len(shared) :], dtype=np.int64)
+            rows = self._table.append(tokens, parents, positions, np.full_like(positions, len(self._chains)))
+            self._trie.update(zip(zip(parents.tolist(), tokens.tolist(), strict=True), rows.tolist(), strict=True))
+            self._chain_of[prompt] = len(self._chains)
+            self._chains.append(np.concatenate((np.array(shared, dtype=np.int64), rows)))
         return self._chains[self._chain_of[prompt]]
 
     def _continuations(self, rows: IntArray) -> IntArray:
