@@ -58,6 +58,7 @@ class _Block:
         distance: int64 [G, Q, U], how many positions back each slot lies; only for models with a sliding window.
         packed: int64 [m], where the m real queries stand in the flattened [G, Q].
         members: int64 [m], which packed tokens these are.
+        span: The slots of a single group, where they follow one another in the pool: read in place.
         in_order: The queries are the packed tokens, all of them and in their order.
         sees_all: Every query sees every slot of its group.
     """
@@ -69,6 +70,7 @@ class _Block:
     distance: Tensor | None
     packed: Tensor
     members: Tensor
+    span: slice | None
     in_order: bool
     sees_all: bool
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
@@ -141,7 +143,8 @@ def _tree_attention(
         else:
             q = q.view(groups, width, kv_heads, repeats, key_width)
             q = q.permute(0, 2, 3, 1, 4).reshape(groups, kv_heads, repeats * width, key_width)
-        seen = pool.index_select(0, block.slots).view(groups, -1, kv_heads, pool.shape[-1]).transpose(1, 2)
+        seen = pool.index_select(0, block.slots) if block.span is None else pool[block.span]
+        seen = seen.view(groups, -1, kv_heads, pool.shape[-1]).transpose(1, 2)
         k, v = torch.split(seen, [key_width, value_width], dim=-1)
         mask = block.mask(repeats, sliding_window, q.dtype)
         if softcap:
@@ -547,10 +550,13 @@ class TreeEngine:
         distance = None
         if self._window:
             distance = tensor(table.position[rows[index]][:, :, None] - table.position[seen][:, None, :])
+        slots = np.where(seen >= 0, table.slot[seen], 0).ravel()
+        in_place = shape[0] == 1 and bool((np.diff(slots) == 1).all())
         return _Block(
             shape=shape[:2],
             queries=tensor(index.ravel()),
-            slots=tensor(np.where(seen >= 0, table.slot[seen], 0).ravel()),
+            slots=tensor(slots),
+            span=slice(int(slots[0]), int(slots[-1]) + 1) if in_place else None,
             visible=torch.from_numpy(visible).to(self._lm.device),
             distance=distance,
             packed=tensor(group * shape[1] + place),
