@@ -249,6 +249,17 @@ class TokenDecodingVecEnv(VecEnv):
         """Return which actions may be taken now, bool [N, k]."""
         return self._core.episodes.action_masks()
 
+    def get_state(self) -> EpisodeState:
+        """Return where the environments stand; see :meth:`TokenDecodingEnv.get_state`."""
+        return self._core.episodes.get_state()
+
+    def set_state(self, state: EpisodeState) -> None:
+        """Go back, or over, to ``state``; see :meth:`TokenDecodingEnv.set_state`.
+
+        The sums of rewards that the logs of episodes show go on from where they are.
+        """
+        self._core.episodes.set_state(state)
+
     def close(self) -> None:
         """Do nothing; the model is shared and stays."""
 
@@ -276,10 +287,16 @@ class TokenDecodingVecEnv(VecEnv):
             values[i] = value
 
     def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
-        """Call a method of each environment; ``action_masks`` is one vectorised call."""
+        """Call a method of each environment; ``action_masks`` is one vectorised call.
+
+        Raises:
+            ConfigurationError: The method moves an episode on, or tells where it stands; these are stepped together.
+        """
         which = list(self._get_indices(indices))
         if method_name == "action_masks":
             return list(self.action_masks()[which])
+        if method_name in ("reset", "step", "get_state", "set_state"):
+            raise ConfigurationError(f"the episodes are stepped together: call {method_name} on TokenDecodingVecEnv")
         method = getattr(self._core.env, method_name)
         return [method(*method_args, **method_kwargs) for _ in which]
 

@@ -130,6 +130,10 @@ def test_mistakes_leave_everything_as_it_was():
         (lambda: make_vec(2, **arguments()).reset(seed=[1]), "2 seeds"),
         (lambda: make_vec(2, **arguments()).reset(options={"promt": "a"}), "promt"),
         (lambda: TokenDecodingVecEnv(2, **arguments()).set_attr("shaping", False), "shared"),
+        (
+            lambda: TokenDecodingVecEnv(2, **arguments()).env_method("get_state"),
+            "call get_state on TokenDecodingVecEnv",
+        ),
     ],
 )
 def test_bad_arguments_are_named(call, message):
@@ -257,9 +261,10 @@ def test_forgetting_changes_nothing_that_is_seen(seed, most):
         assert len(bounded.mdp.tree) <= most + 3 * 6
 
 
-def test_states_of_many_environments():
-    env = make_vec(3, **arguments())
-    env.reset(seed=1)
+@pytest.mark.parametrize("make", [make_vec, lambda n, **kwargs: TokenDecodingVecEnv(n, **kwargs)])
+def test_states_of_many_environments(make):
+    env = make(3, **arguments(model=TabularLM(np.full((4, 4), 0.25), eos_token_ids=[])))
+    env.reset()
     state = env.get_state()
     there = [env.step([0, 1, 2]) for _ in range(2)][-1]
     env.set_state(state)
