@@ -50,13 +50,17 @@ class Bench:
         """Return the same as token ids."""
         return [self.lm.encode(text) for text in self.texts(count, low, high)]
 
-    def seconds(self, function):
-        """Return how long ``function`` takes on the device."""
+    def timed(self, function):
+        """Return how many seconds ``function`` takes on the device, and what it returns."""
         self._synchronize()
         start = time.perf_counter()
-        function()
+        result = function()
         self._synchronize()
-        return time.perf_counter() - start
+        return time.perf_counter() - start, result
+
+    def seconds(self, function):
+        """Return how many seconds ``function`` takes on the device."""
+        return self.timed(function)[0]
 
     def in_turn(self, *functions):
         """Run functions that return a figure in turn; return float64 [repeats, functions]."""
@@ -81,9 +85,9 @@ class Bench:
         times = [self.seconds(lambda: env.reset(seed=seed))]
         for _ in range(steps):
             actions = rng.integers(TOP_K, size=env.num_envs)
-            result = []
-            times.append(self.seconds(lambda actions=actions, result=result: result.append(env.step(actions))))
-            self.finished += int(result[0][2].sum())
+            seconds, (_, _, terminated, _, _) = self.timed(lambda actions=actions: env.step(actions))
+            times.append(seconds)
+            self.finished += int(terminated.sum())
         return np.array(times)
 
     def env_speed(self, num_envs, prompts, steps=HORIZON):
@@ -147,7 +151,7 @@ class Bench:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The comparisons: each returns (name, this project's figure, the other's, unit, ratio, target, higher is better)
+# The comparisons: each returns (name, [repeats, 2] figures of both sides, unit, target of the ratio, higher is better)
 
 
 def one_env(bench):
@@ -204,9 +208,9 @@ def outside_the_forward(bench):
     forward = type(bench.lm).hidden_and_logits
 
     def timed(*args, **kwargs):
-        result = []
-        inside[0] += bench.seconds(lambda: result.append(forward(bench.lm, *args, **kwargs)))
-        return result[0]
+        seconds, result = bench.timed(lambda: forward(bench.lm, *args, **kwargs))
+        inside[0] += seconds
+        return result
 
     def walk():
         env = bench.make_vec(16, bench.texts(16, 10, 120))
@@ -303,10 +307,8 @@ def scaling(bench):
         times = []
         for level in range(depth + 5):
             actions = bench.rng.integers(k, size=count) if level else (np.arange(count) // 16) % k
-            result = []
-            seconds = bench.seconds(lambda n=nodes, a=actions, r=result: r.append(tree.expand(n, a)))
+            seconds, nodes = bench.timed(lambda n=nodes, a=actions: tree.expand(n, a))
             times.append(1e3 * seconds)
-            nodes = result[0]
         return np.median(times[depth:])
 
     series = {

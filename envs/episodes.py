@@ -18,7 +18,6 @@ from .prompts import Prompt
 __all__ = ["EpisodeState", "Episodes", "Steps"]
 
 _NONE = -1  # the node of an episode that has not begun or has ended
-_NOTHING = np.empty(0, dtype=np.int64)
 
 
 class Steps(NamedTuple):

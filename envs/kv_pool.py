@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from ..errors import ConfigurationError
-from .language_model import IntArray, Outputs
+from .language_model import IntArray, Outputs, free_memory
 
 if TYPE_CHECKING:
     from .language_model import TransformersLM
@@ -272,7 +272,7 @@ class TreeEngine:
         if kv_budget is not None and kv_budget <= 0:
             raise ConfigurationError(f"kv_budget is a number of bytes > 0 (or None), got {kv_budget!r}")
         self._lm, self._top_k = model, top_k
-        self._pool = _Pool(kv_budget or min(_free_memory(model.device) // 4, 4 << 30), model.kv_token_bytes)
+        self._pool = _Pool(kv_budget or min(free_memory(model.device) // 4, 4 << 30), model.kv_token_bytes)
         self._table = _Table()
         self._free: list[int] = []
         self._row_in_slot = np.empty(0, dtype=np.int64)
@@ -434,7 +434,7 @@ class TreeEngine:
         compute = rows if only_rows else np.union1d(missing, rows)
         try:
             self._allocate(missing, keep=lineage)
-        except _OUT_OF_MEMORY as error:
+        except RuntimeError as error:
             if not _is_out_of_memory(error) or (len(rows) == 1 and len(lineage) > self._pool.capacity):
                 raise
             self._pool.budget = self._pool.capacity * (self._pool.token_bytes or 1)
@@ -460,7 +460,7 @@ class TreeEngine:
             asked = np.flatnonzero(np.isin(chunk, rows))
             try:
                 parts.append(self._forward(chunk, asked, continuations[now]))
-            except _OUT_OF_MEMORY as error:
+            except RuntimeError as error:
                 if not _is_out_of_memory(error) or len(chunk) == 1:
                     raise
                 self._positions = limit = len(chunk) // 2
@@ -469,7 +469,8 @@ class TreeEngine:
             order.append(chunk[asked])
             start += len(chunk)
         done, together = np.concatenate(order), _concatenate(parts)
-        place = np.argsort(done)[np.searchsorted(np.sort(done), rows)]
+        by_row = np.argsort(done)
+        place = by_row[np.searchsorted(done, rows, sorter=by_row)]
         return Outputs(together.hidden[place], together.tokens[place], together.logprobs[place])
 
     def _forward(self, rows: IntArray, asked: IntArray, continuations: IntArray) -> Outputs:
@@ -528,9 +529,7 @@ class TreeEngine:
         distinct, inverse = np.unique(piece[query] * table.size + ancestors[query, step], return_inverse=True)
         owner, row = distinct // table.size, distinct % table.size
         widths = prompt_length + np.bincount(owner, minlength=len(starts))
-        group_of_piece, offset, width = _pack(widths)
-        sizes = np.diff(np.r_[starts, len(queries)])
-        place_of_piece = _running_sum(sizes, group_of_piece)
+        group_of_piece, offset, place_of_piece, width = _pack(widths, np.diff(np.r_[starts, len(queries)]))
         group, place = group_of_piece[piece], place_of_piece[piece] + rank % limit
         column = offset[owner] + prompt_length[owner] + np.arange(len(distinct)) - np.searchsorted(owner, owner)
 
@@ -566,35 +565,29 @@ class TreeEngine:
         )
 
 
-def _pack(widths: IntArray) -> tuple[IntArray, IntArray, int]:
+def _pack(widths: IntArray, sizes: IntArray) -> tuple[IntArray, IntArray, IntArray, int]:
     """Share groups as wide as the widest piece among all pieces, so that little of a group is padding.
 
+    Args:
+        widths: int64 [pieces], how many slots each sees.
+        sizes: int64 [pieces], how many queries each has.
+
     Returns:
-        The group of each piece, where in it the piece begins, and the width of the groups.
+        For each piece its group, its first slot in it and its first query in it, and the width of the groups.
     """
     capacity, order = int(widths.max()), np.argsort(-widths, kind="stable").tolist()
-    group, offset = np.zeros(len(widths), dtype=np.int64), np.zeros(len(widths), dtype=np.int64)
+    group, offset, place = (np.zeros(len(widths), dtype=np.int64) for _ in range(3))
     groups = 0
     while order:
-        piece, used = order.pop(0), 0  # the widest that is left, with the narrowest for as long as they fit
+        piece, used, queries = order.pop(0), 0, 0  # the widest that is left, with the narrowest while they fit
         while True:
-            group[piece], offset[piece] = groups, used
-            used += int(widths[piece])
+            group[piece], offset[piece], place[piece] = groups, used, queries
+            used, queries = used + int(widths[piece]), queries + int(sizes[piece])
             if not order or used + widths[order[-1]] > capacity:
                 break
             piece = order.pop()
         groups += 1
-    return group, offset, capacity
-
-
-def _running_sum(sizes: IntArray, group: IntArray) -> IntArray:
-    """Return for each entry the sum of the earlier sizes of its group."""
-    order = np.argsort(group, kind="stable")
-    before = np.cumsum(sizes[order]) - sizes[order]
-    first = np.r_[True, np.diff(group[order]) != 0]
-    result = np.empty_like(sizes)
-    result[order] = before - before[np.flatnonzero(first)][np.cumsum(first) - 1]
-    return result
+    return group, offset, place, capacity
 
 
 def _top_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -630,20 +623,9 @@ def _concatenate(parts: Sequence[Outputs]) -> Outputs:
     )
 
 
-# PyTorch raises the one on GPUs and the other, which can mean anything, on CPUs.
-_OUT_OF_MEMORY = (torch.OutOfMemoryError, RuntimeError)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # On CPUs PyTorch raises no more than a RuntimeError, which can mean anything.
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 def tree_mask_error(model: TransformersLM, tolerance: float = 2e-3) -> str | None:

@@ -296,9 +296,18 @@ def _packed_weights(model: PreTrainedModel, prepack: bool | str) -> PackedWeight
         raise ConfigurationError(f"prepack is True, False or 'auto', got {prepack!r}")
     if not prepack:
         return None
+    return PackedWeights(model, free_memory() / 8 if prepack == "auto" else float("inf"))
+
+
+def free_memory(device: torch.device | None = None) -> int:
+    """Return the bytes that are free on a CUDA device, or in main memory for any other and for None."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
     import psutil
 
-    return PackedWeights(model, psutil.virtual_memory().available / 8 if prepack == "auto" else float("inf"))
+    return int(psutil.virtual_memory().available)
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 
 from ..errors import ConfigurationError, PromptError, check_integer, check_number
 from ..rewards import Reward, as_reward
-from .language_model import IntArray, LanguageModel, load_language_model
+from .language_model import IntArray, LanguageModel, free_memory, load_language_model
 from .prompts import Prompt
 from .token_tree import TokenTree
 
@@ -123,7 +122,7 @@ class DecodingMDP:
         self._kv_budget = kv_budget
         self.tree = TokenTree(self.model, top_k, kv_budget)
         if max_prefixes is None:
-            max_prefixes = max(psutil.virtual_memory().available // 8 // self.tree.node_bytes, 1)
+            max_prefixes = max(free_memory() // 8 // self.tree.node_bytes, 1)
         self.max_prefixes = check_integer("max_prefixes", max_prefixes)
         self._eos = np.array(sorted(self.model.eos_token_ids), dtype=np.int64)
         self._encoded: dict[tuple[bool, str], list[int]] = {}
@@ -170,7 +169,7 @@ class DecodingMDP:
 
     def roots(self, prompts: Sequence[Prompt]) -> IntArray:
         """Return the initial states of ``n`` prompts, int64 [n]."""
-        return self.grow(prompts, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))[0]
+        return self.tree.roots([self.encode(prompt) for prompt in prompts])
 
     def grow(self, prompts: Sequence[Prompt], nodes: IntArray, actions: IntArray) -> tuple[IntArray, IntArray]:
         """Return the initial states of ``m`` prompts and where ``n`` edges lead, all in one forward."""

@@ -643,7 +643,7 @@ def test_the_fast_top_k_is_top_k(data: st.DataObject, n: int, k: int, width: int
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=20))
 def test_pieces_share_groups_without_overlap(widths: list[int]) -> None:
-    group, offset, width = kv_pool._pack(np.array(widths))
+    group, offset, _, width = kv_pool._pack(np.array(widths), np.ones(len(widths), dtype=np.int64))
     taken = [(g, o + i) for g, o, w in zip(group, offset, widths, strict=True) for i in range(w)]
     assert len(set(taken)) == sum(widths)
     assert max(place for _, place in taken) < width == max(widths)
