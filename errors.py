@@ -22,6 +22,7 @@ __all__ = [
     "PromptError",
     "QStarError",
     "RewardError",
+    "TrainingDivergedError",
     "UnknownNameError",
     "check_integer",
     "check_number",
@@ -76,6 +77,10 @@ class HeuristicError(QStarError, ValueError):
 
 class CheckpointError(QStarError, ValueError):
     """Raised when a checkpoint is broken, or belongs to another model, k or observation layout."""
+
+
+class TrainingDivergedError(QStarError, FloatingPointError):
+    """Raised when a loss becomes NaN or infinite; what was saved before is intact."""
 
 
 class CacheError(QStarError, OSError):

@@ -11,22 +11,37 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .astar import AStarPlanner
     from .decoders import DECODERS, BeamSearch, GreedyDecoder, SamplingDecoder, make_decoder
-    from .heuristics import BoundHeuristic, Heuristic, QHeuristic, ZeroHeuristic
+    from .diagnostics import Calibration, Diagnostics, calibration
+    from .evaluation import Outcomes, evaluate, paired_bootstrap
+    from .heuristics import BoundHeuristic, Heuristic, QHeuristic, ValueHeuristic, ZeroHeuristic
+    from .masked_dqn import MaskableDQN, MaskableQRDQN
     from .planning import Budget, Decoder, Plan, Search, Usage
-    from .policies import TokenQNetwork, TokenQPolicy
+    from .policies import TokenQNetwork, TokenQPolicy, TokenQuantilePolicy
     from .q_function import QFunction, pretrained_names
     from .qstar import QStar
+    from .replay import MaskedReplayBuffer
 
 _HOMES = {
     "AStarPlanner": "astar",
     "BeamSearch": "decoders",
     "BoundHeuristic": "heuristics",
     "Budget": "planning",
-    "DECODERS": "decoders",
+    "Calibration": "diagnostics",
+    "calibration": "diagnostics",
     "Decoder": "planning",
+    "DECODERS": "decoders",
+    "Diagnostics": "diagnostics",
+    "evaluate": "evaluation",
     "GreedyDecoder": "decoders",
     "Heuristic": "heuristics",
+    "make_decoder": "decoders",
+    "MaskableDQN": "masked_dqn",
+    "MaskableQRDQN": "masked_dqn",
+    "MaskedReplayBuffer": "replay",
+    "Outcomes": "evaluation",
+    "paired_bootstrap": "evaluation",
     "Plan": "planning",
+    "pretrained_names": "q_function",
     "QFunction": "q_function",
     "QHeuristic": "heuristics",
     "QStar": "qstar",
@@ -34,10 +49,10 @@ _HOMES = {
     "Search": "planning",
     "TokenQNetwork": "policies",
     "TokenQPolicy": "policies",
+    "TokenQuantilePolicy": "policies",
     "Usage": "planning",
+    "ValueHeuristic": "heuristics",
     "ZeroHeuristic": "heuristics",
-    "make_decoder": "decoders",
-    "pretrained_names": "q_function",
 }
 
 __all__ = [
@@ -46,9 +61,15 @@ __all__ = [
     "BeamSearch",
     "BoundHeuristic",
     "Budget",
+    "Calibration",
     "Decoder",
+    "Diagnostics",
     "GreedyDecoder",
     "Heuristic",
+    "MaskableDQN",
+    "MaskableQRDQN",
+    "MaskedReplayBuffer",
+    "Outcomes",
     "Plan",
     "QFunction",
     "QHeuristic",
@@ -57,9 +78,14 @@ __all__ = [
     "Search",
     "TokenQNetwork",
     "TokenQPolicy",
+    "TokenQuantilePolicy",
     "Usage",
+    "ValueHeuristic",
     "ZeroHeuristic",
+    "calibration",
+    "evaluate",
     "make_decoder",
+    "paired_bootstrap",
     "pretrained_names",
 ]
 

@@ -1,0 +1,193 @@
+"""How far a learned Q can be trusted: its values beside the best that searches found, and its worth by budget."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback
+
+from ..envs import load_prompts
+from ..errors import ConfigurationError
+from .astar import AStarPlanner
+from .evaluation import evaluate
+from .experience import best_found
+from .heuristics import QHeuristic
+from .planning import Budget, Search, Values, mdp_of, run_searches, score_completions
+
+__all__ = ["Calibration", "Diagnostics", "calibration", "plot_diagnostics"]
+
+
+class Calibration(NamedTuple):
+    """Q beside what it estimates, for ``n`` edges that searches followed to the end of a text.
+
+    The best J found through an edge is a lower bound of the best there is. So where Q is below it, Q is certainly too
+    low there, a violation of admissibility; where Q is above it, Q may be right and the search at fault.
+
+    Attributes:
+        estimate: float64 [n], f = g + Q.
+        found: float64 [n], J of the best completion found through the edge.
+        depth: int64 [n], tokens from the prompt to the edge.
+    """
+
+    estimate: Values
+    found: Values
+    depth: Any
+
+    def summary(self) -> dict[str, float]:
+        """Return the numbers that are logged, in units of J but for shares and correlation."""
+        error = self.estimate - self.found
+        violated = error < -1e-6
+        spread = self.estimate.std() > 0 and self.found.std() > 0
+        return {
+            "bias": float(error.mean()),
+            "mean_absolute_error": float(np.abs(error).mean()),
+            "correlation": float(np.corrcoef(self.estimate, self.found)[0, 1]) if spread else 0.0,
+            "violations": float(violated.mean()),
+            "mean_violation": float(-error[violated].mean()) if violated.any() else 0.0,
+            "mean_overestimation": float(error[~violated].mean()) if not violated.all() else 0.0,
+        }
+
+
+def calibration(searches: Sequence[Search]) -> Calibration:
+    """Compare f with the best J found, over all edges of ``searches`` that lead to a finished text.
+
+    Args:
+        searches: Finished searches of A* with w = 1 on the Q in question. Those with ``score="q"`` must have had their
+            completions scored.
+
+    Raises:
+        ConfigurationError: No search has finished a text.
+    """
+    estimate, found, depth = [], [], []
+    for search in searches:
+        best = best_found(search)
+        rows, actions = np.nonzero(np.isfinite(best))
+        estimate.append(search.f[rows, actions])
+        found.append(best[rows, actions])
+        depth.append(search.depth[rows])
+    if not sum(map(len, found)):
+        raise ConfigurationError("no search has finished a text; give a larger budget")
+    return Calibration(np.concatenate(estimate), np.concatenate(found), np.concatenate(depth))
+
+
+class Diagnostics(BaseCallback):
+    """A callback that tries the current Q on held-out prompts now and then, for any agent with a Q-network.
+
+    Logs ``held_out/objective_B`` (mean J of A* at each budget B), ``held_out/arg_max`` and ``calibration/…`` to the
+    agent's logger, appends the same to ``FOLDER/diagnostics.jsonl``, and draws ``FOLDER/diagnostics.svg`` in the end
+    where matplotlib is installed (the extra ``plots``).
+    """
+
+    def __init__(
+        self,
+        prompts: Any,
+        folder: Path | str,
+        *,
+        budgets: Sequence[int] = (50, 200),
+        every: int = 25_000,
+        planner_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        """Set up the callback.
+
+        Args:
+            prompts: Held-out prompts; see :func:`~qstar_decoding.envs.load_prompts`.
+            folder: Where to write.
+            budgets: LM tokens a prompt; calibration is measured at the largest.
+            every: Time steps between two measurements; there is one more in the end.
+            planner_kwargs: Arguments of :class:`AStarPlanner`.
+        """
+        super().__init__()
+        self.prompts, self.folder, self.budgets, self.every = (
+            load_prompts(prompts),
+            Path(folder),
+            sorted(budgets),
+            every,
+        )
+        self.planner_kwargs = planner_kwargs or {}
+        self.history: list[dict[str, float]] = []
+
+    def _on_training_start(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._log.is_file():  # of the run that is resumed: what it measured after its last checkpoint is done again
+            measured = [json.loads(line) for line in self._log.read_text(encoding="utf-8").splitlines() if line]
+            self.history = [point for point in measured if 0 < point["time_steps"] <= self.num_timesteps]
+        self._log.write_text("".join(json.dumps(point) + "\n" for point in self.history), encoding="utf-8")
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        last = self.history[-1]["time_steps"] if self.history else 0
+        if self.num_timesteps - last >= self.every:
+            self.measure()
+
+    def _on_training_end(self) -> None:
+        compared = self.measure()
+        if importlib.util.find_spec("matplotlib"):
+            plot_diagnostics(self.history, compared, self.folder / "diagnostics.svg")
+
+    def measure(self) -> Calibration:
+        """Measure now, log it and return the calibration."""
+        mdp, heuristic = mdp_of(self.training_env), QHeuristic(self.model)
+        planner = AStarPlanner(mdp, heuristic=heuristic, **self.planner_kwargs)
+        point: dict[str, float] = {"time_steps": self.num_timesteps}
+        for budget in self.budgets:
+            point[f"held_out/objective_{budget}"] = float(
+                np.nanmean(evaluate(planner, self.prompts, budget).objectives)
+            )
+        searches = run_searches(planner, self.prompts, Budget(self.budgets[-1]))
+        if planner.score == "q":
+            score_completions(searches)
+        compared = calibration(searches)
+        point |= {f"calibration/{name}": value for name, value in compared.summary().items()}
+        for name, value in point.items():
+            self.logger.record(name, value, exclude="stdout" if name == "time_steps" else None)
+        self.history.append(point)
+        with self._log.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(point) + "\n")
+        return compared
+
+    @property
+    def _log(self) -> Path:
+        return self.folder / "diagnostics.jsonl"
+
+
+def plot_diagnostics(history: Sequence[dict[str, float]], compared: Calibration, path: Path) -> None:
+    """Draw J by budget, calibration and errors over the training, side by side, into ``path`` (its ending decides).
+
+    Args:
+        history: What :class:`Diagnostics` measured, in order.
+        compared: The calibration in the end.
+        path: An .svg, .pdf or .png.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    over_time, scatter, errors = figure.subplots(1, 3)
+    steps = [point["time_steps"] for point in history]
+    for name in [key for key in history[-1] if key.startswith("held_out/")]:
+        over_time.plot(steps, [p.get(name, np.nan) for p in history], marker="o", label=name.rsplit("_", 1)[1])
+    over_time.legend(title="LM tokens a prompt", fontsize="small", title_fontsize="small")
+    over_time.set(title="A* on held-out prompts", xlabel="LM tokens of training", ylabel="mean J")
+    summary = compared.summary()
+    low, high = np.percentile(np.concatenate((compared.estimate, compared.found)), [0.5, 99.5])
+    scatter.hexbin(
+        compared.estimate, compared.found, gridsize=40, extent=(low, high, low, high), bins="log", cmap="cividis"
+    )
+    scatter.plot([low, high], [low, high], color="black", linewidth=0.8)
+    scatter.set(
+        title=f"calibration, r = {summary['correlation']:.2f}", xlabel="g + Q", ylabel="best J found below the edge"
+    )
+    for name, style in (("mean_violation", "v-"), ("mean_overestimation", "^-"), ("bias", "s--")):
+        errors.plot(steps, [p[f"calibration/{name}"] for p in history], style, label=name.replace("_", " "))
+    errors.axhline(0, color="black", linewidth=0.8)
+    errors.legend(fontsize="small")
+    errors.set(
+        title=f"errors of Q; {summary['violations']:.0%} of edges too low", xlabel="LM tokens of training", ylabel="J"
+    )
+    figure.savefig(path)
