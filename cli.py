@@ -153,26 +153,37 @@ def train(
     folder: Annotated[Path | None, typer.Option("--out", help="Where to write; default: runs/TASK-SEED.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
     save_every: Annotated[int, typer.Option(min=1, help="LM tokens between checkpoints.")] = 20_000,
+    deterministic: Annotated[
+        bool,
+        typer.Option("--deterministic", help="One thread, deterministic kernels: equal to the last bit."),
+    ] = False,
 ) -> None:
     """Train a Q-function for a task by searching its training prompts, then try it on its held-out prompts.
 
-    Writes a checkpoint (safetensors and JSON) and TensorBoard logs into --out. Ctrl-C stops after saving;
-    --resume goes on. Training for the task 'sentiment' takes about 11 minutes on 2 cores.
+    Writes checkpoints (safetensors and JSON), TensorBoard logs and diagnostics (what Q is worth on the dev prompts, and
+    how well it is calibrated, as numbers and as one picture) into --out. However it ends, Ctrl-C and kill included,
+    --resume goes on from the last checkpoint. Training for the task 'sentiment' takes about 11 minutes on 2 cores.
     """
     import gymnasium as gym
 
     import qstar_decoding  # noqa: F401  registers the environment
 
-    from .agents import QStar
-    from .errors import CheckpointError, ConfigurationError
+    from .agents import Diagnostics, QStar
+    from .agents.checkpoints import find_checkpoint
+    from .errors import CheckpointError, ConfigurationError, RewardError, TrainingDivergedError
     from .tasks import load_task
 
     spec = load_task(task)
+    if deterministic:
+        import torch
+
+        torch.set_num_threads(1)
+        torch.use_deterministic_algorithms(True)
     folder = folder or Path("runs") / f"{spec.name}-{seed}"
     checkpoint, total = folder / "checkpoint", steps or spec.steps
-    if resume and not checkpoint.is_dir():
+    if resume and find_checkpoint(checkpoint) is None:
         raise CheckpointError(f"nothing to resume: {checkpoint} does not exist; leave out --resume to start anew")
-    if not resume and checkpoint.is_dir():
+    if not resume and find_checkpoint(checkpoint) is not None:
         raise ConfigurationError(f"{checkpoint} exists; give --resume to go on with it, or another --out")
     with _status("loading the language model"):
         _quiet()
@@ -184,30 +195,34 @@ def train(
     else:
         agent = QStar(env=env, seed=seed, tensorboard_log=logs, verbose=int(not err.is_terminal), **spec.training)
     command = f"qstar train {task} --steps {total} --seed {seed}"
-    started = time.perf_counter()
+    watch = _watch(checkpoint, save_every, command)
+    tried = Diagnostics(
+        spec.prompts.of("dev"), folder, budgets=spec.budgets, every=max(total // 5, 1), planner_kwargs=spec.planner
+    )
+    go_on = f"{command} --out {folder} --resume"
     try:
         if agent.num_timesteps < total:
             agent.learn(
                 total - agent.num_timesteps,
-                callback=_saver(checkpoint, save_every, command),
+                callback=[watch, tried],
                 reset_num_timesteps=not resume,
                 tb_log_name="qstar",
                 progress_bar=err.is_terminal,
                 log_interval=4,
             )
-    except KeyboardInterrupt:
-        agent.save(checkpoint, command=command)
-        err.print(f"stopped; go on with: {command} --out {folder} --resume")
+    except TrainingDivergedError:
+        err.print(f"stopped; the last good checkpoint is in {checkpoint}", soft_wrap=True)
         raise
-    minutes = (time.perf_counter() - started) / 60
-    agent.save(checkpoint, command=command)
+    except (KeyboardInterrupt, RewardError):
+        watch.save(agent)
+        err.print(f"stopped; go on with: {go_on}", soft_wrap=True)
+        raise
+    watch.save(agent)
+    minutes = round(watch.seconds / 60, 1)
     out.print(f"{agent.num_timesteps:,} LM tokens in {minutes:.1f} min; checkpoint in {checkpoint}")
     figures = _held_out(agent, spec)
-    agent.save(checkpoint, command=command, seed=seed, minutes=round(minutes, 1), held_out=figures)
-    agent.save(
-        folder / "q", training_state=False, command=command, seed=seed, minutes=round(minutes, 1), held_out=figures
-    )
-    out.print(f'use it: qstar decode "{spec.prompts.of("test")[0]}" --task {task} --q {folder}', soft_wrap=True)
+    agent.save(folder / "q", training_state=False, command=command, seed=seed, minutes=minutes, held_out=figures)
+    out.print(f"use it: qstar decode PROMPT --task {task} --q {folder}", soft_wrap=True)
 
 
 @app.command()
@@ -294,56 +309,76 @@ def _heuristic(mdp: DecodingMDP, task: Task, q: str | None, *, adapted: bool = F
     return heuristic
 
 
-def _saver(checkpoint: Path, every: int, command: str) -> Any:
+def _watch(checkpoint: Path, every: int, command: str) -> Any:
+    """Return a callback that writes checkpoints between rounds and counts the seconds, those before a resume too."""
     from stable_baselines3.common.callbacks import BaseCallback
 
-    class Saver(BaseCallback):
-        """Writes a checkpoint between two rounds."""
+    from .agents.checkpoints import find_checkpoint, load_q_function
 
+    class Watch(BaseCallback):
         model: QStar
 
         def __init__(self) -> None:
             super().__init__()
-            self.last: int | None = None
+            before = find_checkpoint(checkpoint)
+            self.before: float = load_q_function(before).description.get("seconds", 0.0) if before else 0.0
+            self.started, self.last = time.perf_counter(), -1
+
+        @property
+        def seconds(self) -> float:
+            return self.before + time.perf_counter() - self.started
+
+        def save(self, agent: QStar) -> None:
+            agent.save(checkpoint, command=command, seconds=self.seconds)
 
         def _on_step(self) -> bool:
             return True
 
         def _on_rollout_start(self) -> None:
-            if self.last is None:
+            if self.last < 0:
                 self.last = self.num_timesteps
-            elif self.model.num_timesteps - self.last >= every:
-                self.last = self.model.num_timesteps
-                self.model.save(checkpoint, command=command)
+            elif self.num_timesteps - self.last >= every:
+                self.last = self.num_timesteps
+                self.save(self.model)
 
-    return Saver()
+    return Watch()
 
 
 def _held_out(agent: QStar, task: Task) -> dict[str, Any]:
     """Print and return what Q is worth on the task's test prompts, beside decoders that have none."""
+    import numpy as np
+
     from .agents import AStarPlanner, GreedyDecoder, QHeuristic, SamplingDecoder
+    from .agents.evaluation import evaluate
     from .agents.planning import mdp_of
 
     mdp, prompts = mdp_of(agent.get_env()), task.prompts.of("test")
-    heuristic = QHeuristic(agent)
+    heuristic, score = QHeuristic(agent), task.planner.get("score", "reward")
     decoders: list[tuple[str, Decoder, int | None]] = [
         ("random legal actions", SamplingDecoder(mdp, n=1, temperature=1e6), None),
         ("greedy LM", GreedyDecoder(mdp), None),
-        ("arg max Q", GreedyDecoder(mdp, heuristic=heuristic), None),
-        ("A* on the bound, 200", AStarPlanner(mdp), 200),
-        ("A* on Q, 100", AStarPlanner(mdp, heuristic=heuristic, **task.planner), 100),
-        ("A* on Q, 200", AStarPlanner(mdp, heuristic=heuristic, **task.planner), 200),
+        ("arg max Q", GreedyDecoder(mdp, heuristic=heuristic, score=score), None),
     ]
+    if score == "reward":
+        decoders.append((f"A* on the bound, {max(task.budgets)}", AStarPlanner(mdp), max(task.budgets)))
+    decoders += [
+        (f"A* on Q, {budget}", AStarPlanner(mdp, heuristic=heuristic, **task.planner), budget)
+        for budget in task.budgets
+    ]
+    names = ("reward", "logprob", "objective", "lm_tokens")
     table = Table("decoder", title=f"{len(prompts)} held-out prompts, means")
     for column in ("reward", "log-prob", "J", "LM tokens", "seconds"):
         table.add_column(column, justify="right")
-    figures = {}
+    figures: dict[str, dict[str, float]] = {}
     for name, decoder, budget in decoders:
         with _status(f"held-out prompts: {name}"):
-            plans = decoder.plan_many(prompts, budget)
-        row = _figures(plans)
-        table.add_row(name, *row)
-        figures[name] = dict(zip(("reward", "logprob", "objective", "lm_tokens"), map(float, row[:4]), strict=True))
+            found = evaluate(decoder, prompts, budget)
+        # numpy's means would be NaN for one text that cannot be scored.
+        columns = (found.rewards, [p.logprob for p in found.plans], found.objectives, found.lm_tokens)
+        row = [float(np.nanmean(column)) for column in columns]
+        figures[name] = {key: round(value, 4) for key, value in zip(names, row, strict=True)}
+        seconds = sum(p.usage.seconds for p in found.plans) / len(prompts)
+        table.add_row(name, f"{row[0]:.3f}", f"{row[1]:.2f}", f"{row[2]:.3f}", f"{row[3]:.0f}", f"{seconds:.1f}")
     out.print(table)
     return figures
 

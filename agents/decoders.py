@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigurationError, UnknownNameError
+from ..errors import ConfigurationError, UnknownNameError, check_number
 from .astar import AStarPlanner
 from .heuristics import Heuristic
 from .planning import Decoder, Edges, Search, Status
@@ -62,10 +62,21 @@ class BeamSearch(Decoder):
 
 
 class SamplingDecoder(Decoder):
-    """Sample completions from the top-k distribution and keep the best: best-of-n."""
+    """Sample completions from the top-k distribution and keep the best: best-of-n.
+
+    With a heuristic tokens are drawn from π(a | s) · exp(h(s, a) / β), which tilts the language model towards what Q
+    expects, as in value-augmented sampling (Han et al. 2024) and controlled decoding (Mudgal et al. 2024).
+    """
 
     def __init__(
-        self, env: Any, *, n: int | None = None, temperature: float = 1.0, seed: int = 0, **kwargs: Any
+        self,
+        env: Any,
+        *,
+        n: int | None = None,
+        temperature: float = 1.0,
+        beta: float = 0.05,
+        seed: int = 0,
+        **kwargs: Any,
     ) -> None:
         """Draw ``n`` completions, by default as many as the budget surely pays for (1 without a budget).
 
@@ -73,6 +84,7 @@ class SamplingDecoder(Decoder):
             env: An environment or a :class:`DecodingMDP`.
             n: Number of completions.
             temperature: Of the softmax over the k candidates; below 1 is more careful.
+            beta: β, in units of J; how little the heuristic counts.
             seed: Draws depend on the seed and the prompt only.
             kwargs: See :class:`Decoder`.
 
@@ -85,6 +97,7 @@ class SamplingDecoder(Decoder):
         if not temperature > 0:
             raise ConfigurationError(f"temperature is a number > 0, got {temperature!r}")
         self.n, self.temperature, self.seed = n, temperature, seed
+        self.beta = check_number("beta", beta, low=0, open_low=True)
 
     def search(self, search: Search) -> Iterator[Edges]:
         """Yield the next token of each of a wave of samples; samples that share a prefix share its cost."""
@@ -114,6 +127,8 @@ class SamplingDecoder(Decoder):
 
     def _draw(self, search: Search, row: int, rng: np.random.Generator) -> int:
         logits = search.mdp.tree.logprobs[search.node[row]].astype(np.float64) / self.temperature
+        if self.heuristic is not None:
+            logits += (search.f[row] - search.g[row]) / self.beta
         logits[search.status[row] == Status.MASKED] = -np.inf
         # The Gumbel-max trick: an exact draw from the softmax, whatever the scale.
         return int((logits + rng.gumbel(size=len(logits))).argmax())

@@ -13,33 +13,46 @@ from ..envs.mdp import DecodingMDP
 from ..errors import ConfigurationError
 from .planning import Search, Status, Values
 
-__all__ = ["SearchExperience", "backup"]
+__all__ = ["SearchExperience", "backup", "best_found"]
+
+
+def best_found(search: Search) -> Values:
+    """Return J of the best completion found through each edge, float64 [rows, k], NaN where there is none.
+
+    The process is deterministic, so this is a lower bound of the optimal value, tight where the search found the best
+    continuation.
+    """
+    found = np.full((search.size, search.mdp.top_k), np.nan)
+    for edge, completion in search.completions.items():
+        found[edge] = completion.objective
+    return _backed_up(search, found)
 
 
 def backup(search: Search, estimate: Values) -> Values:
-    """Return J of the best completion through each followed edge, float64 [rows, k], NaN for the others.
+    """Return the target for each followed edge: J of the best completion through it, float64 [rows, k], NaN if none.
 
-    Where a completion was found below an edge, that is the best one found: the process is deterministic, so this is a
-    lower bound of the optimal value, tight where the search found the best continuation. Where the search broke off
-    before the end, it is the largest estimate at the border: without it, nothing would ever correct a Q that lures the
-    search into beginnings that it then drops.
+    Where the search broke off before the end, the largest estimate at the border stands in for the unknown: without
+    it, nothing would ever correct a Q that lures the search into beginnings that it then drops.
 
     Args:
         search: A finished search.
         estimate: float64 [rows, k], g + Q of every edge.
     """
-    found = np.full((search.size, search.mdp.top_k), -np.inf)
-    for edge, completion in search.completions.items():
-        if not np.isnan(completion.objective):
-            found[edge] = completion.objective
-    reached = np.where(search.status[: search.size] == Status.OPEN, estimate, -np.inf)
+    found = best_found(search)
+    status = search.status[: search.size]
+    reached = _backed_up(search, np.where(status == Status.OPEN, estimate, np.nan))
+    # An edge of which a completion is known says no more than that; only beyond the known does the border speak.
+    value = np.where(np.isnan(found), reached, found)
+    return np.where(np.isin(status, (Status.EXPANDED, Status.FINISHED)), value, np.nan)
+
+
+def _backed_up(search: Search, values: Values) -> Values:
+    """Return the largest value at or below each edge; NaN counts as none."""
+    best = np.where(np.isnan(values), -np.inf, values)
     for row in range(search.size - 1, 0, -1):  # children are always younger than their parents
         came_by = search.parent[row], np.flatnonzero(search.child[search.parent[row]] == row)
-        found[came_by] = found[row].max()
-        reached[came_by] = reached[row].max() if np.isneginf(found[row].max()) else -np.inf
-    value = np.where(np.isfinite(found), found, reached)
-    followed = np.isin(search.status[: search.size], (Status.EXPANDED, Status.FINISHED))
-    return np.where(followed & np.isfinite(value), value, np.nan)
+        best[came_by] = best[row].max()
+    return np.where(np.isneginf(best), np.nan, best)
 
 
 class SearchExperience:
@@ -110,6 +123,11 @@ class SearchExperience:
         target, tokens = batch.pop("target"), batch.pop("tokens")
         batch["candidates"] = self._features[tokens].reshape(batch_size, -1)
         return batch, target
+
+    @property
+    def hidden(self) -> npt.NDArray[np.float16]:
+        """The hidden states remembered, float16 [size, d]."""
+        return self._columns["hidden"][: self.size]
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Return the content as arrays, for a checkpoint."""

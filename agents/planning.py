@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Budget", "Decoder", "Edges", "Plan", "Search", "Status", "TracePoint", "Usage", "run"]
 
 Scope = Literal["top-k tree", "full vocabulary"]
+Score = Literal["reward", "q"]
 IntArray = npt.NDArray[np.int64]
 Values = npt.NDArray[np.float64]
 
@@ -118,8 +119,8 @@ class Plan:
         prompt: The prompt's text.
         text: The best completion; where the budget did not pay for one, the most promising unfinished one.
         token_ids: Its tokens, an end-of-sequence token included.
-        objective: Its J = α · logprob + reward; NaN if it is unfinished.
-        reward: Its reward; NaN if it is unfinished.
+        objective: Its J = α · logprob + reward; NaN if it is unfinished. With ``score="q"`` its estimate f = g + h.
+        reward: Its reward; NaN if it is unfinished, or was not asked for (``score="q"``).
         logprob: Its log-probability, nats.
         stop: How it ended: ``"eos"``, ``"stop"``, ``"length"``, or ``"partial"`` if it is unfinished.
         lower_bound: LB, the best J found; -inf if none.
@@ -184,13 +185,24 @@ class Search:
         status: int8 [rows, k] (:class:`Status`).
         child: int64 [rows, k], the row that an expanded edge leads to, else -1.
         best: The best completion so far, the incumbent.
+        score: What ranks completions: ``"reward"``, their J, or ``"q"``, their f.
+        pathmax: Whether an edge's f is at most that of the edge which led to it.
     """
 
     _TABLES = ("node", "parent", "depth", "g", "f", "bound", "omitted", "finish", "status", "child")
 
-    def __init__(self, mdp: DecodingMDP, prompt: Prompt, budget: Budget, scope: Scope = "top-k tree") -> None:
+    def __init__(
+        self,
+        mdp: DecodingMDP,
+        prompt: Prompt,
+        budget: Budget,
+        scope: Scope = "top-k tree",
+        score: Score = "reward",
+        pathmax: bool = False,
+    ) -> None:
         """Start with nothing expanded."""
-        self.mdp, self.prompt, self.budget, self.scope = mdp, prompt, budget, scope
+        self.mdp, self.prompt, self.budget = mdp, prompt, budget
+        self.scope, self.score, self.pathmax = scope, score, pathmax
         self.size = 0
         k = mdp.top_k
         self.node, self.parent, self.depth = (np.empty(0, dtype=np.int64) for _ in range(3))
@@ -208,9 +220,14 @@ class Search:
     # -- what a decoder asks ------------------------------------------------------------------------------------------
 
     @property
-    def lower_bound(self) -> float:
-        """LB, the incumbent's J."""
+    def incumbent(self) -> float:
+        """The best completion's J, or what stands in for it where the reward is not asked; -inf if there is none."""
         return self.best.objective if self.best else -math.inf
+
+    @property
+    def lower_bound(self) -> float:
+        """LB, the incumbent's J; -inf where the reward is not asked, since an estimate proves nothing."""
+        return self.incumbent if self.score == "reward" else -math.inf
 
     @property
     def upper_bound(self) -> float:
@@ -250,6 +267,8 @@ class Search:
         edge, mask = mdp.edge_returns(nodes), mdp.action_mask(nodes)
         self.node[rows], self.depth[rows], self.g[rows] = nodes, mdp.tree.depth[nodes], mdp.path_return(nodes)
         self.f[rows] = self.g[rows, None] + h
+        if self.pathmax and came_by is not None:
+            self.f[rows] = np.minimum(self.f[rows], self.f[came_by][:, None])
         self.bound[rows] = self.g[rows, None] + edge + mdp.reward.upper
         self.omitted[rows] = self.g[rows] + _omitted_bound(mdp, nodes, mask)
         self.finish[rows] = mdp.finishes(nodes)
@@ -266,10 +285,10 @@ class Search:
     def finish_edges(self, edges: Edges, completions: Sequence[Completion]) -> None:
         """Enter scored completions."""
         self.status[edges] = Status.FINISHED
-        self.reward_calls += len(completions)
+        self.reward_calls += len(completions) if self.score == "reward" else 0
         for row, action, completion in zip(*edges, completions, strict=True):
             self.completions[int(row), int(action)] = completion
-            if completion.objective > self.lower_bound:  # False for NaN: what cannot be scored is no candidate
+            if completion.objective > self.incumbent:  # False for NaN: what cannot be scored is no candidate
                 self.best = completion
 
     def record(self) -> None:
@@ -280,7 +299,8 @@ class Search:
     def affordable(self, edges: Edges) -> Edges:
         """Return the leading part of ``edges`` that the budget pays for, and note it if that is not all."""
         going_on = self.finish[edges] == Finish.NO
-        calls = math.inf if self.budget.reward_calls is None else self.budget.reward_calls - self.reward_calls
+        limit = self.budget.reward_calls if self.score == "reward" else None
+        calls = math.inf if limit is None else limit - self.reward_calls
         fits = (np.cumsum(going_on) <= self.room) & (np.cumsum(~going_on) <= calls)
         late = self.budget.seconds is not None and time.perf_counter() - self.started >= self.budget.seconds
         if late or not fits.all():
@@ -359,20 +379,36 @@ def _omitted_bound(mdp: DecodingMDP, nodes: IntArray, mask: npt.NDArray[np.bool_
 class Decoder(ABC):
     """Something that chooses tokens: A* and every baseline answer the same ``plan``."""
 
-    def __init__(self, env: Any, *, heuristic: Heuristic | None = None, scope: Scope = "top-k tree") -> None:
+    pathmax = False  # see AStarPlanner
+
+    def __init__(
+        self,
+        env: Any,
+        *,
+        heuristic: Heuristic | None = None,
+        scope: Scope = "top-k tree",
+        score: Score = "reward",
+    ) -> None:
         """Decode in the MDP of ``env``.
 
         Args:
             env: An environment (wrapped or not) or a :class:`DecodingMDP`; its token tree is shared.
             heuristic: Estimates what each edge will bring; the decoder's docstring says what it does without one.
             scope: What upper bounds speak of, ``"top-k tree"`` or ``"full vocabulary"``.
+            score: What ranks finished texts: ``"reward"``, the reward model, or ``"q"``, the heuristic alone: f = g + h
+                of their last edge, as when a verifier knows the answer only at training time. The reward model is then
+                never called, and nothing is certified.
 
         Raises:
-            ConfigurationError: ``env`` has no decoding MDP, or ``scope`` is neither of the two.
+            ConfigurationError: ``env`` has no decoding MDP, ``scope`` or ``score`` is none of its two values, or
+                ``score="q"`` is asked for without a heuristic.
         """
-        if scope not in get_args(Scope):
-            raise ConfigurationError(f"scope is one of {get_args(Scope)}, got {scope!r}")
-        self.mdp, self.heuristic, self.scope = mdp_of(env), heuristic, scope
+        for name, value, values in (("scope", scope, get_args(Scope)), ("score", score, get_args(Score))):
+            if value not in values:
+                raise ConfigurationError(f"{name} is one of {values}, got {value!r}")
+        if score == "q" and heuristic is None:
+            raise ConfigurationError('score="q" ranks texts by the heuristic; give one, e.g. QHeuristic(agent)')
+        self.mdp, self.heuristic, self.scope, self.score = mdp_of(env), heuristic, scope, score
 
     @abstractmethod
     def search(self, search: Search) -> Iterator[Edges]:
@@ -449,7 +485,7 @@ def run_searches(
     """Like :func:`run`, but return the searches themselves."""
     mdp = decoder.mdp
     mdp.make_room()
-    searches = [Search(mdp, prompt, budget, decoder.scope) for prompt in prompts]
+    searches = [Search(mdp, prompt, budget, decoder.scope, decoder.score, decoder.pathmax) for prompt in prompts]
     roots = mdp.roots(prompts)
     h = decoder.evaluate(prompts, roots)
     for i, search in enumerate(searches):
@@ -498,6 +534,22 @@ def _follow(decoder: Decoder, batch: Sequence[tuple[Search, Edges]]) -> None:
         prompts = [search.prompt for search, edges in finishing for _ in edges.rows]
         nodes = np.concatenate([search.node[edges.rows] for search, edges in finishing])
         actions = np.concatenate([edges.actions for _, edges in finishing])
-        completions = iter(mdp.complete(prompts, nodes, actions))
+        by_reward = decoder.score == "reward"
+        completions = iter(mdp.complete(prompts, nodes, actions, score=by_reward))
         for search, edges in finishing:
-            search.finish_edges(edges, [next(completions) for _ in edges.rows])
+            done = [next(completions) for _ in edges.rows]
+            if not by_reward:
+                done = [c._replace(objective=float(f)) for c, f in zip(done, search.f[edges], strict=True)]
+            search.finish_edges(edges, done)
+
+
+def score_completions(searches: Sequence[Search]) -> None:
+    """Ask the reward for what searches with ``score="q"`` have finished, all at once; their order stays as it was."""
+    found = [(search, edge) for search in searches for edge in search.completions]
+    if not found:
+        return
+    prompts = [search.prompt for search, _ in found]
+    nodes = np.array([search.node[row] for search, (row, _) in found])
+    actions = np.array([action for _, (_, action) in found])
+    for (search, edge), completion in zip(found, found[0][0].mdp.complete(prompts, nodes, actions), strict=True):
+        search.completions[edge] = completion

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -16,12 +17,24 @@ from stable_baselines3.common.type_aliases import GymEnv, RolloutReturn, Schedul
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
-from ..envs import DecodingMDP, Observer, Prompt
-from ..errors import ConfigurationError, check_integer
+from ..envs import Completion, DecodingMDP, Observer, Prompt
+from ..errors import ConfigurationError, TrainingDivergedError, check_integer, check_number
 from .astar import AStarPlanner
 from .experience import SearchExperience
 from .heuristics import QHeuristic
-from .planning import Budget, IntArray, Plan, Values, mdp_of, run_searches
+from .planning import (
+    Budget,
+    Edges,
+    IntArray,
+    Plan,
+    Score,
+    Search,
+    Status,
+    Values,
+    mdp_of,
+    run_searches,
+    score_completions,
+)
 from .policies import TokenQPolicy
 from .q_function import QFunction, QSpec
 
@@ -57,9 +70,13 @@ class QStar(DQN):
         tokens_per_search: int = 96,
         width: int = 1,
         margin: float = 0.05,
-        expectile: float = 0.8,
+        score: Score = "reward",
+        regression: Literal["expectile", "quantile"] = "expectile",
+        optimism: float = 0.8,
         noise: float = 0.05,
         q_free_share: float = 0.1,
+        episode_share: float = 0.0,
+        epsilon: float = 0.2,
         buffer_bytes: int = 1 << 29,
         policy_kwargs: dict[str, Any] | None = None,
         tensorboard_log: str | None = None,
@@ -82,10 +99,15 @@ class QStar(DQN):
             width: Of the first round of each search; see :class:`AStarPlanner`. 1 follows arg max Q to the end first,
                 so that Q hears where it leads.
             margin: How far f may be below the incumbent before an edge is put off; see :class:`AStarPlanner`.
-            expectile: τ in (0, 1); 0.5 is least squares, 1 the maximum.
+            score: ``"reward"``: the search prunes by the best return found. ``"q"``: by Q alone, as a planner that has
+                no reward at hand will; what it found is scored afterwards. See :class:`Decoder`.
+            regression: ``"expectile"`` weighs squared errors, ``"quantile"`` absolute ones (Koenker & Bassett 1978).
+            optimism: τ in (0, 1), the expectile or quantile: 0.5 treats errors of both signs alike, 1 is the maximum.
             noise: Scale of the Gumbel noise added to Q in half of the searches, in units of J. The other half searches
                 as the planner will, so that Q hears of its own mistakes.
             q_free_share: Share of the searches that follow log-prob and potential instead of Q.
+            episode_share: Share of the prompts that get ε-greedy episodes of the same budget instead of a search.
+            epsilon: ε of these episodes.
             buffer_bytes: Memory for experience.
             policy_kwargs: Handed to the policy (``width``, ``dropout``).
             tensorboard_log: Folder for TensorBoard logs.
@@ -97,12 +119,13 @@ class QStar(DQN):
         Raises:
             ConfigurationError: An argument is out of range.
         """
-        if not 0 < expectile < 1:
-            raise ConfigurationError(f"expectile is in (0, 1), got {expectile!r}")
-        if not 0 <= q_free_share <= 1:
-            raise ConfigurationError(f"q_free_share is in [0, 1], got {q_free_share!r}")
-        if not noise >= 0:
-            raise ConfigurationError(f"noise is a number >= 0, got {noise!r}")
+        if regression not in ("expectile", "quantile"):
+            raise ConfigurationError(f"regression is 'expectile' or 'quantile', got {regression!r}")
+        if not 0 < check_number("optimism", optimism, low=0, high=1) < 1:
+            raise ConfigurationError(f"optimism is above 0 and below 1, got {optimism!r}")
+        for name, share in {"q_free_share": q_free_share, "episode_share": episode_share, "epsilon": epsilon}.items():
+            check_number(name, share, low=0, high=1)
+        check_number("noise", noise, low=0)
         for name, value in {
             "gradient_steps": gradient_steps,
             "searches_per_round": searches_per_round,
@@ -110,8 +133,9 @@ class QStar(DQN):
         }.items():
             check_integer(name, value)
         self.searches_per_round, self.tokens_per_search = searches_per_round, tokens_per_search
-        self.width, self.margin = width, margin
-        self.expectile, self.noise, self.q_free_share = expectile, noise, q_free_share
+        self.width, self.margin, self.score = width, margin, score
+        self.regression, self.optimism, self.noise = regression, optimism, noise
+        self.q_free_share, self.episode_share, self.epsilon = q_free_share, episode_share, epsilon
         self.buffer_bytes = buffer_bytes
         self.learning_rate_spec = learning_rate
         if isinstance(learning_rate, (tuple, list)):
@@ -159,13 +183,11 @@ class QStar(DQN):
         observer = self._observer(mdp)
         if self.experience is None:
             self.experience = SearchExperience(mdp, observer, self.buffer_bytes)
-        free = self.rng.random(len(prompts)) < self.q_free_share
         q = self.q_function()
-        noise = np.where(self.rng.random(len(prompts)) < 0.5, self.noise, 0.0)
-        modes = {id(p): (bool(f), float(scale)) for p, f, scale in zip(prompts, free, noise, strict=True)}
-        heuristic = _Exploring(q, modes, self.rng)
-        planner = AStarPlanner(mdp, heuristic=heuristic, width=self.width, margin=self.margin)
+        planner = _Collector(mdp, q, self, prompts)
         searches = run_searches(planner, prompts, Budget(self.tokens_per_search))
+        if self.score == "q":
+            score_completions(searches)
         targets = 0
         for search in searches:
             nodes = search.node[: search.size]
@@ -173,7 +195,7 @@ class QStar(DQN):
             targets += self.experience.add(search, observer, values)
         tokens = sum(search.lm_tokens for search in searches)
         self._episode_num += sum(len(search.completions) for search in searches)
-        found = [search.best for search in searches if search.best is not None]
+        found = [max(search.completions.values(), key=_objective) for search in searches if search.completions]
         if found:
             self.logger.record_mean("search/objective", float(np.mean([c.objective for c in found])))
             self.logger.record_mean("search/reward", float(np.mean([c.reward for c in found])))
@@ -195,6 +217,8 @@ class QStar(DQN):
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
         assert self.experience is not None
+        if not self._n_updates and self.experience.size > 1:
+            self.q_net.scorer.standardize(torch.from_numpy(self.experience.hidden).to(self.device))  # type: ignore[operator,union-attr]
         losses, errors = [], []
         for _ in range(gradient_steps if self.experience.size else 0):
             observation, target = self.experience.sample(batch_size, self.rng)
@@ -202,10 +226,11 @@ class QStar(DQN):
             wanted = torch.from_numpy(target).to(self.device)
             known = ~torch.isnan(wanted)
             error = torch.where(known, wanted - q, 0.0)
-            weight = torch.where(error > 0, self.expectile, 1 - self.expectile)
-            loss = (weight * error.square()).sum() / known.sum().clamp(min=1)
+            weight = torch.where(error > 0, self.optimism, 1 - self.optimism)
+            size = error.square() if self.regression == "expectile" else error.abs()
+            loss = (weight * size).sum() / known.sum().clamp(min=1)
             if not torch.isfinite(loss):
-                raise FloatingPointError(
+                raise TrainingDivergedError(
                     f"the loss became {loss.item()} after {self._n_updates} updates; lower the learning rate"
                 )
             self.policy.optimizer.zero_grad()
@@ -247,11 +272,14 @@ class QStar(DQN):
             "tokens_per_search",
             "width",
             "margin",
+            "score",
             "noise",
             "q_free_share",
+            "episode_share",
+            "epsilon",
             "buffer_bytes",
         )
-        names = (*searching, "batch_size", "gradient_steps", "expectile", "policy_kwargs", "seed")
+        names = (*searching, "batch_size", "gradient_steps", "regression", "optimism", "policy_kwargs", "seed")
         rate = self.learning_rate_spec  # a schedule of the caller's own cannot be written down
         return {**{name: getattr(self, name) for name in names}, **({} if callable(rate) else {"learning_rate": rate})}
 
@@ -305,16 +333,44 @@ class QStar(DQN):
         return [prompts[i] for i in chosen]
 
 
-class _Exploring:
-    """The heuristic while learning: Q, with noise or without; for some prompts log-prob and potential instead."""
+class _Collector(AStarPlanner):
+    """The planner while learning: noise on Q, or no Q at all, or ε-greedy episodes, drawn anew for every prompt."""
 
-    def __init__(self, q: QFunction, modes: Mapping[int, tuple[bool, float]], rng: np.random.Generator) -> None:
-        self.q, self.modes, self.rng = q, modes, rng  # by prompt: whether Q-free, and the scale of the noise
+    def __init__(self, mdp: DecodingMDP, q: QFunction, agent: QStar, prompts: Sequence[Prompt]) -> None:
+        super().__init__(mdp, heuristic=self._explore, width=agent.width, margin=agent.margin, score=agent.score)
+        self.q, self.rng, self.epsilon = q, agent.rng, agent.epsilon
+        free = self.rng.random(len(prompts)) < agent.q_free_share
+        noise = np.where(self.rng.random(len(prompts)) < 0.5, agent.noise, 0.0)
+        self.modes = {id(p): (bool(f), float(scale)) for p, f, scale in zip(prompts, free, noise, strict=True)}
+        in_episodes = self.rng.random(len(prompts)) < agent.episode_share if agent.episode_share else free & False
+        self.in_episodes = {id(p) for p, chosen in zip(prompts, in_episodes, strict=True) if chosen}
 
-    def __call__(self, mdp: DecodingMDP, prompts: Sequence[Prompt], nodes: IntArray) -> Values:
+    def search(self, search: Search) -> Iterator[Edges]:
+        """Search, or play episodes until the budget is used up."""
+        return self._play(search) if id(search.prompt) in self.in_episodes else super().search(search)
+
+    def _explore(self, mdp: DecodingMDP, prompts: Sequence[Prompt], nodes: IntArray) -> Values:
         values = self.q.values(mdp, prompts, nodes)
         free, noise = (np.array(column) for column in zip(*(self.modes[id(p)] for p in prompts), strict=True))
         if free.any():
             potential = mdp.potential(prompts, nodes)[:, None]
             values[free] = (mdp.edge_returns(nodes) + potential)[free]
         return values + noise[:, None] * self.rng.gumbel(size=values.shape)
+
+    def _play(self, search: Search) -> Iterator[Edges]:
+        fruitless = 0  # a small tree may be played empty long before the budget is used up
+        while fruitless < 20:
+            row, before = 0, search.size + len(search.completions)
+            while row >= 0:
+                legal = np.flatnonzero(search.status[row] != Status.MASKED)
+                random = self.rng.random() < self.epsilon
+                action = self.rng.choice(legal) if random else legal[search.f[row, legal].argmax()]
+                edge = Edges(np.array([row]), np.array([action]))
+                if search.status[edge][0] == Status.OPEN:
+                    yield edge
+                row = int(search.child[edge][0])
+            fruitless = fruitless + 1 if search.size + len(search.completions) == before else 0
+
+
+def _objective(completion: Completion) -> float:
+    return -math.inf if math.isnan(completion.objective) else completion.objective

@@ -39,7 +39,8 @@ class Outputs(NamedTuple):
     """What a language model says about ``n`` prefixes.
 
     Attributes:
-        hidden: float32 [n, d], the last layer's hidden state at the last token.
+        hidden: float32 [n, d], the last layer's hidden state at the last token, and those of further layers where the
+            model was asked for them.
         tokens: int64 [n, k], the k most likely next tokens, most likely first.
         logprobs: float32 [n, k], nats, of the full-vocabulary softmax.
     """
@@ -85,9 +86,11 @@ class LanguageModel(ABC):
         hidden_size: Width d of the hidden state.
         context_length: Longest sequence the model takes, in tokens.
         eos_token_ids: The tokens that end a text.
+        hidden_layers: The layers whose states follow the last one's in the hidden state.
     """
 
     name: str
+    hidden_layers: tuple[int, ...] = ()
     vocab_size: int
     hidden_size: int
     context_length: int
@@ -181,6 +184,7 @@ class TransformersLM(LanguageModel):
         *,
         name: str | None = None,
         prepack: bool | str = "auto",
+        hidden_layers: Sequence[int] = (),
     ) -> None:
         """Wrap a loaded model and its tokenizer; neither is changed.
 
@@ -191,6 +195,11 @@ class TransformersLM(LanguageModel):
             prepack: Whether copies of the weights in layouts for steps of 16, 32 and 64 tokens may be kept, made as
                 they are needed. They make such steps some 10 to 20 % faster on x86 CPUs in float32 and do nothing
                 elsewhere. ``"auto"``: as far as they take at most an eighth of the memory that is free now.
+            hidden_layers: Decoder layers, from 0, whose outputs are to follow the last hidden state. What a model knows
+                of its input often stands clearer in its middle (Azaria & Mitchell 2023); its end knows the next token.
+
+        Raises:
+            ConfigurationError: The model has no such layer.
         """
         model.train(False)
         self.model, self.tokenizer = model, tokenizer
@@ -199,6 +208,9 @@ class TransformersLM(LanguageModel):
         self._head: torch.nn.Module = cast("Any", model).get_output_embeddings()
         # The head's own width: in some architectures (OPT) it differs from the layers'.
         self.vocab_size, self.hidden_size = (int(n) for n in cast("Any", self._head).weight.shape)
+        self._tapped = _decoder_layers(model, hidden_layers)
+        self.hidden_layers = tuple(hidden_layers)
+        self.hidden_size += len(hidden_layers) * int(config.hidden_size)
         self.context_length = int(getattr(config, "max_position_embeddings", None) or 1_000_000)
         self.eos_token_ids = _end_tokens(model, tokenizer)
         self.kv_token_bytes: int | None = None  # found out when the tree mask is tried
@@ -255,18 +267,32 @@ class TransformersLM(LanguageModel):
         The output layer, the largest product of a small model, runs only there.
 
         Returns:
-            Hidden states [n, d] and logits [n, V], in the model's dtype.
+            Hidden states [n, d] and logits [n, V], in the model's dtype. The states of further layers have been scaled
+            to the root mean square of the last one's: their own scales differ by orders of magnitude.
         """
+        import torch
+
         seen: list[torch.Tensor] = []
-        # A hook gives the final hidden state of every architecture alike, without keeping all layers' outputs.
-        hook = cast("Any", self._head).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        tapped: list[torch.Tensor] = []
+
+        def tap(_module: Any, _args: Any, output: Any) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            tapped.append(states.reshape(-1, states.shape[-1])[positions])
+
+        # Hooks give the hidden states of every architecture alike, without keeping all layers' outputs.
+        hooks = [layer.register_forward_hook(tap) for layer in self._tapped]
+        hooks.append(cast("Any", self._head).register_forward_pre_hook(lambda _, args: seen.append(args[0])))
         try:
             logits = self.model(**inputs, logits_to_keep=positions).logits[0]
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         hidden = seen[0][0]
         if len(hidden) != len(positions):  # an architecture that ignores logits_to_keep
             hidden, logits = hidden[positions], logits[positions]
+        if tapped:
+            norm = _root_mean_square(hidden)
+            hidden = torch.cat([hidden, *(state * (norm / _root_mean_square(state)) for state in tapped)], dim=-1)
         return hidden, logits
 
     def token_embeddings(self) -> FloatArray:
@@ -287,6 +313,28 @@ class TransformersLM(LanguageModel):
             if problem is not None:
                 logger.warning("%s: %s; whole prefixes are recomputed instead (exact, slower)", self.name, problem)
         return TreeEngine(self, top_k, kv_budget) if self._tree_mask_is_exact else PrefixEngine(self, top_k)
+
+
+def _root_mean_square(states: torch.Tensor) -> torch.Tensor:
+    return states.float().square().mean(dim=-1, keepdim=True).sqrt().clamp(min=1e-6).to(states.dtype)
+
+
+def _decoder_layers(model: PreTrainedModel, which: Sequence[int]) -> list[torch.nn.Module]:
+    """Return the layers ``which``, in the order in which the model runs them, wherever the architecture keeps them.
+
+    Raises:
+        ConfigurationError: The model has no such layer, or they do not ascend.
+    """
+    if not which:
+        return []
+    import torch
+
+    count = int(model.config.get_text_config().num_hidden_layers)
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+    ascending = all(isinstance(i, int) for i in which) and list(which) == sorted(set(which))
+    if not ascending or not 0 <= which[0] <= which[-1] < count or not lists:
+        raise ConfigurationError(f"hidden_layers are ascending integers from 0 to {count - 1}, got {list(which)!r}")
+    return [lists[0][i] for i in which]
 
 
 def _packed_weights(model: PreTrainedModel, prepack: bool | str) -> PackedWeights | None:
@@ -330,6 +378,7 @@ def load_language_model(
     dtype: str = "auto",
     *,
     prepack: bool | str = "auto",
+    hidden_layers: Sequence[int] = (),
     **model_kwargs: Any,
 ) -> TransformersLM:
     """Load a causal language model, once per process however often it is asked for.
@@ -339,6 +388,7 @@ def load_language_model(
         device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
         dtype: ``"auto"`` (bfloat16 where the hardware computes it natively, else float32), ``"float32"``, …
         prepack: See :class:`TransformersLM`.
+        hidden_layers: See :class:`TransformersLM`; models that differ in nothing else share their weights.
         model_kwargs: Handed to ``AutoModelForCausalLM.from_pretrained`` (``revision``, ``device_map``,
             ``quantization_config``, …).
 
@@ -357,7 +407,16 @@ def load_language_model(
     key = (name, str(torch_device), str(torch_dtype), str(prepack), repr(sorted(model_kwargs.items())))
     if key not in _LOADED:
         _LOADED[key] = _load(name, torch_device, torch_dtype, prepack, model_kwargs)
-    return _LOADED[key]
+    if not hidden_layers:
+        return _LOADED[key]
+    tapping = *key, repr(tuple(hidden_layers))
+    if tapping not in _LOADED:
+        plain = _LOADED[key]
+        loaded = TransformersLM(plain.model, plain.tokenizer, name=name, prepack=False, hidden_layers=hidden_layers)
+        loaded.packed_weights = plain.packed_weights
+        loaded._model_kwargs = {**plain._model_kwargs, "hidden_layers": tuple(hidden_layers)}
+        _LOADED[tapping] = loaded
+    return _LOADED[tapping]
 
 
 def _load(

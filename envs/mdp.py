@@ -14,6 +14,7 @@ from ..rewards import Reward, as_reward
 from .language_model import IntArray, LanguageModel, free_memory, load_language_model
 from .prompts import Prompt
 from .token_tree import TokenTree
+from .toy import TOY, toy_language_model
 
 __all__ = ["Completion", "DecodingMDP", "Finish"]
 
@@ -84,12 +85,13 @@ class DecodingMDP:
         dtype: str = "auto",
         kv_budget: int | None = None,
         max_prefixes: int | None = None,
+        hidden_layers: Sequence[int] = (),
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
         """Define the process; the arguments are those of ``gym.make("TokenDecoding-v0")``.
 
         Args:
-            model: A known name, hub id or local folder (see :func:`load_language_model`), or a model.
+            model: A known name, hub id or local folder (see :func:`load_language_model`), ``"toy"``, or a model.
             reward: A registered name, a weighted sum, a callable, or a Reward (see :func:`as_reward`).
             top_k: Number of actions.
             top_p: Actions outside the smallest set of tokens with this probability are masked; 1 masks none.
@@ -102,6 +104,8 @@ class DecodingMDP:
                 keys and values are given up keep their outputs, and are computed again when they are continued.
             max_prefixes: Prefixes whose outputs are remembered, about; beyond, those not asked for longest are
                 forgotten. None for what an eighth of the free memory holds.
+            hidden_layers: Decoder layers, from 0, whose states are observed beside the last one's (see
+                :class:`TransformersLM`); of a model given by name.
             model_kwargs: Handed to ``from_pretrained``.
 
         Raises:
@@ -116,9 +120,15 @@ class DecodingMDP:
             raise ConfigurationError(f"stop is a non-empty string or a list of them, got {stop!r}")
         # The reward is resolved first: a misspelt name should not cost the loading of a model.
         self.reward: Reward = as_reward(reward)
-        self.model = (
-            load_language_model(model, device, dtype, **(model_kwargs or {})) if isinstance(model, str) else model
-        )
+        if isinstance(model, str) and model != TOY:
+            options = {"hidden_layers": hidden_layers, **(model_kwargs or {})}
+            self.model: LanguageModel = load_language_model(model, device, dtype, **options)
+        else:
+            self.model = toy_language_model() if isinstance(model, str) else model
+            if hidden_layers and tuple(hidden_layers) != self.model.hidden_layers:
+                raise ConfigurationError(
+                    "hidden_layers is for a model given by name; give it to TransformersLM instead"
+                )
         self._kv_budget = kv_budget
         self.tree = TokenTree(self.model, top_k, kv_budget)
         if max_prefixes is None:
@@ -263,8 +273,10 @@ class DecodingMDP:
         """Return g, what the path from the prompt has paid, float64 [n]."""
         return self.logprob_weight * self.tree.path_logprob[nodes]
 
-    def complete(self, prompts: Sequence[Prompt], nodes: IntArray, actions: IntArray) -> list[Completion]:
-        """Score the completions that ``n`` finishing edges make.
+    def complete(
+        self, prompts: Sequence[Prompt], nodes: IntArray, actions: IntArray, *, score: bool = True
+    ) -> list[Completion]:
+        """Return the completions that ``n`` finishing edges make, with their rewards, or NaN where not to be scored.
 
         Raises:
             RewardError: The reward model did not return one number within its bounds per completion.
@@ -276,11 +288,19 @@ class DecodingMDP:
         texts = [self._decode(sequence) for sequence in ids]
         kinds = self.finishes(nodes)[np.arange(len(nodes)), actions]
         logprobs = self.tree.path_logprob[nodes] + np.maximum(self.tree.logprobs[nodes, actions], -1e6)
-        rewards = self.reward([p.text for p in prompts], texts, ids, **_columns(prompts))
+        rewards = self.rewards(prompts, texts, ids) if score else np.full(len(nodes), np.nan)
         return [
             Completion(x, y, float(lp), float(r), float(self.logprob_weight * lp + r), Finish(int(kind)).name.lower())
             for x, y, lp, r, kind in zip(texts, ids, logprobs, rewards, kinds, strict=True)
         ]
+
+    def rewards(self, prompts: Sequence[Prompt], texts: Sequence[str], ids: Sequence[Sequence[int]]) -> Values:
+        """Return the reward model's score of ``n`` texts, float64 [n], NaN for what cannot be scored.
+
+        Raises:
+            RewardError: The reward model did not return one number within its bounds per text.
+        """
+        return self.reward([p.text for p in prompts], list(texts), list(ids), **_columns(prompts))
 
     # -----------------------------------------------------------------------------------------------------------------
 

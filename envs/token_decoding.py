@@ -94,7 +94,7 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
             gamma: The discount used in the shaping term; 1 by default, as the horizon is finite.
             candidate_dims: Numbers per candidate token in the observation.
             render_mode: None, ``"ansi"`` (a string) or ``"human"`` (printed).
-            mdp_kwargs: ``device``, ``dtype``, ``kv_budget``, ``model_kwargs``; see :class:`DecodingMDP`.
+            mdp_kwargs: ``device``, ``dtype``, ``kv_budget``, ``hidden_layers``, …; see :class:`DecodingMDP`.
 
         Raises:
             ConfigurationError: An argument is out of range or a name unknown.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,9 @@ import numpy.typing as npt
 from ..errors import ConfigurationError, PromptError
 from .language_model import FloatArray, LanguageModel
 
-__all__ = ["TabularLM"]
+__all__ = ["TOY", "TabularLM", "toy_language_model"]
+
+TOY = "toy"  # the name under which ``gym.make(…, model=…)`` and the task files know the model below
 
 
 class TabularLM(LanguageModel):
@@ -104,6 +107,12 @@ class TabularLM(LanguageModel):
             context = ([0] * self.order + list(sequence))[len(sequence) :]
             rows.append(sum(t * self.vocab_size**p for p, t in enumerate(reversed(context))))
         return self._hidden[rows], self._logprobs[rows].astype(np.float32)
+
+
+@functools.cache
+def toy_language_model() -> TabularLM:
+    """Return the model of the task ``toy``: seven letters and an end, each depending on the two before it."""
+    return TabularLM.random(8, 2, seed=0, concentration=0.3, name=TOY)
 
 
 def _letters(count: int) -> list[str]:

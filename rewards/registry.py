@@ -20,6 +20,10 @@ RewardFactory = Callable[..., Reward]  # a subclass of Reward is one
 Factory = TypeVar("Factory", bound=RewardFactory)
 
 _factories: dict[str, str | RewardFactory] = {
+    "complete_sentence": ".guidelines:CompleteSentence",
+    "exact_answer": ".reasoning:ExactAnswer",
+    "keywords": ".guidelines:Keywords",
+    "pangram": ".guidelines:Pangram",
     "sentiment": ".sentiment:Sentiment",
 }
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import difflib
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import ConfigurationError, UnknownNameError
+from .generators import GENERATORS
 
 __all__ = ["PromptSet", "Task", "load_task", "task_names"]
+
+SPLITS = ("train", "dev", "test")
 
 _FOLDER = Path(__file__).parent
 
@@ -42,23 +45,50 @@ class Templates(_Strict):
         return filled
 
 
-class PromptSet(_Strict):
-    """Where a task's prompts come from; each part is a list of strings or :class:`Templates`."""
+Listed = list[str | dict[str, Any]]
 
-    train: list[str] | Templates
-    dev: list[str] | Templates
-    test: list[str] | Templates
+
+class PromptSet(_Strict):
+    """Where a task's prompts come from.
+
+    Each part is listed (strings, or dicts with ``prompt`` and columns) or made from :class:`Templates`; or all three
+    are made by a function of :mod:`~qstar_decoding.tasks.generators`.
+    """
+
+    train: Listed | Templates = []
+    dev: Listed | Templates = []
+    test: Listed | Templates = []
+    generator: str | None = None
+    arguments: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _generate(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or "generator" not in given:
+            missing = [f"missing key 'prompts.{name}'" for name in SPLITS if name not in given]
+            if missing and isinstance(given, dict):
+                raise ValueError("; ".join(missing))
+            return given
+        if made := {*SPLITS} & {*given}:
+            raise ValueError(f"prompts are given by a generator or listed, not both: {sorted(made)}")
+        name = given["generator"]
+        if name not in GENERATORS:
+            raise UnknownNameError("generator", str(name), sorted(GENERATORS))
+        try:
+            return {**given, **GENERATORS[name](**given.get("arguments", {}))}
+        except TypeError as error:  # an argument that is unknown, missing or of the wrong type
+            raise ValueError(f"generator {name!r}: {error}") from error
 
     @model_validator(mode="after")
     def _disjoint(self) -> PromptSet:
-        parts = {name: set(self.of(name)) for name in ("train", "dev", "test")}
+        parts = {name: {str(prompt) for prompt in self.of(name)} for name in SPLITS}
         for a, b in itertools.combinations(parts, 2):
             if shared := parts[a] & parts[b]:
-                raise ValueError(f"{a} and {b} share prompts, e.g. {sorted(shared)[0]!r}")
+                raise ValueError(f"{a} and {b} share prompts, e.g. {min(shared)!r}")
         return self
 
-    def of(self, split: str) -> list[str]:
-        """Return the prompts of ``"train"``, ``"dev"`` or ``"test"``."""
+    def of(self, split: str) -> list[Any]:
+        """Return the prompts of ``"train"``, ``"dev"`` or ``"test"``, as ``load_prompts`` takes them."""
         part = getattr(self, split)
         return part.expand() if isinstance(part, Templates) else list(part)
 
@@ -74,6 +104,7 @@ class Task(_Strict):
         steps: LM tokens to train for.
         training: Arguments of :class:`~qstar_decoding.agents.QStar`.
         planner: Arguments of :class:`~qstar_decoding.agents.AStarPlanner`, chosen on the dev prompts.
+        budgets: LM tokens a prompt at which Q is tried during and after the training.
     """
 
     name: str
@@ -83,6 +114,7 @@ class Task(_Strict):
     steps: int = Field(ge=1)
     training: dict[str, Any] = {}
     planner: dict[str, Any] = {}
+    budgets: list[Annotated[int, Field(ge=1)]] = Field([50, 200], min_length=1)
 
 
 def task_names() -> list[str]:

@@ -19,8 +19,8 @@ from qstar_decoding.agents import (
     ZeroHeuristic,
     make_decoder,
 )
-from qstar_decoding.agents.experience import backup
-from qstar_decoding.agents.planning import run_searches
+from qstar_decoding.agents.experience import backup, best_found
+from qstar_decoding.agents.planning import run_searches, score_completions
 from qstar_decoding.envs import DecodingMDP, TabularLM, load_prompts
 from qstar_decoding.errors import ConfigurationError, HeuristicError, PromptError, UnknownNameError
 from qstar_decoding.rewards import as_reward
@@ -363,3 +363,120 @@ def test_the_bound_heuristic_is_admissible(mdp):
             below = [v for ids, v in objectives.items() if ids[: len(prefix) + 1] == (*prefix, int(token))]
             if below:
                 assert search.g[row] + h[row, action] >= max(below) - 1e-5
+
+
+# -- the budget over the depths
+
+
+@pytest.fixture
+def wide():
+    """A process without early ends, so that what a depth gets is what it was given."""
+    return DecodingMDP(
+        TabularLM.random(6, 1, seed=3, eos_token_ids=[]), reward=pseudo_random_reward(1), top_k=6, max_new_tokens=8
+    )
+
+
+def expanded_by_depth(decoder, budget):
+    search = run_searches(decoder, load_prompts(["a"]), Budget(budget))[0]
+    return np.bincount(search.depth[1 : search.size])[1:]
+
+
+def test_the_budget_is_spent_early_rather_than_late(wide):
+    even, early = (
+        expanded_by_depth(AStarPlanner(wide, heuristic=ZeroHeuristic(), taper=taper, margin=np.inf), 70)
+        for taper in (0.0, 2.0)
+    )
+    assert even.sum() == early.sum() == 70
+    assert even.max() - even[1:].min() <= 2  # but for the first depth, which has only six
+    assert early[1] > 2 * early[-1]
+    assert early[-1] >= 1
+
+
+@settings(max_examples=30)
+@given(st.integers(7, 60), st.floats(0, 5))
+def test_a_budget_of_one_text_or_more_finishes_one(budget, taper):
+    mdp = DecodingMDP(
+        TabularLM.random(6, 1, seed=3, eos_token_ids=[]), reward=pseudo_random_reward(1), top_k=6, max_new_tokens=8
+    )
+    plan = AStarPlanner(mdp, heuristic=ZeroHeuristic(), taper=taper).plan("a", budget)
+    assert plan.completions
+    assert plan.usage.lm_tokens <= budget
+
+
+# -- without the reward
+
+
+def test_without_the_reward_the_heuristic_alone_ranks_and_nothing_is_proven():
+    calls = []
+
+    def reward(prompt, completion):
+        calls.append(completion)
+        return 0.5
+
+    mdp = DecodingMDP(
+        TabularLM.random(4, 1, seed=0), reward=as_reward(reward, lower=0, upper=1), top_k=4, max_new_tokens=4
+    )
+    rng = np.random.default_rng(0)
+    table = {}
+
+    def h(mdp, prompts, nodes):
+        return np.array([[table.setdefault((int(n), a), rng.random()) for a in range(mdp.top_k)] for n in nodes])
+
+    plan = AStarPlanner(mdp, heuristic=h, score="q").plan("a")
+    assert not calls
+    assert plan.usage.reward_calls == 0
+    assert math.isnan(plan.reward)
+    assert not plan.certified
+    assert plan.lower_bound == -math.inf
+    assert plan.stop_reason == "exhausted"  # everything was looked at
+    tree = plan.tree
+    f, finished = np.array(tree.f), np.array(tree.status) == "finished"
+    assert plan.objective == f[finished].max()
+    assert len(plan.completions) == finished.sum()
+
+
+def test_completions_of_a_search_without_the_reward_can_be_scored_afterwards():
+    mdp = DecodingMDP(TabularLM.random(4, 1, seed=0), reward=pseudo_random_reward(2), top_k=4, max_new_tokens=4)
+    search = run_searches(AStarPlanner(mdp, heuristic=ZeroHeuristic(), score="q"), load_prompts(["a"]), Budget(20))[0]
+    score_completions([search])
+    for completion in search.completions.values():
+        assert completion.reward == pytest.approx(mdp.reward(["a"], [completion.text])[0])
+        assert completion.objective == pytest.approx(completion.reward + 0.02 * completion.logprob)
+    best = max(c.objective for c in search.completions.values())
+    assert np.nanmax(best_found(search)[0]) == best
+
+
+def test_a_search_without_reward_and_heuristic_is_refused():
+    mdp = DecodingMDP(TabularLM.random(4, 1, seed=0), reward=pseudo_random_reward(2), top_k=4, max_new_tokens=4)
+    with pytest.raises(ConfigurationError, match="ranks texts by the heuristic; give one"):
+        AStarPlanner(mdp, score="q")
+    with pytest.raises(ConfigurationError, match="score is one of"):
+        AStarPlanner(mdp, score="Q")
+
+
+def test_with_pathmax_no_edge_promises_more_than_the_one_before(wide):
+    def noisy(mdp, prompts, nodes):
+        return np.random.default_rng(int(nodes[0])).normal(size=(len(nodes), mdp.top_k))
+
+    for pathmax, expected in ((True, True), (False, False)):
+        tree = AStarPlanner(wide, heuristic=noisy, pathmax=pathmax).plan("a", 40).tree
+        came_by = {child: f for child, f in zip(tree.child, tree.f, strict=True) if child >= 0}
+        holds = [f <= came_by[parent] for parent, f in zip(tree.parent, tree.f, strict=True) if parent > 0]
+        assert all(holds) is expected
+
+
+def test_sampling_with_a_heuristic_draws_in_proportion():
+    mdp = DecodingMDP(
+        TabularLM([0.5, 0.3, 0.2], vocabulary="abc", eos_token_ids=[]),
+        reward=lambda p, c: 0.0,
+        top_k=3,
+        max_new_tokens=1,
+    )
+
+    def h(mdp, prompts, nodes):
+        return np.tile([0.0, 0.1, 0.2], (len(nodes), 1))
+
+    texts = [SamplingDecoder(mdp, heuristic=h, n=1, beta=0.1, seed=s).plan("a").text for s in range(2000)]
+    weights = np.array([0.5, 0.3, 0.2]) * np.exp([0.0, 1.0, 2.0])
+    seen = np.array([texts.count(letter) for letter in "abc"]) / 2000
+    np.testing.assert_allclose(seen, weights / weights.sum(), atol=0.04)

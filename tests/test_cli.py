@@ -1,6 +1,7 @@
 """The command line, on the real model; and the tasks it reads."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -143,14 +144,37 @@ def test_the_installed_command_runs():
 # -- tasks
 
 
-def test_the_sentiment_task_has_enough_disjoint_prompts():
-    task = load_task("sentiment")
-    train, dev, test = (set(task.prompts.of(split)) for split in ("train", "dev", "test"))
+@pytest.mark.parametrize("name", ["sentiment", "arithmetic", "arithmetic-99", "keywords"])
+def test_the_real_tasks_have_enough_disjoint_prompts(name):
+    task = load_task(name)
+    train, dev, test = ({str(p) for p in task.prompts.of(split)} for split in ("train", "dev", "test"))
     assert len(train) >= 300
     assert len(dev) >= 20
     assert len(test) >= 40
     assert len(train | dev | test) == len(train) + len(dev) + len(test)
-    assert task_names() == ["sentiment"]
+
+
+def test_every_task_is_listed_and_loads():
+    assert task_names() == ["arithmetic", "arithmetic-99", "keywords", "sentiment", "toy"]
+    for name in task_names():
+        assert load_task(name).prompts.of("test")
+
+
+def test_the_answers_are_right_and_the_keywords_asked_for():
+    for prompt in load_task("arithmetic").prompts.of("test"):
+        a, b = re.search(r"(\d+)\+(\d+)=$", prompt["prompt"]).groups()
+        assert int(a) + int(b) == int(prompt["answer"])
+        assert not re.search(rf"\b{a}\+{b}=\d", prompt["prompt"])  # not among the solved examples
+    seen = {word for prompt in load_task("keywords").prompts.of("train") for word in prompt["keywords"]}
+    for prompt in load_task("keywords").prompts.of("test"):
+        assert all(word in prompt["prompt"][0]["content"] for word in prompt["keywords"])
+        assert not seen.issuperset(prompt["keywords"])
+
+
+def test_the_toys_optimum_is_known_by_enumeration():
+    task = load_task("toy")
+    plan = AStarPlanner(DecodingMDP(**task.env)).plan(task.prompts.of("test")[0])
+    assert plan.certified
 
 
 @pytest.mark.parametrize(
@@ -161,6 +185,12 @@ def test_the_sentiment_task_has_enough_disjoint_prompts():
         ({"prompts": {"train": ["a"], "dev": ["b"]}}, "missing key 'prompts.test'"),
         ({"prompts": {"train": ["a"], "dev": ["a"], "test": ["c"]}}, "train and dev share prompts, e.g. 'a'"),
         ({"steps": "many"}, "steps"),
+        ({"prompts": {"generator": "adition"}}, "unknown generator 'adition'; known, nearest first: 'addition'"),
+        ({"prompts": {"generator": "addition", "arguments": {"low": 1}}}, "generator 'addition': .*missing"),
+        ({"prompts": {"generator": "addition", "arguments": {"lo": 1}}}, "generator 'addition': .*'lo'"),
+        ({"prompts": {"generator": "addition", "train": ["a"]}}, r"not both: \['train'\]"),
+        ({"budgets": [0]}, "budgets.0"),
+        ({"traning": {}}, "unknown key 'traning', did you mean 'training'"),
     ],
 )
 def test_a_wrong_task_file_names_the_key(tmp_path, change, message):

@@ -18,11 +18,18 @@ from qstar_decoding.agents import (
     QStar,
     SamplingDecoder,
     TokenQPolicy,
+    evaluate,
     pretrained_names,
 )
 from qstar_decoding.agents.policies import TokenScorer
-from qstar_decoding.envs import DecodingMDP, TabularLM
-from qstar_decoding.errors import CheckpointError, ConfigurationError, UnknownNameError
+from qstar_decoding.envs import DecodingMDP, TabularLM, TransformersLM
+from qstar_decoding.errors import (
+    CheckpointError,
+    ConfigurationError,
+    HeuristicError,
+    TrainingDivergedError,
+    UnknownNameError,
+)
 from qstar_decoding.rewards import as_reward
 
 SMALL = {
@@ -260,7 +267,7 @@ def test_unknown_checkpoints_and_wrong_agents_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"expectile": 1.0}, "expectile"),
+        ({"optimism": 1.0}, "optimism"),
         ({"q_free_share": 1.5}, "q_free_share"),
         ({"noise": -1.0}, "noise"),
         ({"searches_per_round": 0}, "searches_per_round"),
@@ -311,3 +318,87 @@ def test_a_policy_without_mask_support_still_plans_within_the_mask():
     status = np.array(plan.tree.status)
     assert (status == "masked").any()
     assert isinstance(env.unwrapped.mdp, DecodingMDP)
+
+
+# -- what QStar learns from, and how
+
+
+def test_the_hidden_states_are_standardized_once(trained):
+    scorer = trained[0].q_net.scorer
+    seen = torch.from_numpy(trained[0].experience.hidden[:50]).float()
+    assert not torch.equal(scorer.hidden_scale, torch.ones_like(scorer.hidden_scale))
+    fresh = TokenScorer(4, 8, width=16)
+    hidden = torch.randn(100, 4) * torch.tensor([1.0, 50.0, 0.1, 1.0]) + torch.tensor([0.0, 3.0, -1.0, 0.0])
+    fresh.standardize(hidden)
+    standard = (hidden - fresh.hidden_mean) * fresh.hidden_scale
+    torch.testing.assert_close(standard.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(standard.std(0), torch.ones(4))
+    assert torch.isfinite((seen - scorer.hidden_mean) * scorer.hidden_scale).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"score": "q", "optimism": 0.5},
+        {"regression": "quantile", "optimism": 0.7},
+        {"episode_share": 1.0, "epsilon": 0.3},
+        {"policy_kwargs": {"width": 32, "dropout": 0.0, "dueling": True}},
+    ],
+    ids=["without the reward", "quantile", "episodes", "dueling"],
+)
+def test_every_way_to_collect_and_to_regress_learns(options):
+    env = make_env()
+    agent = QStar(TokenQPolicy, env, seed=0, **{**SMALL, **options}).learn(2000)
+    score = options.get("score", "reward")
+    found = evaluate(GreedyDecoder(env, heuristic=QHeuristic(agent), score=score), ["a", "b", "c"])
+    assert found.objectives.mean() > 0.35  # greedy: -0.09, the optimum: 0.80
+
+
+def test_episodes_keep_to_the_budget_and_explore():
+    env = make_env()
+    agent = QStar(TokenQPolicy, env, seed=0, **{**SMALL, "episode_share": 1.0, "epsilon": 1.0, "tokens_per_search": 30})
+    agent.learn(60)
+    assert 0 < agent.num_timesteps <= 60
+    assert agent.experience.size > 10
+
+
+def test_a_loss_that_is_no_number_stops_the_training_and_keeps_the_checkpoint(tmp_path):
+    agent = QStar(TokenQPolicy, make_env(), seed=0, **SMALL).learn(40)
+    agent.save(tmp_path / "agent", note="good")
+    with torch.no_grad():
+        agent.q_net.scorer.head.weight.fill_(float("nan"))
+    with pytest.raises((TrainingDivergedError, HeuristicError)):
+        agent.learn(200, reset_num_timesteps=False)
+    agent = QStar.load(tmp_path / "agent", make_env(), learning_rate=1e30)
+    with pytest.raises((TrainingDivergedError, HeuristicError), match=r"NaN|loss became"):
+        agent.learn(2000, reset_num_timesteps=False)
+    assert QHeuristic(tmp_path / "agent").q.description == {"note": "good"}
+
+
+def test_further_layers_are_observed_where_asked_for(tiny_lm):
+    plain = tiny_lm("Llama")
+    tapped = TransformersLM(plain.model, plain.tokenizer, name="tapped", hidden_layers=[0, 1])
+    d = plain.hidden_size
+    assert tapped.hidden_size == 3 * d
+    sequence = [3, 4, 5]
+    (short, logprobs), (long, same) = plain.forward([sequence]), tapped.forward([sequence])
+    np.testing.assert_allclose(logprobs, same, atol=1e-6)
+    np.testing.assert_allclose(long[:, :d], short, atol=1e-5)
+    with torch.inference_mode():
+        states = plain.model(torch.tensor([sequence]), output_hidden_states=True).hidden_states
+    expected = states[1][0, -1].numpy()  # the first layer's output, at the scale of the last state
+    expected *= np.sqrt(np.mean(short**2) / np.mean(expected**2))
+    np.testing.assert_allclose(long[0, d : 2 * d], expected, atol=1e-4)
+    tree = DecodingMDP(tapped, reward=lambda p, c: 0.0, top_k=4, max_new_tokens=4).tree
+    node = tree.expand(tree.roots([[3, 4]]), np.array([0]))
+    whole = tapped.forward([[3, 4, int(tree.tokens[0, 0])]])[0]
+    np.testing.assert_allclose(tree.hidden[node], whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("layers", [[2], [-1], [1, 0], [0, 0], ["a"]])
+def test_layers_that_are_not_there_are_named(tiny_lm, layers):
+    plain = tiny_lm("Llama")
+    with pytest.raises(ConfigurationError, match="hidden_layers are ascending integers from 0 to 1"):
+        TransformersLM(plain.model, plain.tokenizer, hidden_layers=layers)
+    with pytest.raises(ConfigurationError, match="a model given by name"):
+        DecodingMDP(plain, reward="sentiment", hidden_layers=[0])

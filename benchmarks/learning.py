@@ -1,0 +1,192 @@
+"""Is the learned Q worth its training? Several training seeds, held-out prompts, equal LM tokens, paired intervals.
+
+    python benchmarks/learning.py sentiment|keywords|arithmetic [--seeds 3] [--runs runs] [--json FILE]
+
+Trains each seed with `qstar train` into RUNS/TASK-SEED unless a finished run is there; decodes the held-out prompts.
+Decoders without Q do not depend on a training seed; best-of-n gets as many sampling seeds as there are training seeds.
+Differences are paired by prompt, means over the seeds; intervals resample the prompts (95 %, bootstrap).
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from qstar_decoding.agents import AStarPlanner, BeamSearch, GreedyDecoder, QHeuristic, SamplingDecoder
+from qstar_decoding.agents.evaluation import evaluate, paired_bootstrap
+from qstar_decoding.envs import DecodingMDP
+from qstar_decoding.tasks import load_task
+
+BUDGETS = [50, 100, 200, 400, 800]
+MOST = 3200  # what best-of-n may spend against Q* at the smallest budget
+NO_Q, Q_ONLY = (
+    ["best-of-n", "beam, reranked", "A*, no Q (bound)"],
+    ["arg max Q", "sampling π·exp(Q/β)", "beam on g + Q"],
+)
+UNBUDGETED = ["greedy LM", "arg max Q"]
+
+out = Console() if sys.stdout.isatty() else Console(width=130)
+
+
+def trained(task, seed, runs):
+    """Return the folder of a finished run, training it first if need be."""
+    folder = Path(runs) / f"{Path(task).stem}-{seed}"
+    if not (folder / "q" / "config.json").is_file():
+        resume = ["--resume"] if (folder / "checkpoint").is_dir() else []
+        command = [sys.executable, "-m", "qstar_decoding.cli", "train", task, "--seed", str(seed), "--out", str(folder)]
+        subprocess.run([*command, *resume], check=True, stdout=sys.stderr)
+    return folder
+
+
+def make(name, mdp, q, task, seed):
+    planner = {key: value for key, value in task.planner.items() if key == "score"}
+    return {
+        "greedy LM": lambda: GreedyDecoder(mdp),
+        "best-of-n": lambda: SamplingDecoder(mdp, seed=seed),
+        "beam, reranked": lambda: BeamSearch(mdp),
+        "A*, no Q (bound)": lambda: AStarPlanner(mdp),
+        "arg max Q": lambda: GreedyDecoder(mdp, heuristic=q, **planner),
+        "sampling π·exp(Q/β)": lambda: SamplingDecoder(mdp, heuristic=q, seed=seed, **planner),
+        "beam on g + Q": lambda: BeamSearch(mdp, heuristic=q, **planner),
+        "Q*": lambda: AStarPlanner(mdp, heuristic=q, **task.planner),
+    }[name]()
+
+
+def measure(task, runs, seeds, budgets, names, prompts):
+    """Return outcomes by (decoder, budget), one per seed."""
+    mdp, qs = DecodingMDP(**task.env), [QHeuristic(folder) for folder in runs]
+    cells = [(name, None) for name in names if name in UNBUDGETED]
+    cells += [(name, budget) for budget in budgets for name in names if name not in UNBUDGETED]
+    if "best-of-n" in names:
+        cells.append(("best-of-n", MOST))
+    found = {}
+    for name, budget in track(cells, "decoding", console=Console(stderr=True), transient=True):
+        varies = name not in ("greedy LM", "beam, reranked", "A*, no Q (bound)")
+        found[name, budget] = [
+            evaluate(make(name, mdp, q, task, seed), prompts, budget)
+            for seed, q in list(zip(seeds, qs, strict=True))[: None if varies else 1]
+        ]
+    return found
+
+
+def per_prompt(outcomes, what="objectives"):
+    return np.mean([getattr(outcome, what) for outcome in outcomes], axis=0)
+
+
+def by_objective(task, runs, seeds, budgets):
+    """Print and return J of Q* and of every other decoder by budget."""
+    prompts = task.prompts.of("test")
+    names = ["greedy LM", "arg max Q", *NO_Q, *Q_ONLY[1:], "Q*"]
+    found = measure(task, runs, seeds, budgets, names, prompts)
+    table = Table(title=f"{task.name}: {len(prompts)} held-out prompts, {len(seeds)} training seeds, means")
+    for column in ("decoder", "budget", "LM tokens", "texts scored", "reward", "J", "by seed", "Q* minus it", "95 %"):
+        table.add_column(column, justify="left" if column == "decoder" else "right")
+
+    def against(name, budget, at):
+        """Return the paired difference of Q* with the budget ``at``, and its interval."""
+        differences = per_prompt(found["Q*", at]) - per_prompt(found[name, budget])
+        return differences.mean(), *paired_bootstrap(differences)
+
+    for (name, budget), outcomes in found.items():
+        cells = [name, str(budget or ""), f"{per_prompt(outcomes, 'lm_tokens').mean():.0f}"]
+        cells.append(f"{np.mean([plan.usage.reward_calls for o in outcomes for plan in o.plans]):.0f}")
+        cells += [f"{per_prompt(outcomes, 'rewards').mean():.3f}", f"{per_prompt(outcomes).mean():.3f}"]
+        cells.append(" ".join(f"{outcome.objectives.mean():.2f}" for outcome in outcomes) if len(outcomes) > 1 else "")
+        if budget in budgets and name != "Q*":
+            mean, low, high = against(name, budget, budget)
+            cells += [f"{mean:+.3f}", f"[{low:+.3f}, {high:+.3f}]"]
+        table.add_row(*cells, end_section=name in ("Q*", "arg max Q"), style="bold" if name == "Q*" else "")
+    out.print(table)
+
+    rows = []
+    for budget in budgets:
+        value = per_prompt(found["Q*", budget]).mean()
+        rows.append(row(f"J of Q* at {budget}", value, "J", None))
+        worst = min(against(n, b, budget)[0] for n, b in found if b == budget and n != "Q*")
+        rows.append(row(f"Q* minus the best other decoder at {budget}", worst, "J", 0.0))
+    for group, label, wanted in ((NO_Q, "decoder without Q", budgets[:4]), (Q_ONLY, "Q-only control", budgets)):
+        ahead = 0
+        for budget in wanted:
+            cells = [(n, None if n in UNBUDGETED else budget) for n in group]
+            best = max(cells, key=lambda cell: per_prompt(found[cell]).mean())
+            mean, low, high = against(*best, budget)
+            ahead += low > 0
+            out.print(
+                f"{budget:>4} LM tokens: Q* minus the best {label} ({best[0]}): {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+            )
+            rows.append(row(f"lower end of Q* minus the best {label} at {budget}", low, "J", 0.0))
+        rows.append(
+            row(
+                f"budgets where Q* is significantly ahead of the best {label}",
+                ahead,
+                "budgets",
+                4 if group is NO_Q else 3,
+            )
+        )
+    least = budgets[0]
+    lead = per_prompt(found["Q*", least]).mean() - per_prompt(found["best-of-n", MOST]).mean()
+    out.print(f"Q* at {least} LM tokens minus best-of-n at {MOST}: {lead:+.3f}")
+    return [*rows, row(f"Q* at {least} minus best-of-n at {MOST}", lead, "J", 0.0)]
+
+
+def by_accuracy(task, runs, seeds, budget=60):
+    """Print and return how many answers are right; no decoder but the last sees the checker."""
+    prompts = task.prompts.of("test")
+    names = ["greedy LM", "arg max Q", "sampling π·exp(Q/β)", "beam on g + Q", "Q*"]
+    found = measure(task, runs, seeds, [budget], names, prompts)
+    operands = "{low}–{high}".format(**task.prompts.arguments)
+    table = Table(
+        title=f"{task.name}, operands {operands}: {len(prompts)} unseen problems, {len(seeds)} training seeds"
+    )
+    for column in ("decoder", "LM tokens", "right", "by seed", "95 %"):
+        table.add_column(column, justify="left" if column == "decoder" else "right")
+    rows, targets = [], {"arg max Q": 0.85, "Q*": 0.92}
+    for (name, _), outcomes in found.items():
+        right = per_prompt(outcomes, "rewards")
+        by_seed = " ".join(f"{outcome.rewards.mean():.3f}" for outcome in outcomes) if len(outcomes) > 1 else ""
+        interval = "[{:.3f}, {:.3f}]".format(*paired_bootstrap(right))
+        tokens = per_prompt(outcomes, "lm_tokens").mean()
+        table.add_row(name, f"{tokens:.0f}", f"{right.mean():.3f}", by_seed, interval)
+        target = targets.get(name) if operands == "10–49" else None
+        rows.append(row(f"{name}, operands {operands}", right.mean(), "share right", target))
+    out.print(table)
+    return rows
+
+
+def row(name, value, unit, target):
+    return {"name": name, "value": float(value), "unit": unit, "target": target, "higher_is_better": True}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", help="sentiment, keywords, arithmetic, or the path of a YAML file")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
+    parser.add_argument("--runs", default="runs", help="folder of the training runs")
+    parser.add_argument("--json", help="also write the rows to this file")
+    arguments = parser.parse_args()
+    seeds, rows = range(arguments.seeds), []
+    names = ["arithmetic", "arithmetic-99"] if arguments.task == "arithmetic" else [arguments.task]
+    for name in names:
+        task = load_task(name)
+        runs = [trained(name, seed, arguments.runs) for seed in seeds]
+        minutes = [QHeuristic(folder).q.description["minutes"] for folder in runs]
+        out.print(f"{name}: training took {', '.join(map(str, minutes))} minutes")
+        limit = {"name": f"{name}: longest training", "value": max(minutes), "unit": "minutes", "target": 20.0}
+        rows.append({**limit, "higher_is_better": False})
+        if task.planner.get("score") == "q":
+            rows += by_accuracy(task, runs, seeds)
+        else:
+            rows += by_objective(task, runs, seeds, arguments.budgets)
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

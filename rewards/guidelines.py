@@ -1,0 +1,139 @@
+"""Whether a text keeps to what was asked: words to use, a sentence to finish."""
+
+from __future__ import annotations
+
+import functools
+import re
+import string
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import ConfigurationError
+from .base import OnError, Reward
+
+__all__ = ["CompleteSentence", "Keywords", "Pangram"]
+
+_WORD = re.compile(r"[^\W\d_]+")
+_SUFFIXES = ("", "s", "es", "d", "ed", "ing")
+_SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*$")
+
+
+class Keywords(Reward):
+    """The share of the column ``keywords`` that the completion uses, in any inflection, from 0 to 1.
+
+    The coverage of CommonGen (Lin et al., EMNLP Findings 2020): a keyword counts if a word of the text has the same
+    lemma, so that "ran" covers "run", or is the keyword with a regular ending. A keyword of several words counts if
+    its words follow each other. The potential is the coverage so far.
+
+    Lemmas are looked up with simplemma; the first use in a process reads its English table, about 0.1 s.
+    """
+
+    name, lower, upper = "keywords", 0.0, 1.0
+    reads_token_ids = False
+
+    def __init__(self, *, on_error: OnError = "raise", penalty: float | None = None) -> None:
+        """Prepare to count; the arguments are those of `Reward`.
+
+        Raises:
+            ConfigurationError: The library simplemma is not installed.
+        """
+        super().__init__(on_error=on_error, penalty=penalty)
+        _lemma("words")
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float | None]:
+        """Return the share of keywords covered, None where the prompt has none.
+
+        Raises:
+            ConfigurationError: No prompt has the column ``keywords``, or it is not a list of words.
+        """
+        if "keywords" not in columns:
+            raise ConfigurationError(
+                "the reward 'keywords' needs prompts with the column 'keywords', such as "
+                "{'prompt': 'Write a sentence with dog and park:', 'keywords': ['dog', 'park']}"
+            )
+        return [
+            _coverage(completion, keywords)
+            for completion, keywords in zip(completions, columns["keywords"], strict=True)
+        ]
+
+    score_prefixes = score
+
+
+class CompleteSentence(Reward):
+    """1 if the completion ends as a sentence does, in ``.``, ``!`` or ``?`` (and closing quotes), else 0."""
+
+    name, lower, upper = "complete_sentence", 0.0, 1.0
+    reads_token_ids = False
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float | None]:
+        """Return 1 or 0 for each completion."""
+        return [float(bool(_SENTENCE_END.search(completion.rstrip()))) for completion in completions]
+
+
+class Pangram(Reward):
+    """The share of the 26 letters a to z that the completion uses; the potential is the share so far."""
+
+    name, lower, upper = "pangram", 0.0, 1.0
+    reads_token_ids = False
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float | None]:
+        """Return the share for each completion."""
+        return [len(set(string.ascii_lowercase) & set(completion.lower())) / 26 for completion in completions]
+
+    score_prefixes = score
+
+
+def _coverage(text: str, keywords: Any) -> float | None:
+    if keywords is None:
+        return None
+    if isinstance(keywords, str) or not isinstance(keywords, Sequence) or not keywords:
+        raise ConfigurationError(f"the column 'keywords' holds a list of words for each prompt, got {keywords!r}")
+    words = [_bases(word) for word in _words(text)]
+    return sum(_covers(words, [_lemma(word) for word in _words(keyword)]) for keyword in keywords) / len(keywords)
+
+
+def _covers(words: list[frozenset[str]], keyword: list[str]) -> bool:
+    return any(
+        all(part in bases for part, bases in zip(keyword, words[start:], strict=False))
+        for start in range(len(words) - len(keyword) + 1)
+    )
+
+
+def _words(text: str) -> list[str]:
+    return [word.lower() for word in _WORD.findall(text)]
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _bases(word: str) -> frozenset[str]:
+    """Return the lemmas that ``word`` may be a form of."""
+    return frozenset(_lemma(stem) for suffix in _SUFFIXES if (stem := word.removesuffix(suffix)))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _lemma(word: str) -> str:
+    try:
+        import simplemma
+    except ImportError as error:
+        raise ConfigurationError(
+            "the reward 'keywords' needs simplemma, which is not installed: run pip install simplemma"
+        ) from error
+    lemma: str = simplemma.lemmatize(word, lang="en")
+    return lemma.lower()
