@@ -188,9 +188,10 @@ def _read_q(folder: Path) -> QFunction:
         scorer = TokenScorer(**config["network"])
         # Constants of the network that an older checkpoint knows nothing of stay as they are made: without effect.
         scorer.load_state_dict({**dict(scorer.named_buffers()), **load_file(folder / _WEIGHTS)})
-        trained_on = config["trained_on"]
-        spec = QSpec(**{**trained_on, "features": tuple(trained_on.get("features", ()))})
-    except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        # JSON knows lists only, where the spec has tuples.
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["trained_on"].items()}
+        spec = QSpec(**given)
+    except (OSError, AttributeError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"the checkpoint {folder} is damaged ({error}); train or copy it again") from error
     network = scorer if scorer.n_quantiles is None else QuantileMean(scorer)
     return QFunction(network, spec, spec.shaped, spec.candidate_dims, config.get("description", {}))

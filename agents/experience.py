@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..envs import Observer
+from ..envs import Observer, Prompt
 from ..envs.mdp import DecodingMDP
 from ..errors import ConfigurationError
 from .planning import Search, Status, Values
@@ -58,8 +59,10 @@ def _backed_up(search: Search, values: Values) -> Values:
 class SearchExperience:
     """A ring buffer of states with targets, independent of the token tree they came from.
 
-    A state is stored once with all its edges, the hidden state in half precision and the candidates as token ids:
-    some 1.3 kB for the embedded model with k = 8, against 7 kB for a transition in SB3's dict replay buffer.
+    A state is stored once, however often searches come by, with all its edges, the hidden state in half precision and
+    the candidates as token ids: some 1.4 kB for the embedded model with k = 8, against 7 kB for a transition in SB3's
+    dict replay buffer. What an earlier search found beyond an edge stays true when a later one finds less, so of all
+    values found the best is kept; estimates at the border are replaced by newer ones.
     """
 
     def __init__(self, mdp: DecodingMDP, observer: Observer, buffer_bytes: int) -> None:
@@ -78,6 +81,9 @@ class SearchExperience:
             "remaining": ((1,), np.float32),
             "action_mask": ((k,), np.int8),
             "target": ((k,), np.float32),
+            "found": ((k,), np.bool_),  # whether the target was found, not estimated
+            "key": ((), np.uint64),
+            "priority": ((), np.float32),
         }
         row_bytes = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in self._layout.values())
         self.capacity = buffer_bytes // row_bytes
@@ -87,6 +93,7 @@ class SearchExperience:
             )
         self._columns = {name: np.empty((0, *shape), dtype) for name, (shape, dtype) in self._layout.items()}
         self.size = self.position = 0
+        self._row_of: dict[int, int] = {}  # by key
 
     def add(self, search: Search, observer: Observer, q: Values) -> int:
         """Store the states of a search whose edges were followed; return how many edges that makes.
@@ -110,19 +117,37 @@ class SearchExperience:
                 **{name: seen[name] for name in ("hidden", "logprobs", "potential", "remaining", "action_mask")},
                 "tokens": search.mdp.tree.tokens[nodes],
                 "target": target,
+                "found": np.isfinite(best_found(search)[rows]),
+                "key": _keys(search.prompt, search.mdp.tree.completions(nodes)),
+                # As urgent as any other: Q has not seen them yet.
+                "priority": np.full(len(rows), self._columns["priority"][: self.size].max(initial=1.0)),
             }
         )
         return int(np.isfinite(target).sum())
 
     def sample(
-        self, batch_size: int, rng: np.random.Generator
-    ) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.float32]]:
-        """Return observations of ``batch_size`` states and targets float32 [batch, k], NaN where there is none."""
-        rows = rng.integers(self.size, size=batch_size)
-        batch = {name: column[rows] for name, column in self._columns.items()}
+        self, batch_size: int, rng: np.random.Generator, exponent: float = 0.0
+    ) -> tuple[npt.NDArray[np.int64], dict[str, npt.NDArray[Any]], npt.NDArray[np.float32]]:
+        """Draw ``batch_size`` states with probabilities in proportion to priority ** exponent.
+
+        Returns:
+            Their rows int64 [batch], observations, and targets float32 [batch, k], NaN where there is none.
+        """
+        if exponent:
+            heap = np.cumsum(self._columns["priority"][: self.size].astype(np.float64) ** exponent)
+            rows = np.searchsorted(heap, rng.random(batch_size) * heap[-1], side="right")
+        else:
+            rows = rng.integers(self.size, size=batch_size)
+        apart = ("priority", "found", "key")
+        batch = {name: column[rows] for name, column in self._columns.items() if name not in apart}
         target, tokens = batch.pop("target"), batch.pop("tokens")
         batch["candidates"] = self._features[tokens].reshape(batch_size, -1)
-        return batch, target
+        return rows, batch, target
+
+    def prioritize(self, rows: npt.NDArray[np.int64], errors: npt.NDArray[np.float32]) -> None:
+        """Remember how far off Q was in these states: |error| [batch] is their priority from now on."""
+        # A state that Q got right keeps a small chance, lest nobody notices when that changes.
+        self._columns["priority"][rows] = np.abs(errors) + 0.01
 
     @property
     def hidden(self) -> npt.NDArray[np.float16]:
@@ -137,17 +162,50 @@ class SearchExperience:
         """Take the content back."""
         self._columns = {name: np.array(arrays[name]) for name in self._layout}
         self.size, self.position = len(self._columns["target"]), position
+        self._row_of = {key: row for row, key in enumerate(self._columns["key"].tolist())}
 
-    def _write(self, values: Mapping[str, npt.NDArray[Any]]) -> None:
-        rows = (self.position + np.arange(len(values["target"]))) % self.capacity
-        needed = min(self.position + len(rows), self.capacity)
+    def _write(self, values: dict[str, npt.NDArray[Any]]) -> None:
+        known = np.array([self._row_of.get(key, -1) for key in values["key"].tolist()])
+        again = known >= 0
+        rows = known.copy()
+        rows[~again] = (self.position + np.arange(np.count_nonzero(~again))) % self.capacity
+        # Where the ring comes round to a state of this very search, the new one takes its place.
+        kept = ~again | ~np.isin(rows, rows[~again])
+        rows, known, again = rows[kept], known[kept], again[kept]
+        values = {name: value[kept] for name, value in values.items()}
+        self._reserve(min(self.position + np.count_nonzero(~again), self.capacity))
+        old = {name: self._columns[name][known[again]] for name in ("target", "found")}
+        best = np.fmax(_where_found(old), _where_found({name: values[name][again] for name in old}))
+        newest = np.where(np.isnan(values["target"][again]), old["target"], values["target"][again])
+        values["target"][again] = np.where(np.isnan(best), newest, best)
+        values["found"][again] = ~np.isnan(best)
+        for gone in self._columns["key"][rows[~again][rows[~again] < self.size]].tolist():
+            self._row_of.pop(gone, None)
+        for name, value in values.items():
+            self._columns[name][rows] = value
+        self._row_of.update(zip(values["key"].tolist(), rows.tolist(), strict=True))
+        self.size = max(self.size, int(rows.max()) + 1)
+        self.position = int(self.position + np.count_nonzero(~again)) % self.capacity
+
+    def _reserve(self, needed: int) -> None:
         if needed > len(self._columns["target"]):
             length = min(max(needed, 2 * len(self._columns["target"]), 4096), self.capacity)
             for name, column in self._columns.items():
                 bigger = np.empty((length, *column.shape[1:]), column.dtype)
                 bigger[: self.size] = column[: self.size]
                 self._columns[name] = bigger
-        for name, value in values.items():
-            self._columns[name][rows] = value
-        self.size = max(self.size, needed)
-        self.position = int(rows[-1] + 1) % self.capacity
+
+
+def _where_found(values: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    return np.where(values["found"], values["target"], np.nan)
+
+
+def _keys(prompt: Prompt, completions: Sequence[Sequence[int]]) -> npt.NDArray[np.uint64]:
+    """Return a number for each prefix that is the same whenever and wherever the prefix is met."""
+    start = hashlib.blake2b(repr((prompt.content, sorted(prompt.columns.items()))).encode(), digest_size=8)
+    keys = []
+    for completion in completions:
+        state = start.copy()
+        state.update(np.asarray(completion, dtype=np.int64).tobytes())
+        keys.append(int.from_bytes(state.digest(), "little"))
+    return np.array(keys, dtype=np.uint64)

@@ -46,6 +46,7 @@ class QSpec:
         features: A sample of the candidate tokens' features. A model keeps its name when its weights are replaced, and
             the features rest on a stream of random numbers besides; if either changes, Q misreads every candidate.
             Empty if not known.
+        hidden_layers: The layers whose states the hidden state holds beside the last one's; None if that is not known.
     """
 
     model: str | None
@@ -54,6 +55,7 @@ class QSpec:
     candidate_dims: int
     shaped: bool
     features: tuple[float, ...] = ()
+    hidden_layers: tuple[int, ...] | None = ()
 
     @classmethod
     def of(cls, mdp: DecodingMDP, candidate_dims: int, shaped: bool) -> Self:
@@ -61,19 +63,21 @@ class QSpec:
         model = mdp.model
         sample = token_features(model, candidate_dims)[np.linspace(0, model.vocab_size - 1, 4).astype(int), :4]
         features = tuple(round(float(x), 3) for x in sample.ravel())
-        return cls(model.name, mdp.top_k, model.hidden_size, candidate_dims, shaped, features)
+        return cls(
+            model.name, mdp.top_k, model.hidden_size, candidate_dims, shaped, features, tuple(model.hidden_layers)
+        )
 
     def check(self, mdp: DecodingMDP) -> None:
         """Compare with the MDP that the function is about to be used in, as far as both are known.
 
         Raises:
-            CheckpointError: It has another model, k or hidden size, or gives tokens other features.
+            CheckpointError: It has another model, k or hidden state, or gives tokens other features.
         """
         spec = QSpec.of(mdp, self.candidate_dims, self.shaped)
         trained, here = asdict(self), asdict(spec)
         differences = [
             f"{name} {trained[name]!r} (trained) against {here[name]!r} (here)"
-            for name in ("model", "top_k", "hidden_size")
+            for name in ("model", "top_k", "hidden_size", "hidden_layers")
             if trained[name] not in (None, here[name])
         ]
         if not differences and self.features:
@@ -290,5 +294,5 @@ def _trained_on(agent: Any) -> QSpec:
     env = agent.get_env()
     if env is None:
         # Loaded without its environment. By default that has shaping.
-        return QSpec(None, k, int(spaces["hidden"].shape[0]), dims, shaped=True)
+        return QSpec(None, k, int(spaces["hidden"].shape[0]), dims, shaped=True, hidden_layers=None)
     return QSpec.of(env.get_attr("mdp")[0], dims, bool(env.get_attr("shaping")[0]))

@@ -77,6 +77,7 @@ class QStar(DQN):
         q_free_share: float = 0.1,
         episode_share: float = 0.0,
         epsilon: float = 0.2,
+        priority: float = 0.0,
         buffer_bytes: int = 1 << 29,
         policy_kwargs: dict[str, Any] | None = None,
         tensorboard_log: str | None = None,
@@ -108,6 +109,9 @@ class QStar(DQN):
             q_free_share: Share of the searches that follow log-prob and potential instead of Q.
             episode_share: Share of the prompts that get ε-greedy episodes of the same budget instead of a search.
             epsilon: ε of these episodes.
+            priority: Exponent of prioritised replay (Schaul et al. 2016): states are drawn in proportion to their last
+                error to this power, 0 uniformly. No importance weights: the targets are not random, and what is
+                prioritised is to be fitted. Pays where few states matter, as when one answer in many is right.
             buffer_bytes: Memory for experience.
             policy_kwargs: Handed to the policy (``width``, ``dropout``).
             tensorboard_log: Folder for TensorBoard logs.
@@ -126,6 +130,7 @@ class QStar(DQN):
         for name, share in {"q_free_share": q_free_share, "episode_share": episode_share, "epsilon": epsilon}.items():
             check_number(name, share, low=0, high=1)
         check_number("noise", noise, low=0)
+        check_number("priority", priority, low=0)
         for name, value in {
             "gradient_steps": gradient_steps,
             "searches_per_round": searches_per_round,
@@ -136,6 +141,7 @@ class QStar(DQN):
         self.width, self.margin, self.score = width, margin, score
         self.regression, self.optimism, self.noise = regression, optimism, noise
         self.q_free_share, self.episode_share, self.epsilon = q_free_share, episode_share, epsilon
+        self.priority = priority
         self.buffer_bytes = buffer_bytes
         self.learning_rate_spec = learning_rate
         if isinstance(learning_rate, (tuple, list)):
@@ -221,7 +227,7 @@ class QStar(DQN):
             self.q_net.scorer.standardize(torch.from_numpy(self.experience.hidden).to(self.device))  # type: ignore[operator,union-attr]
         losses, errors = [], []
         for _ in range(gradient_steps if self.experience.size else 0):
-            observation, target = self.experience.sample(batch_size, self.rng)
+            rows, observation, target = self.experience.sample(batch_size, self.rng, self.priority)
             q = self.q_net({key: torch.from_numpy(value).to(self.device) for key, value in observation.items()})
             wanted = torch.from_numpy(target).to(self.device)
             known = ~torch.isnan(wanted)
@@ -238,6 +244,8 @@ class QStar(DQN):
             torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
             self.policy.optimizer.step()
             self._n_updates += 1
+            if self.priority:
+                self.experience.prioritize(rows, error.detach().abs().amax(dim=1).cpu().numpy())
             losses.append(loss.item())
             errors.append(float(error.detach().sum() / known.sum().clamp(min=1)))
         if losses:
@@ -277,6 +285,7 @@ class QStar(DQN):
             "q_free_share",
             "episode_share",
             "epsilon",
+            "priority",
             "buffer_bytes",
         )
         names = (*searching, "batch_size", "gradient_steps", "regression", "optimism", "policy_kwargs", "seed")
@@ -297,19 +306,42 @@ class QStar(DQN):
 
     @classmethod
     def load(cls, path: Any, env: GymEnv | None = None, *_: Any, **kwargs: Any) -> Self:
-        """Return the agent saved in the folder ``path``, ready to go on learning in ``env``.
+        """Return the agent saved in the folder ``path``, ready to go on learning in ``env``; nothing is unpickled.
 
         Args:
             path: The folder.
-            env: The environment, with the arguments it was trained with.
+            env: The environment, with the arguments it was trained with. To plan without one, load the Q alone:
+                ``QHeuristic(path)``.
             kwargs: Replace saved arguments of the constructor.
 
         Raises:
             CheckpointError: The folder is not a checkpoint, is damaged, or belongs to another environment.
+            ConfigurationError: There is no ``env``.
         """
         from .checkpoints import load_agent
 
         return load_agent(cls, Path(path), env, kwargs)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, env: GymEnv, **kwargs: Any) -> Self:
+        """Return an agent by name: a shipped one's, a folder, or a hub id ``"user/name"``; see :meth:`load`.
+
+        Raises:
+            CheckpointError: It cannot be had, is damaged, or belongs to another environment.
+            UnknownNameError: There is nothing of that name.
+        """
+        from .checkpoints import load_agent, locate_checkpoint
+
+        return load_agent(cls, locate_checkpoint(name), env, kwargs)
+
+    def export_sb3(self, path: str | Path) -> Path:
+        """Write the Q-network as a plain ``stable_baselines3.DQN`` zip; return its path.
+
+        For export only: such files are pickles, and nothing here reads them.
+        """
+        from .checkpoints import export_sb3
+
+        return export_sb3(self, path, self.env)
 
     # -----------------------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from stable_baselines3 import DQN
 from qstar_decoding.agents import AStarPlanner, QFunction, QHeuristic, QStar, TokenQPolicy, checkpoints
 from qstar_decoding.agents.checkpoints import export_sb3, find_checkpoint, load_q_function
 from qstar_decoding.agents.policies import TokenQuantilePolicy, TokenScorer
-from qstar_decoding.envs import TabularLM
+from qstar_decoding.envs import TabularLM, TokenDecodingEnv
 from qstar_decoding.errors import CheckpointError, ConfigurationError, UnknownNameError
 
 SMALL = {
@@ -334,6 +334,21 @@ def test_a_checkpoint_older_than_a_constant_of_the_network_is_read(agent, env, t
     torch.testing.assert_close(QHeuristic(tmp_path / "agent").q.network.eval()(seen), plain.eval()(seen))
 
 
+class OtherLayer(TabularLM):
+    """A model whose hidden state comes from elsewhere in it, in the same size."""
+
+    hidden_layers = (3,)
+
+
+def test_a_hidden_state_of_another_layer_is_refused(agent, tabular_env, tmp_path):
+    agent.save(tmp_path / "agent")
+    deeper = tabular_env(model=OtherLayer.random(5, 2, seed=0), candidate_dims=4)
+    with pytest.raises(CheckpointError, match=r"hidden_layers \(\) \(trained\) against \(3,\) \(here\)"):
+        QStar.load(tmp_path / "agent", deeper)
+    QStar(TokenQPolicy, deeper, seed=0, **SMALL).save(tmp_path / "deeper")
+    assert QFunction.from_pretrained(tmp_path / "deeper", deeper).spec.hidden_layers == (3,)
+
+
 def test_another_observation_layout_is_refused(agent, tabular_env, tmp_path):
     agent.save(tmp_path / "agent")
     other = tabular_env(candidate_dims=6)
@@ -396,3 +411,16 @@ def test_what_cannot_be_written_is_named(env, tmp_path):
     with pytest.raises(ConfigurationError, match=r"DQN\.load\(path, env\)"):
         QHeuristic(DQN.load(tmp_path / "dqn")).q.save(tmp_path / "q")
     assert [path.name for path in tmp_path.iterdir()] == ["dqn.zip"]
+
+
+def test_an_agent_comes_by_folder_and_goes_to_stable_baselines3(tmp_path):
+    env = TokenDecodingEnv(TabularLM.random(5, 2, seed=0), prompts=["a"], reward=lambda p, c: 0.0, top_k=3)
+    agent = QStar(env=env, seed=0, policy_kwargs={"width": 8})
+    agent.save(tmp_path / "agent")
+    again = QStar.from_pretrained(tmp_path / "agent", env)
+    other = DQN.load(agent.export_sb3(tmp_path / "dqn.zip"), env)
+    observation, _ = env.reset(seed=0)
+    actions = {int(a.predict(observation, deterministic=True)[0]) for a in (agent, again, other)}
+    assert len(actions) == 1
+    with pytest.raises(UnknownNameError, match="sentiment"):
+        QStar.from_pretrained("sentimant", env)

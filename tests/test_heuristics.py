@@ -22,7 +22,7 @@ from qstar_decoding.envs import TabularLM, TokenDecodingVecEnv
 from qstar_decoding.errors import CheckpointError, ConfigurationError
 from qstar_decoding.rewards import as_reward
 
-ON_POLICY = {"n_steps": 64, "seed": 0}
+ON_POLICY = {"n_steps": 128, "seed": 0}
 BATCH = {"batch_size": 8}
 OFF_POLICY = {"learning_starts": 10, "buffer_size": 500, "seed": 0}
 

@@ -1,5 +1,6 @@
 """Learning: the policy, the agent that learns from its own searches, and its checkpoints."""
 
+import itertools
 import json
 
 import gymnasium as gym
@@ -21,6 +22,8 @@ from qstar_decoding.agents import (
     evaluate,
     pretrained_names,
 )
+from qstar_decoding.agents.experience import SearchExperience, best_found
+from qstar_decoding.agents.planning import Budget, run_searches
 from qstar_decoding.agents.policies import TokenScorer
 from qstar_decoding.envs import DecodingMDP, TabularLM, TransformersLM
 from qstar_decoding.errors import (
@@ -306,9 +309,12 @@ def test_the_shipped_q_function_tells_how_it_was_made():
 
 
 def test_the_experience_is_a_ring():
-    small = QStar(TokenQPolicy, make_env(), seed=0, **{**SMALL, "buffer_bytes": 60_000}).learn(1500)
+    prompts = ["".join(letters) for letters in itertools.product("abc", repeat=4)]
+    small = QStar(TokenQPolicy, make_env(prompts=prompts), seed=0, **{**SMALL, "buffer_bytes": 75_000}).learn(4000)
     assert small.experience.size == small.experience.capacity < 1200
-    assert np.isfinite(small.experience.sample(64, np.random.default_rng(0))[1]).any(axis=1).all()
+    keys = small.experience.state()["key"]
+    assert len(set(keys.tolist())) == len(keys)
+    assert np.isfinite(small.experience.sample(64, np.random.default_rng(0))[2]).any(axis=1).all()
 
 
 def test_a_policy_without_mask_support_still_plans_within_the_mask():
@@ -402,3 +408,37 @@ def test_layers_that_are_not_there_are_named(tiny_lm, layers):
         TransformersLM(plain.model, plain.tokenizer, hidden_layers=layers)
     with pytest.raises(ConfigurationError, match="a model given by name"):
         DecodingMDP(plain, reward="sentiment", hidden_layers=[0])
+
+
+def test_the_best_that_was_ever_found_stays_and_a_state_is_stored_once():
+    env = make_env()
+    mdp, prompt = env.unwrapped.mdp, env.unwrapped.prompts[:1]
+    experience = SearchExperience(mdp, env.unwrapped.observer, 10**6)
+
+    def add(budget, optimism):
+        search = run_searches(AStarPlanner(mdp, width=2, margin=np.inf), prompt, Budget(budget))[0]
+        q = np.full((search.size, mdp.top_k), optimism)
+        experience.add(search, env.unwrapped.observer, q)
+        return best_found(search)[0], search.size
+
+    much, _ = add(60, 5.0)
+    size = experience.size
+    root = experience.state()["target"][0].copy()
+    np.testing.assert_allclose(root[np.isfinite(much)], much[np.isfinite(much)], atol=1e-6)
+    little, _ = add(8, 7.0)
+    assert np.nanmax(little) < np.nanmax(much)  # or the test would show nothing
+    assert experience.size == size
+    after = experience.state()["target"][0]
+    np.testing.assert_array_equal(after[np.isfinite(much)], root[np.isfinite(much)])
+
+
+def test_states_that_q_gets_wrong_are_drawn_more_often():
+    env = make_env()
+    agent = QStar(TokenQPolicy, env, seed=0, **SMALL).learn(100)
+    experience, rng = agent.experience, np.random.default_rng(0)
+    experience.prioritize(np.arange(experience.size), np.zeros(experience.size))
+    experience.prioritize(np.array([3]), np.array([10.0]))
+    rows = experience.sample(400, rng, exponent=1.0)[0]
+    expected = 10.01 / (10.01 + 0.01 * (experience.size - 1))
+    assert abs(np.mean(rows == 3) - expected) < 0.05
+    assert np.mean(experience.sample(400, rng)[0] == 3) < 0.2
