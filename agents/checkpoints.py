@@ -278,6 +278,7 @@ def _policy_kwargs(scorer: TokenScorer) -> dict[str, Any]:
         "width": scorer.state.out_features,
         "dropout": scorer.dropout.p,
         "dueling": scorer.value is not None,
+        "heads": scorer.heads,
     }
 
 

@@ -13,7 +13,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.dqn.policies import DQNPolicy
 from torch import Tensor, nn
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, check_integer
 
 __all__ = ["TokenQNetwork", "TokenQPolicy", "TokenQuantilePolicy", "TokenScorer"]
 
@@ -29,7 +29,9 @@ class TokenScorer(nn.Module):
 
     With ``dueling``, Q(s, a) = V(s) + A(s, a) - the mean of A over the actions that may be taken (Wang et al. 2016,
     eq. 9, which knows no masks): one network learns how good the state is, from every action taken in it, and this one
-    what sets the candidates apart. With ``n_quantiles``, it answers quantiles of the return (Dabney et al. 2018).
+    what sets the candidates apart. With ``n_quantiles``, it answers quantiles of the return (Dabney et al. 2018). With
+    several ``heads`` on one body (Osband et al. 2016), which an agent trains on different samples, Q is the largest of
+    their answers: optimistic where they disagree.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class TokenScorer(nn.Module):
         dropout: float = 0.1,
         logprob_weight: float = 0.02,
         dueling: bool = False,
+        heads: int = 1,
         n_quantiles: int | None = None,
     ) -> None:
         """Build the network.
@@ -52,11 +55,16 @@ class TokenScorer(nn.Module):
             dropout: On the hidden state; 576 numbers are easy to overfit.
             logprob_weight: The untrained Q is this times the log-prob, the one term of the return that is known.
             dueling: Learn the state's value on its own; the untrained Q then has the log-prob's differences only.
-            n_quantiles: Answer so many quantiles of the return instead of its mean.
+            heads: Size of the ensemble.
+            n_quantiles: Answer so many quantiles of the return instead of its mean; by one head.
+
+        Raises:
+            ConfigurationError: There are several heads and quantiles, or none.
         """
         super().__init__()
-        self.candidate_dims, self.n_quantiles = candidate_dims, n_quantiles
-        outputs = 1 if n_quantiles is None else n_quantiles
+        check_integer("heads", heads, high=None if n_quantiles is None else 1)
+        self.candidate_dims, self.heads, self.n_quantiles = candidate_dims, heads, n_quantiles
+        outputs = heads if n_quantiles is None else n_quantiles
         self.register_buffer("hidden_mean", torch.zeros(hidden_size))
         self.register_buffer("hidden_scale", torch.ones(hidden_size))
         self.dropout = nn.Dropout(dropout)
@@ -69,7 +77,8 @@ class TokenScorer(nn.Module):
         )
         self.head = nn.Linear(width, outputs)
         self.direct = nn.Linear(3, 1)
-        nn.init.zeros_(self.head.weight)
+        # The untrained Q is known; only what makes several heads differ must be drawn.
+        nn.init.normal_(self.head.weight, std=0.01 if heads > 1 else 0.0)
         nn.init.zeros_(self.direct.weight)
         with torch.no_grad():
             self.direct.weight[0, 0] = logprob_weight / _NATS
@@ -97,6 +106,11 @@ class TokenScorer(nn.Module):
 
         With ``n_quantiles``, quantiles [B, n_quantiles, k], as sb3-contrib's networks do.
         """
+        answers = self.answers(observation)
+        return answers.amax(dim=2) if self.n_quantiles is None else answers.transpose(1, 2)
+
+    def answers(self, observation: Mapping[str, Tensor]) -> Tensor:
+        """Return what each head, or each quantile, says: float [B, k, heads] or [B, k, n_quantiles]."""
         logprobs = observation["logprobs"].float()
         batch, k = logprobs.shape
         of_state = torch.cat((observation["potential"].float(), observation["remaining"].float()), dim=1)
@@ -110,7 +124,7 @@ class TokenScorer(nn.Module):
             allowed = observation["action_mask"].float().unsqueeze(-1)
             mean = (q * allowed).sum(dim=1, keepdim=True) / allowed.sum(dim=1, keepdim=True).clamp(min=1)
             q = self.value(torch.cat((hidden, of_state), dim=1)).unsqueeze(1) + q - mean
-        return q.squeeze(-1) if self.n_quantiles is None else q.transpose(1, 2)
+        return q
 
 
 class TokenQNetwork(BasePolicy):
@@ -131,6 +145,7 @@ class TokenQNetwork(BasePolicy):
         width: int = 256,
         dropout: float = 0.1,
         dueling: bool = False,
+        heads: int = 1,
         n_quantiles: int | None = None,
     ) -> None:
         """Build the scorer that fits the observation space of ``TokenDecoding-v0``.
@@ -141,6 +156,7 @@ class TokenQNetwork(BasePolicy):
             width: See :class:`TokenScorer`.
             dropout: See :class:`TokenScorer`.
             dueling: See :class:`TokenScorer`.
+            heads: See :class:`TokenScorer`.
             n_quantiles: See :class:`TokenScorer`.
 
         Raises:
@@ -159,6 +175,7 @@ class TokenQNetwork(BasePolicy):
             "width": width,
             "dropout": dropout,
             "dueling": dueling,
+            "heads": heads,
             "n_quantiles": n_quantiles,
         }
         self.scorer = TokenScorer(**self.scorer_kwargs)
@@ -180,7 +197,13 @@ class _TokenPolicy(BasePolicy):
     """What the two policies share: how the network is made, and which arguments make it again."""
 
     def __init__(
-        self, *args: Any, width: int = 256, dropout: float = 0.1, dueling: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        width: int = 256,
+        dropout: float = 0.1,
+        dueling: bool = False,
+        heads: int = 1,
+        **kwargs: Any,
     ) -> None:
         """Build the policy.
 
@@ -189,12 +212,13 @@ class _TokenPolicy(BasePolicy):
             width: See :class:`TokenScorer`.
             dropout: See :class:`TokenScorer`.
             dueling: See :class:`TokenScorer`.
+            heads: See :class:`TokenScorer`.
             kwargs: The parent class's; those that describe its own networks change nothing.
 
         Raises:
             ConfigurationError: The spaces are not those of ``TokenDecoding-v0``.
         """
-        self._scorer_kwargs: dict[str, Any] = {"width": width, "dropout": dropout, "dueling": dueling}
+        self._scorer_kwargs: dict[str, Any] = {"width": width, "dropout": dropout, "dueling": dueling, "heads": heads}
         super().__init__(*args, **kwargs)
 
     def _make_network(self, n_quantiles: int | None = None) -> TokenQNetwork:
@@ -208,8 +232,8 @@ class _TokenPolicy(BasePolicy):
 class TokenQPolicy(_TokenPolicy, DQNPolicy):
     """``DQN(TokenQPolicy, env)``: the scorer as Q-network; the greedy action honours the observation's mask.
 
-    ``MaskableDQN``, ``MaskableQRDQN`` and ``QStar`` take it too. ``policy_kwargs``: ``width``, ``dropout`` and
-    ``dueling``, as in :class:`TokenScorer`.
+    ``MaskableDQN``, ``MaskableQRDQN`` and ``QStar`` take it too. ``policy_kwargs``: ``width``, ``dropout``,
+    ``dueling`` and ``heads``, as in :class:`TokenScorer`; only ``QStar`` trains several heads apart.
     """
 
     def make_q_net(self) -> TokenQNetwork:  # type: ignore[override]

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from qstar_decoding import cli
 from qstar_decoding.agents import AStarPlanner, QHeuristic
 from qstar_decoding.envs import DecodingMDP
-from qstar_decoding.errors import ConfigurationError, UnknownNameError
+from qstar_decoding.errors import ConfigurationError, RewardError, UnknownNameError
+from qstar_decoding.rewards import as_reward, register_reward, registry
 from qstar_decoding.tasks import Task, load_task, task_names
 
 TINY = {
@@ -98,6 +99,38 @@ def test_train_writes_logs_and_a_checkpoint_that_resumes_and_decodes(task_file, 
     again = qstar("train", task_file, "--out", out, "--resume", "--steps", 120)
     assert "resuming at" in again.stderr
     assert json.loads((out / "checkpoint" / "training_state.json").read_text())["num_timesteps"] >= 120
+
+
+@pytest.fixture
+def flaky():
+    """A reward that fails on texts with an "e" in them, until it is mended."""
+    bug = {"in": True}
+
+    def score(prompt, completion):
+        if "e" in completion and bug["in"]:
+            raise ZeroDivisionError("a bug in the reward")
+        return len(set(completion)) / 7
+
+    register_reward("flaky")(lambda: as_reward(score, lower=0, upper=1))
+    yield bug
+    registry._factories.pop("flaky")
+
+
+def test_a_reward_that_fails_in_training_leaves_a_checkpoint_to_go_on_from(tmp_path, flaky):
+    training = {"searches_per_round": 4, "tokens_per_search": 20, "gradient_steps": 2, "policy_kwargs": {"width": 8}}
+    env = {"model": "toy", "reward": "flaky", "top_k": 3, "max_new_tokens": 4}
+    prompts = {"train": ["ab", "cd", "ef", "ga"], "dev": ["bc"], "test": ["de"]}
+    task = {"description": "x", "env": env, "prompts": prompts, "steps": 600, "training": training, "budgets": [5]}
+    path, out = tmp_path / "flaky.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump(task))
+    with pytest.raises(RewardError, match=r"a bug in the reward, for the completion '\w*e\w*'"):
+        qstar("train", path, "--out", out)
+    saved = json.loads((out / "checkpoint" / "training_state.json").read_text())["num_timesteps"]
+    assert saved >= 0
+    flaky["in"] = False
+    result = qstar("train", path, "--out", out, "--resume")
+    assert f"resuming at {saved:,}" in result.stderr
+    assert "A* on Q, 5" in result.stdout
 
 
 @pytest.mark.parametrize(

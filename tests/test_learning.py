@@ -349,8 +349,9 @@ def test_the_hidden_states_are_standardized_once(trained):
         {"regression": "quantile", "optimism": 0.7},
         {"episode_share": 1.0, "epsilon": 0.3},
         {"policy_kwargs": {"width": 32, "dropout": 0.0, "dueling": True}},
+        {"policy_kwargs": {"width": 32, "dropout": 0.0, "heads": 3}},
     ],
-    ids=["without the reward", "quantile", "episodes", "dueling"],
+    ids=["without the reward", "quantile", "episodes", "dueling", "ensemble"],
 )
 def test_every_way_to_collect_and_to_regress_learns(options):
     env = make_env()
@@ -442,3 +443,20 @@ def test_states_that_q_gets_wrong_are_drawn_more_often():
     expected = 10.01 / (10.01 + 0.01 * (experience.size - 1))
     assert abs(np.mean(rows == 3) - expected) < 0.05
     assert np.mean(experience.sample(400, rng)[0] == 3) < 0.2
+
+
+def test_of_several_heads_the_largest_answer_counts_and_they_differ(tmp_path):
+    env = make_env()
+    options = {**SMALL, "policy_kwargs": {"width": 32, "dropout": 0.0, "heads": 3}}
+    agent = QStar(TokenQPolicy, env, seed=0, **options).learn(300)
+    _, observation, _ = agent.experience.sample(20, np.random.default_rng(0))
+    inputs = {key: torch.from_numpy(value) for key, value in observation.items()}
+    scorer = agent.q_net.scorer.eval()
+    answers = scorer.answers(inputs)
+    assert answers.shape == (20, 3, 3)
+    assert (answers.std(dim=2) > 1e-4).all()
+    assert torch.equal(scorer(inputs), answers.amax(dim=2))
+    agent.save(tmp_path / "agent")
+    assert torch.equal(QStar.load(tmp_path / "agent", env).q_net.scorer.eval()(inputs), scorer(inputs))
+    with pytest.raises(ConfigurationError, match="heads is an integer >= 1"):
+        TokenScorer(4, 8, heads=0)

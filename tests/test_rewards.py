@@ -998,3 +998,60 @@ def test_the_analyzer_is_shared_and_the_lexicon_not_pickled() -> None:
     rewards = [make_reward("sentiment") for _ in range(3)]
     assert sentiment._analyzer.cache_info().misses == 1
     assert len(pickle.dumps(rewards[0])) < 500
+
+
+# ---------------------------------------------------------------------------------------- guidelines and reasoning
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("The dogs ran in the parks.", 1.0),
+        ("Running!", 1 / 3),
+        ("A dog's park", 2 / 3),
+        ("dogma, parking lots, a runway", 1 / 3),  # "parking" is a form of "park"; the others are other words
+        ("", 0.0),
+        ("🐕 runs", 1 / 3),
+    ],
+)
+def test_keywords_count_in_any_inflection_and_only_as_words(text: str, share: float) -> None:
+    reward = make_reward("keywords")
+    found = reward(["x"], [text], keywords=[["dog", "run", "park"]])
+    assert found[0] == pytest.approx(share)
+    assert reward.potential(["x"], [text], keywords=[["dog", "run", "park"]])[0] == pytest.approx(share)
+
+
+def test_keywords_of_several_words_follow_each_other() -> None:
+    values = make_reward("keywords")(
+        ["x"] * 2, ["Two ice creams melt.", "The cream is ice cold."], keywords=[["ice cream"]] * 2
+    )
+    assert values.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("keywords", ["dog", [], 3])
+def test_a_wrong_keywords_column_is_named(keywords: Any) -> None:
+    with pytest.raises(ConfigurationError, match="a list of words for each prompt"):
+        make_reward("keywords")(["x"], ["y"], keywords=[keywords])
+    with pytest.raises(ConfigurationError, match="needs prompts with the column 'keywords'"):
+        make_reward("keywords")(["x"], ["y"])
+    assert np.isnan(make_reward("keywords")(["x", "x"], ["y", "dog"], keywords=[None, ["dog"]])[0])
+
+
+def test_exact_answers_are_compared_without_surrounding_space() -> None:
+    reward = make_reward("exact_answer")
+    assert reward(["x"] * 3, [" 41\n", "14", "41."], answer=["41", "41", 41]).tolist() == [1.0, 0.0, 0.0]
+    assert not reward.has_potential
+    with pytest.raises(ConfigurationError, match="needs prompts with the column 'answer'"):
+        reward(["x"], ["41"])
+
+
+def test_sentences_are_complete_when_they_end_as_such() -> None:
+    texts = ["Yes.", "He said: 'No!'", "and then", "What?\n", "Wait...", "a.b", ""]
+    values = make_reward("complete_sentence")(["x"] * len(texts), texts)
+    assert values.tolist() == [1, 1, 0, 1, 1, 0, 0]
+
+
+def test_pangrams_count_letters() -> None:
+    reward = make_reward("pangram")
+    assert reward(["x"], ["The quick brown fox jumps over the lazy dog"])[0] == 1.0
+    assert reward(["x"], ["Aab, é!"])[0] == pytest.approx(2 / 26)
