@@ -22,7 +22,7 @@ from .errors import QStarError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from .agents import Decoder, Plan, QStar, Search
+    from .agents import Decoder, Outcomes, Plan, QStar, Search
     from .envs import Completion, DecodingMDP
     from .tasks import Task
 
@@ -138,6 +138,11 @@ def decode(
             needed = mdp.max_new_tokens - 1
             out.print(f"   unfinished: {budget} LM tokens did not pay for a text; --budget {needed} surely does")
             continue
+        if math.isnan(completion.reward):
+            out.print(
+                f"   J {completion.objective:.3f} as Q estimates it; the reward was not asked   ({completion.stop})"
+            )
+            continue
         out.print(
             f"   J {completion.objective:.3f} = reward {completion.reward:.3f} "
             f"+ {mdp.logprob_weight:g} · log-prob {completion.logprob:.2f} nats   ({completion.stop})"
@@ -233,8 +238,9 @@ def demo(
     svg: Annotated[Path | None, typer.Option(help="Also write what is printed as a picture.")] = None,
 ) -> None:
     """Decode held-out prompts with greedy, beam search, best-of-n and Q*, side by side at equal LM tokens."""
-    from .agents import AStarPlanner, BeamSearch, GreedyDecoder, SamplingDecoder
+    from .agents import AStarPlanner, BeamSearch, GreedyDecoder, SamplingDecoder, evaluate
     from .agents.planning import Budget
+    from .envs.prompts import as_prompt
     from .tasks import load_task
 
     limits, spec = Budget.of(budget), load_task(task)
@@ -253,23 +259,25 @@ def demo(
         table.add_column(column, overflow="fold", min_width=9)
     for column in ("reward", "log-prob", "J", "LM tokens", "seconds"):
         table.add_column(column, justify="right", no_wrap=True)
-    plans: dict[str, list[Plan]] = {}
+    outcomes: dict[str, list[Outcomes]] = {}
     for prompt in test:
         for name, make in decoders.items():
-            with _progress(limits.lm_tokens, f"{name}: {prompt}") as show:
+            with _progress(limits.lm_tokens, f"{name}: {as_prompt(prompt).text}") as show:
                 # An empty tree for each: no decoder's seconds profit from what another has computed.
-                plan = make(mdp.fresh()).plan(prompt, limits, progress=show)
-            plans.setdefault(name, []).append(plan)
-            text = plan.text.replace("\n", "⏎")
-            table.add_row(name, Text.assemble((plan.prompt, "dim"), text), *_figures([plan]))
+                found = evaluate(make(mdp.fresh()), [prompt], limits, progress=show)
+            outcomes.setdefault(name, []).append(found)
+            plan = found.plans[0]
+            shown = Text.assemble((_one_line(plan.prompt), "dim"), _one_line(plan.text))
+            table.add_row(name, shown, *(f"{value:{form}}" for value, form in _figures([found])))
         table.add_section()
-    for name, found in plans.items():
-        table.add_row(f"[bold]{name}", "[bold]mean", *_figures(found), style="bold" if name == "Q*" else "")
+    for name, all_found in outcomes.items():
+        means = (f"{value:{form}}" for value, form in _figures(all_found))
+        table.add_row(f"[bold]{name}", "[bold]mean", *means, style="bold" if name == "Q*" else "")
     screen = Console(highlight=False, record=True, width=132) if svg else out
     screen.print(table)
     screen.print(Text("How close Q* came to the best text of its tree:", "bold"))
-    for plan in plans["Q*"]:
-        screen.print(Text.assemble((f"{plan.prompt}: ", "dim"), _bounds(plan)))
+    for found in outcomes["Q*"]:
+        screen.print(Text.assemble((f"{_one_line(found.plans[0].prompt)}: ", "dim"), _bounds(found.plans[0])))
     if svg:
         picture = screen.export_svg(title=f"qstar demo --task {spec.name} --budget {budget}")
         # A picture that fetches nothing: without rich's web font, the reader's own monospace font is used.
@@ -346,10 +354,7 @@ def _watch(checkpoint: Path, every: int, command: str) -> Any:
 
 def _held_out(agent: QStar, task: Task) -> dict[str, Any]:
     """Print and return what Q is worth on the task's test prompts, beside decoders that have none."""
-    import numpy as np
-
-    from .agents import AStarPlanner, GreedyDecoder, QHeuristic, SamplingDecoder
-    from .agents.evaluation import evaluate
+    from .agents import AStarPlanner, GreedyDecoder, QHeuristic, SamplingDecoder, evaluate
     from .agents.planning import mdp_of
 
     mdp, prompts = mdp_of(agent.get_env()), task.prompts.of("test")
@@ -373,40 +378,43 @@ def _held_out(agent: QStar, task: Task) -> dict[str, Any]:
     for name, decoder, budget in decoders:
         with _status(f"held-out prompts: {name}"):
             found = evaluate(decoder, prompts, budget)
-        # numpy's means would be NaN for one text that cannot be scored.
-        columns = (found.rewards, [p.logprob for p in found.plans], found.objectives, found.lm_tokens)
-        row = [float(np.nanmean(column)) for column in columns]
-        figures[name] = {key: round(value, 4) for key, value in zip(names, row, strict=True)}
-        seconds = sum(p.usage.seconds for p in found.plans) / len(prompts)
-        table.add_row(name, f"{row[0]:.3f}", f"{row[1]:.2f}", f"{row[2]:.3f}", f"{row[3]:.0f}", f"{seconds:.1f}")
+        row = _figures([found])
+        figures[name] = {key: round(value, 4) for key, (value, _) in zip(names, row, strict=False)}
+        table.add_row(name, *(f"{value:{form}}" for value, form in row))
     out.print(table)
     return figures
 
 
-def _figures(plans: list[Plan]) -> list[str]:
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
+def _figures(outcomes: list[Outcomes]) -> list[tuple[float, str]]:
+    """Return the means of reward, log-prob, J, LM tokens and seconds, each with its format."""
+    import numpy as np
 
+    plans = [plan for found in outcomes for plan in found.plans]
     return [
-        f"{mean([p.reward for p in plans]):.3f}",
-        f"{mean([p.logprob for p in plans]):.2f}",
-        f"{mean([p.objective for p in plans]):.3f}",
-        f"{mean([p.usage.lm_tokens for p in plans]):.0f}",
-        f"{mean([p.usage.seconds for p in plans]):.1f}",
+        (float(np.nanmean(np.concatenate([found.rewards for found in outcomes]))), ".3f"),
+        (float(np.mean([plan.logprob for plan in plans])), ".2f"),
+        (float(np.nanmean(np.concatenate([found.objectives for found in outcomes]))), ".3f"),
+        (float(np.mean([plan.usage.lm_tokens for plan in plans])), ".0f"),
+        # Searches that were run together share their seconds.
+        (sum(found.plans[0].usage.seconds for found in outcomes) / len(plans), ".1f"),
     ]
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", "⏎")
 
 
 def _bounds(plan: Plan) -> str:
     state = "certified optimal" if plan.certified else f"gap {_number(plan.gap)}"
     return (
-        f"LB {plan.lower_bound:.3f}, UB {_number(plan.upper_bound)} ({plan.scope}): {state}; "
+        f"LB {_number(plan.lower_bound)}, UB {_number(plan.upper_bound)} ({plan.scope}): {state}; "
         f"{plan.usage.lm_tokens} LM tokens, {plan.usage.reward_calls} texts scored, {plan.usage.seconds:.1f} s; "
         f"stopped: {plan.stop_reason}"
     )
 
 
 def _number(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "unbounded"
+    return f"{value:.3f}" if math.isfinite(value) else "none"
 
 
 def _plan_as_dict(plan: Plan, n: int, decoder: str) -> dict[str, Any]:
@@ -431,7 +439,13 @@ def _plan_as_dict(plan: Plan, n: int, decoder: str) -> dict[str, Any]:
         "stop_reason": plan.stop_reason,
         "usage": vars(plan.usage),
         "completions": [
-            {"text": c.text, "objective": c.objective, "reward": c.reward, "logprob": c.logprob, "stop": c.stop}
+            {
+                "text": c.text,
+                "objective": c.objective,
+                "reward": plain(c.reward),
+                "logprob": c.logprob,
+                "stop": c.stop,
+            }
             for c in plan.completions[:n]
         ],
     }

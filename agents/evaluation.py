@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..envs import load_prompts
-from .planning import Budget, Decoder, Plan, Values
+from .planning import Budget, Decoder, Plan, Search, Values
 
 __all__ = ["Outcomes", "evaluate", "paired_bootstrap"]
 
@@ -30,7 +30,13 @@ class Outcomes(NamedTuple):
     lm_tokens: Values
 
 
-def evaluate(decoder: Decoder, prompts: Any, budget: Budget | int | None = None) -> Outcomes:
+def evaluate(
+    decoder: Decoder,
+    prompts: Any,
+    budget: Budget | int | None = None,
+    *,
+    progress: Callable[[Search], None] | None = None,
+) -> Outcomes:
     """Decode every prompt, with a budget for each, and score what came out.
 
     A text that the budget did not suffice to finish is scored as it stands: that is what a user would be left with.
@@ -39,9 +45,10 @@ def evaluate(decoder: Decoder, prompts: Any, budget: Budget | int | None = None)
         decoder: A planner or a baseline; with ``score="q"`` it does not see the rewards returned here.
         prompts: See :func:`~qstar_decoding.envs.load_prompts`.
         budget: Of each prompt; an integer means LM tokens.
+        progress: Called after every step of a search.
     """
     loaded = load_prompts(prompts)
-    plans = decoder.plan_many(loaded, budget)
+    plans = decoder.plan_many(loaded, budget, progress=progress)
     rewards = np.array([plan.reward for plan in plans])
     unknown = np.flatnonzero(np.isnan(rewards))
     if len(unknown):
