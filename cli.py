@@ -104,7 +104,7 @@ def decode(
     --top-k, it uses the bound, which needs no training.
     """
     from .agents import DECODERS, make_decoder
-    from .agents.planning import Budget
+    from .agents.search import Budget
     from .envs.prompts import as_prompt
     from .errors import UnknownNameError
     from .tasks import load_task
@@ -239,7 +239,7 @@ def demo(
 ) -> None:
     """Decode held-out prompts with greedy, beam search, best-of-n and Q*, side by side at equal LM tokens."""
     from .agents import AStarPlanner, BeamSearch, GreedyDecoder, SamplingDecoder, evaluate
-    from .agents.planning import Budget
+    from .agents.search import Budget
     from .envs.prompts import as_prompt
     from .tasks import load_task
 

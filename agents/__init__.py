@@ -9,25 +9,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .astar import AStarPlanner
+    from .astar import SEARCHES, AStarPlanner
     from .decoders import DECODERS, BeamSearch, GreedyDecoder, SamplingDecoder, make_decoder
     from .diagnostics import Calibration, Diagnostics, calibration
     from .evaluation import Outcomes, evaluate, paired_bootstrap
-    from .heuristics import BoundHeuristic, Heuristic, QHeuristic, ValueHeuristic, ZeroHeuristic
+    from .heuristics import (
+        BoundHeuristic,
+        CombinedHeuristic,
+        Heuristic,
+        OracleHeuristic,
+        QHeuristic,
+        SoftValueHeuristic,
+        ValueHeuristic,
+        ZeroHeuristic,
+        maximum,
+        mean,
+    )
     from .masked_dqn import MaskableDQN, MaskableQRDQN
-    from .planning import Budget, Decoder, Plan, Search, Usage
+    from .planning import Decoder, Plan
     from .policies import TokenQNetwork, TokenQPolicy, TokenQuantilePolicy
     from .q_function import QFunction, pretrained_names
     from .qstar import QStar
     from .replay import MaskedReplayBuffer
+    from .search import Budget, Search, Usage
 
 _HOMES = {
     "AStarPlanner": "astar",
     "BeamSearch": "decoders",
     "BoundHeuristic": "heuristics",
-    "Budget": "planning",
+    "Budget": "search",
     "Calibration": "diagnostics",
     "calibration": "diagnostics",
+    "CombinedHeuristic": "heuristics",
     "Decoder": "planning",
     "DECODERS": "decoders",
     "Diagnostics": "diagnostics",
@@ -35,6 +48,11 @@ _HOMES = {
     "GreedyDecoder": "decoders",
     "Heuristic": "heuristics",
     "make_decoder": "decoders",
+    "maximum": "heuristics",
+    "mean": "heuristics",
+    "OracleHeuristic": "heuristics",
+    "SEARCHES": "astar",
+    "SoftValueHeuristic": "heuristics",
     "MaskableDQN": "masked_dqn",
     "MaskableQRDQN": "masked_dqn",
     "MaskedReplayBuffer": "replay",
@@ -46,22 +64,24 @@ _HOMES = {
     "QHeuristic": "heuristics",
     "QStar": "qstar",
     "SamplingDecoder": "decoders",
-    "Search": "planning",
+    "Search": "search",
     "TokenQNetwork": "policies",
     "TokenQPolicy": "policies",
     "TokenQuantilePolicy": "policies",
-    "Usage": "planning",
+    "Usage": "search",
     "ValueHeuristic": "heuristics",
     "ZeroHeuristic": "heuristics",
 }
 
 __all__ = [
     "DECODERS",
+    "SEARCHES",
     "AStarPlanner",
     "BeamSearch",
     "BoundHeuristic",
     "Budget",
     "Calibration",
+    "CombinedHeuristic",
     "Decoder",
     "Diagnostics",
     "GreedyDecoder",
@@ -69,6 +89,7 @@ __all__ = [
     "MaskableDQN",
     "MaskableQRDQN",
     "MaskedReplayBuffer",
+    "OracleHeuristic",
     "Outcomes",
     "Plan",
     "QFunction",
@@ -76,6 +97,7 @@ __all__ = [
     "QStar",
     "SamplingDecoder",
     "Search",
+    "SoftValueHeuristic",
     "TokenQNetwork",
     "TokenQPolicy",
     "TokenQuantilePolicy",
@@ -85,6 +107,8 @@ __all__ = [
     "calibration",
     "evaluate",
     "make_decoder",
+    "maximum",
+    "mean",
     "paired_bootstrap",
     "pretrained_names",
 ]

@@ -12,7 +12,8 @@ import numpy as np
 from ..errors import ConfigurationError, UnknownNameError, check_number
 from .astar import AStarPlanner
 from .heuristics import Heuristic
-from .planning import Decoder, Edges, Search, Status
+from .planning import Decoder
+from .search import NO_EDGES, Edges, Search, Status
 
 __all__ = ["DECODERS", "BeamSearch", "GreedyDecoder", "SamplingDecoder", "make_decoder"]
 
@@ -108,9 +109,9 @@ class SamplingDecoder(Decoder):
             wave = math.inf if math.isinf(search.room) else int(search.room) // cost
             wave = min(wave, (self.n or (1 if math.isinf(wave) else math.inf)) - drawn)
             if wave < 1 and drawn:
-                if self.n is None or drawn < self.n:
-                    search.stop_reason = "budget"
-                return
+                search.stop_reason = "budget"  # until it is resumed with a larger one
+                yield NO_EDGES
+                continue
             before, rows = search.lm_tokens, np.zeros(max(int(wave), 1), dtype=np.int64)
             drawn += len(rows)
             while len(rows):

@@ -17,7 +17,8 @@ from .astar import AStarPlanner
 from .evaluation import evaluate
 from .experience import best_found
 from .heuristics import QHeuristic
-from .planning import Budget, Search, Values, mdp_of, run_searches, score_completions
+from .planning import mdp_of, run_searches, score_completions
+from .search import Budget, Search, Values
 
 __all__ = ["Calibration", "Diagnostics", "calibration", "plot_diagnostics"]
 

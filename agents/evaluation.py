@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..envs import load_prompts
-from .planning import Budget, Decoder, Plan, Search, Values
+from .planning import Decoder, Plan
+from .search import Budget, Search, Values
 
 __all__ = ["Outcomes", "evaluate", "paired_bootstrap"]
 

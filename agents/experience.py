@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ..envs import Observer, Prompt
 from ..envs.mdp import DecodingMDP
 from ..errors import ConfigurationError
-from .planning import Search, Status, Values
+from .search import Search, Status, Values
 
 __all__ = ["SearchExperience", "backup", "best_found"]
 

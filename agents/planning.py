@@ -1,114 +1,32 @@
-"""What every decoder shares: budgets, plans, and the account of one search.
+"""What every decoder shares: plans, and the loop that drives many searches in lock-step.
 
 A decoder is a generator: it looks at its :class:`Search`, yields the edges it wants to follow, and finds them followed
-when it goes on. :func:`run` drives many such searches in lock-step, so that all prompts share one forward of the
+when it goes on. :func:`drive` advances many such searches together, so that all prompts share one forward of the
 language model, one evaluation of the heuristic and one call of the reward per step, whatever the decoders are.
 """
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import math
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
-import numpy.typing as npt
 
 from ..envs import Completion, DecodingMDP, Finish, Prompt, load_prompts
 from ..envs.prompts import as_prompt
-from ..errors import ConfigurationError, HeuristicError
+from ..errors import ConfigurationError, HeuristicError, check_integer, check_number
+from .search import Budget, Edges, IntArray, Scope, Score, Search, TracePoint, Usage, Values
 from .search_tree import SearchTree
 
 if TYPE_CHECKING:
     from .heuristics import Heuristic
 
-__all__ = ["Budget", "Decoder", "Edges", "Plan", "Search", "Status", "TracePoint", "Usage", "run"]
-
-Scope = Literal["top-k tree", "full vocabulary"]
-Score = Literal["reward", "q"]
-IntArray = npt.NDArray[np.int64]
-Values = npt.NDArray[np.float64]
-
-# Sums of float32 log-probabilities taken in another order differ by about this much.
-EPSILON = 1e-9
-
-
-class Edges(NamedTuple):
-    """A set of edges of one search.
-
-    Attributes:
-        rows: int64 [m], rows of the search's table, one per expanded node.
-        actions: int64 [m].
-    """
-
-    rows: IntArray
-    actions: IntArray
-
-
-@dataclass(frozen=True)
-class Budget:
-    """When a search must stop; None is without limit.
-
-    Attributes:
-        lm_tokens: Prefixes that the language model may process. Every distinct prefix that the search asks for counts
-            once, whether or not an earlier search left it in the token tree, and so do those it prunes later; the
-            prompt itself does not count. A budget therefore means the same for every decoder and in every order.
-        reward_calls: Completions that the reward model may score.
-        seconds: Wall-clock time, looked at between steps.
-    """
-
-    lm_tokens: int | None = None
-    reward_calls: int | None = None
-    seconds: float | None = None
-
-    def __post_init__(self) -> None:
-        """Check the limits.
-
-        Raises:
-            ConfigurationError: A limit is not a positive number.
-        """
-        for name, value in vars(self).items():
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
-                raise ConfigurationError(f"Budget({name}=…) is a number > 0 or None, got {value!r}")
-
-    @classmethod
-    def of(cls, value: Budget | int | None) -> Budget:
-        """Return ``value`` as a budget; a plain integer means LM tokens."""
-        return value if isinstance(value, Budget) else cls(lm_tokens=value)
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What a search used.
-
-    Attributes:
-        lm_tokens: Distinct prefixes processed beyond the prompt.
-        lm_forwards: Forwards of the language model that it took part in.
-        reward_calls: Completions scored.
-        seconds: Wall-clock time from the start of the search to its end. Searches run together share it.
-        kv_bytes: Key-value memory that the whole token tree held at the end.
-        prompt_tokens: Tokens of the prompt; not part of any budget.
-    """
-
-    lm_tokens: int
-    lm_forwards: int
-    reward_calls: int
-    seconds: float
-    kv_bytes: int
-    prompt_tokens: int
-
-
-class TracePoint(NamedTuple):
-    """The bounds at one moment of a search; tokens and seconds count from its start."""
-
-    lm_tokens: int
-    seconds: float
-    lower_bound: float
-    upper_bound: float
+__all__ = ["Decoder", "Plan", "Stream", "drive", "mdp_of", "run", "run_searches", "score_completions"]
 
 
 @dataclass(frozen=True)
@@ -129,8 +47,8 @@ class Plan:
         certified: Whether the gap is at most epsilon, that is: this completion is the best there is.
         scope: What the upper bound speaks of: ``"top-k tree"`` or ``"full vocabulary"``.
         usage: What it took.
-        stop_reason: ``"certified"``, ``"budget"``, ``"exhausted"`` (nothing left that could be better in this
-            scope, without a certificate) or ``"finished"`` (the decoder had nothing more to try).
+        stop_reason: ``"certified"``, ``"budget"``, ``"interrupted"`` (Ctrl-C), ``"exhausted"`` (nothing left that could
+            be better in this scope, without a certificate) or ``"finished"`` (the decoder had nothing more to try).
         completions: Every completion that was scored, the best first.
         trace: LB and UB after each step.
         tree: What the search saw.
@@ -152,234 +70,65 @@ class Plan:
     completions: list[Completion]
     trace: list[TracePoint]
     tree: SearchTree = field(repr=False)
+    _search: Search | None = field(default=None, repr=False, compare=False)
 
     @property
     def gap(self) -> float:
         """UB - LB: by how much at most a better completion could exceed this one."""
         return self.upper_bound - self.lower_bound if math.isfinite(self.upper_bound) else math.inf
 
+    def best(self, n: int, *, diversity: float = 0.0) -> list[Completion]:
+        """Return up to ``n`` of the completions found, no two with the same text, the best first.
 
-class Status(IntEnum):
-    """What became of an edge."""
+        With a diversity penalty each one after the first is the best of J - diversity · (share of its word pairs that
+        the ones before it have): maximal marginal relevance (Carbonell & Goldstein 1998).
 
-    OPEN = 0  # not followed; what lies below it is bounded by U
-    EXPANDED = 1
-    FINISHED = 2
-    MASKED = 3  # not an action; outside the top-k tree, inside the full vocabulary
+        Args:
+            n: How many. Give the planner the same ``n``, so that it searches for them.
+            diversity: What a text that only repeats earlier ones loses, in units of J.
+        """
+        check_integer("n", n)
+        check_number("diversity", diversity, low=0)
+        left = list({completion.text.strip(): completion for completion in reversed(self.completions)}.values())[::-1]
+        left.sort(key=lambda completion: -completion.objective)
+        chosen: list[Completion] = []
+        seen: set[tuple[str, str]] = set()
+        while left and len(chosen) < n:
+            worth = [c.objective - diversity * _overlap(c.text, seen) for c in left]
+            chosen.append(left.pop(int(np.argmax(worth))))
+            seen |= _word_pairs(chosen[-1].text)
+        return chosen
 
+    def sample(self, n: int = 1, *, temperature: float, seed: int | None = None) -> list[Completion]:
+        """Draw ``n`` of the completions found, with replacement, in proportion to exp(J / temperature).
 
-class Search:
-    """The account of one prompt's search: which nodes it has expanded, and what is known of their edges.
+        Args:
+            n: How many.
+            temperature: τ, in units of J: near 0 always the best, large ones any.
+            seed: Of the draw.
 
-    Row i of every table belongs to the i-th node expanded; row 0 is the prompt.
+        Raises:
+            ConfigurationError: An argument is out of range, or nothing was finished.
+        """
+        check_integer("n", n)
+        check_number("temperature", temperature, low=0, open_low=True)
+        if not self.completions:
+            raise ConfigurationError("no completion was finished, so there is none to draw; plan with a larger budget")
+        logits = np.array([completion.objective for completion in self.completions]) / temperature
+        weights = np.exp(logits - logits.max())
+        drawn = np.random.default_rng(seed).choice(len(weights), size=n, p=weights / weights.sum())
+        return [self.completions[i] for i in drawn]
 
-    Attributes:
-        node: int64 [rows], the node of the token tree.
-        parent: int64 [rows], the row it was reached from, -1 at the prompt.
-        depth: int64 [rows], tokens since the prompt.
-        g: float64 [rows], α · Σ log π so far.
-        f: float64 [rows, k], the priority g + h of each edge.
-        bound: float64 [rows, k], U = g + α · log π(a | s) + r_max; no learned value enters.
-        omitted: float64 [rows], U of everything that is not an action there.
-        finish: int8 [rows, k], how each edge ends the text (:class:`Finish`).
-        status: int8 [rows, k] (:class:`Status`).
-        child: int64 [rows, k], the row that an expanded edge leads to, else -1.
-        best: The best completion so far, the incumbent.
-        score: What ranks completions: ``"reward"``, their J, or ``"q"``, their f.
-        pathmax: Whether an edge's f is at most that of the edge which led to it.
-    """
-
-    _TABLES = ("node", "parent", "depth", "g", "f", "bound", "omitted", "finish", "status", "child")
-
-    def __init__(
-        self,
-        mdp: DecodingMDP,
-        prompt: Prompt,
-        budget: Budget,
-        scope: Scope = "top-k tree",
-        score: Score = "reward",
-        pathmax: bool = False,
-    ) -> None:
-        """Start with nothing expanded."""
-        self.mdp, self.prompt, self.budget = mdp, prompt, budget
-        self.scope, self.score, self.pathmax = scope, score, pathmax
-        self.size = 0
-        k = mdp.top_k
-        self.node, self.parent, self.depth = (np.empty(0, dtype=np.int64) for _ in range(3))
-        self.g, self.omitted = np.empty(0), np.empty(0)
-        self.f, self.bound = np.empty((0, k)), np.empty((0, k))
-        self.finish, self.status = np.empty((0, k), dtype=np.int8), np.empty((0, k), dtype=np.int8)
-        self.child = np.empty((0, k), dtype=np.int64)
-        self.completions: dict[tuple[int, int], Completion] = {}
-        self.best: Completion | None = None
-        self.trace: list[TracePoint] = []
-        self.lm_forwards = self.reward_calls = 0
-        self.started = time.perf_counter()
-        self.stop_reason = ""
-
-    # -- what a decoder asks ------------------------------------------------------------------------------------------
-
-    @property
-    def incumbent(self) -> float:
-        """The best completion's J, or what stands in for it where the reward is not asked; -inf if there is none."""
-        return self.best.objective if self.best else -math.inf
-
-    @property
-    def lower_bound(self) -> float:
-        """LB, the incumbent's J; -inf where the reward is not asked, since an estimate proves nothing."""
-        return self.incumbent if self.score == "reward" else -math.inf
-
-    @property
-    def upper_bound(self) -> float:
-        """UB, the largest U of everything not explored, pruned edges included, or LB."""
-        rows = slice(0, self.size)
-        open_edges = self.status[rows] == Status.OPEN
-        bounds = [self.lower_bound, self.bound[rows].max(initial=-math.inf, where=open_edges)]
-        if self.scope == "full vocabulary":
-            bounds.append(self.omitted[rows].max(initial=-math.inf))
-        return float(max(bounds))
-
-    @property
-    def is_certified(self) -> bool:
-        """Whether nothing in the scope can be better than the incumbent."""
-        return self.best is not None and self.upper_bound - self.lower_bound <= EPSILON
-
-    @property
-    def lm_tokens(self) -> int:
-        """LM tokens used; the prompt's row is free."""
-        return max(self.size - 1, 0)
-
-    @property
-    def room(self) -> float:
-        """LM tokens that the budget still allows."""
-        return math.inf if self.budget.lm_tokens is None else self.budget.lm_tokens - self.lm_tokens
-
-    def at_depth(self, depth: int) -> IntArray:
-        """Return the rows of the nodes at this depth."""
-        return np.flatnonzero(self.depth[: self.size] == depth)
-
-    # -- what the driver does -----------------------------------------------------------------------------------------
-
-    def add(self, nodes: IntArray, h: Values, came_by: Edges | None) -> None:
-        """Enter newly expanded nodes [n] with their edges' heuristic values [n, k]."""
-        mdp, rows = self.mdp, np.arange(self.size, self.size + len(nodes))
-        self._reserve(self.size + len(nodes))
-        edge, mask = mdp.edge_returns(nodes), mdp.action_mask(nodes)
-        self.node[rows], self.depth[rows], self.g[rows] = nodes, mdp.tree.depth[nodes], mdp.path_return(nodes)
-        self.f[rows] = self.g[rows, None] + h
-        if self.pathmax and came_by is not None:
-            self.f[rows] = np.minimum(self.f[rows], self.f[came_by][:, None])
-        self.bound[rows] = self.g[rows, None] + edge + mdp.reward.upper
-        self.omitted[rows] = self.g[rows] + _omitted_bound(mdp, nodes, mask)
-        self.finish[rows] = mdp.finishes(nodes)
-        self.status[rows] = np.where(mask, Status.OPEN, Status.MASKED)
-        self.child[rows] = -1
-        if came_by is None:
-            self.parent[rows] = -1
-        else:
-            self.parent[rows] = came_by.rows
-            self.child[came_by] = rows
-            self.status[came_by] = Status.EXPANDED
-        self.size += len(nodes)
-
-    def finish_edges(self, edges: Edges, completions: Sequence[Completion]) -> None:
-        """Enter scored completions."""
-        self.status[edges] = Status.FINISHED
-        self.reward_calls += len(completions) if self.score == "reward" else 0
-        for row, action, completion in zip(*edges, completions, strict=True):
-            self.completions[int(row), int(action)] = completion
-            if completion.objective > self.incumbent:  # False for NaN: what cannot be scored is no candidate
-                self.best = completion
-
-    def record(self) -> None:
-        """Add a point to the trace."""
-        seconds = time.perf_counter() - self.started
-        self.trace.append(TracePoint(self.lm_tokens, seconds, self.lower_bound, self.upper_bound))
-
-    def affordable(self, edges: Edges) -> Edges:
-        """Return the leading part of ``edges`` that the budget pays for, and note it if that is not all."""
-        going_on = self.finish[edges] == Finish.NO
-        limit = self.budget.reward_calls if self.score == "reward" else None
-        calls = math.inf if limit is None else limit - self.reward_calls
-        fits = (np.cumsum(going_on) <= self.room) & (np.cumsum(~going_on) <= calls)
-        late = self.budget.seconds is not None and time.perf_counter() - self.started >= self.budget.seconds
-        if late or not fits.all():
-            self.stop_reason = "budget"
-        # Everything after the first edge that does not fit waits, so that the order of the decoder is kept.
-        count = 0 if late else int(np.cumprod(fits).sum())
-        return Edges(edges.rows[:count], edges.actions[:count])
-
-    def plan(self) -> Plan:
-        """Return the result."""
-        found = sorted(
-            (c for c in self.completions.values() if not math.isnan(c.objective)), key=lambda c: -c.objective
-        )
-        best = found[0] if found else self._partial()
-        usage = Usage(
-            lm_tokens=self.lm_tokens,
-            lm_forwards=self.lm_forwards,
-            reward_calls=self.reward_calls,
-            seconds=time.perf_counter() - self.started,
-            kv_bytes=self.mdp.tree.kv_bytes,
-            prompt_tokens=len(self.mdp.encode(self.prompt)),
-        )
-        return Plan(
-            prompt=self.prompt.text,
-            **best._asdict(),
-            lower_bound=self.lower_bound,
-            upper_bound=self.upper_bound,
-            certified=self.is_certified,
-            scope=self.scope,
-            usage=usage,
-            stop_reason=self.stop_reason,
-            completions=found,
-            trace=self.trace,
-            tree=SearchTree.from_search(self),
-        )
-
-    # -----------------------------------------------------------------------------------------------------------------
-
-    def _partial(self) -> Completion:
-        """Return the deepest prefix of highest priority, for when nothing was finished."""
-        deepest = self.at_depth(int(self.depth[: self.size].max()))
-        row = deepest[np.argmax(self.f[deepest].max(axis=1))]
-        node = int(self.node[row])
-        ids = tuple(self.mdp.tree.completion_ids(node))
-        logprob = float(self.mdp.tree.path_logprob[node])
-        return Completion(self.mdp.text(node), ids, logprob, math.nan, math.nan, "partial")
-
-    def _reserve(self, rows: int) -> None:
-        if rows > len(self.node):
-            capacity = max(2 * len(self.node), rows, 64)
-            for name in self._TABLES:
-                old = getattr(self, name)
-                new = np.empty((capacity, *old.shape[1:]), dtype=old.dtype)
-                new[: self.size] = old[: self.size]
-                setattr(self, name, new)
-
-
-def _omitted_bound(mdp: DecodingMDP, nodes: IntArray, mask: npt.NDArray[np.bool_]) -> Values:
-    """Bound what the tokens that are no actions could bring from here on: α · log π + r_max, float64 [n].
-
-    A token outside the top k is at most as likely as the k-th, and as all of them together.
-    """
-    logprobs = mdp.tree.logprobs[nodes].astype(np.float64)
-    outside = np.full(len(nodes), -np.inf)
-    if mdp.top_k < mdp.model.vocab_size:
-        # Rounding may leave a sum slightly above 1; 1e-7 keeps the bound an upper one.
-        left = np.log(np.maximum(1 - np.exp(logprobs).sum(axis=1), 0) + 1e-7)
-        outside = np.minimum(logprobs[:, -1], left)
-    masked = np.where(mask, -np.inf, logprobs).max(axis=1)
-    best = np.maximum(outside, masked)
-    with np.errstate(invalid="ignore"):  # 0 · -inf, -inf + inf
-        bound = mdp.logprob_weight * best + mdp.reward.upper
-    return np.where(np.isneginf(best), -np.inf, bound)
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle everything but the search itself, which is tied to this process's token tree."""
+        return {**vars(self), "_search": None}
 
 
 class Decoder(ABC):
     """Something that chooses tokens: A* and every baseline answer the same ``plan``."""
 
     pathmax = False  # see AStarPlanner
+    wanted = 1  # see AStarPlanner's n
 
     def __init__(
         self,
@@ -414,6 +163,10 @@ class Decoder(ABC):
     def search(self, search: Search) -> Iterator[Edges]:
         """Yield the edges to follow next, best first, until there is nothing more to try."""
 
+    def choose(self, search: Search) -> Completion | None:
+        """Return the completion that the plan proposes: the incumbent, unless a decoder knows another rule."""
+        return search.best
+
     def evaluate(self, prompts: Sequence[Prompt], nodes: IntArray) -> Values:
         """Return h, the estimated best return through each edge, that edge included, float64 [n, k].
 
@@ -437,6 +190,8 @@ class Decoder(ABC):
     ) -> Plan:
         """Find the best completion of one prompt.
 
+        Ctrl-C ends the search with ``stop_reason="interrupted"`` and what was found so far.
+
         Args:
             prompt: A string, chat messages, or a dict with the key ``prompt``.
             budget: When to stop; an integer means LM tokens.
@@ -452,6 +207,94 @@ class Decoder(ABC):
     ) -> list[Plan]:
         """Find the best completion of each prompt, with a budget for each, in one batch of forwards."""
         return run(self, load_prompts(prompts), Budget.of(budget), progress)
+
+    def resume(
+        self, plan: Plan, budget: Budget | int | None = None, *, progress: Callable[[Search], None] | None = None
+    ) -> Plan:
+        """Go on with a search that this decoder began, paying only for what is new.
+
+        A search that does not look at its budget continues as if it had been given both budgets at once. One that does
+        - the default search with ``width=None``, which shares a budget out over the depths; a beam or a number of
+        samples chosen to fit - shares out what is new.
+
+        Args:
+            plan: What ``plan``, ``plan_many`` or ``resume`` returned last for the prompt, in this process.
+            budget: How much further; what was not used before is added to it. None is without limit.
+            progress: Called after every step.
+
+        Raises:
+            ConfigurationError: The plan is another decoder's, was resumed before, or comes from another process.
+        """
+        search = plan._search
+        if search is None:
+            raise ConfigurationError(
+                "this plan cannot be resumed: it was resumed already (go on with the newer plan), or was copied from "
+                "another process"
+            )
+        if search.decoder is not self:
+            raise ConfigurationError("this plan is another decoder's; resume it with the one that made it")
+        object.__setattr__(plan, "_search", None)
+        self.mdp.make_room()
+        search.resume(Budget.of(budget))
+        _drive_to_the_end(self, [search], progress)
+        return _plan(self, search)
+
+    def stream(self, prompt: Any, budget: Budget | int | None = None) -> Stream:
+        """Yield each completion that is better than all before it, as soon as it is found.
+
+        Works in ``for`` and in ``async for``, where the language model runs in a thread; the iterator's ``plan`` is
+        the plan so far.
+        """
+        return Stream(self, as_prompt(prompt), Budget.of(budget))
+
+
+class Stream:
+    """Ever better completions of one prompt; see :meth:`Decoder.stream`."""
+
+    def __init__(self, decoder: Decoder, prompt: Prompt, budget: Budget) -> None:
+        """Prepare the search; nothing runs until the first completion is asked for."""
+        self._decoder, self._prompt, self._budget = decoder, prompt, budget
+        self._search: Search | None = None
+        self._found = self._run()
+
+    def _run(self) -> Iterator[Completion]:
+        [search] = start(self._decoder, [self._prompt], self._budget)
+        self._search, best = search, None
+        for _ in drive(self._decoder, [search]):
+            if search.best is not best:
+                best = search.best
+                assert best is not None
+                yield best
+
+    @property
+    def plan(self) -> Plan:
+        """The plan so far; ``resume`` goes on from it once the iterator is exhausted.
+
+        Raises:
+            ConfigurationError: Nothing was asked for yet.
+        """
+        if self._search is None:
+            raise ConfigurationError("the search has not begun; take the first completion from the iterator")
+        return _plan(self._decoder, self._search)
+
+    def __iter__(self) -> Iterator[Completion]:
+        """Return the iterator itself."""
+        return self
+
+    def __next__(self) -> Completion:
+        """Search until a better completion is found."""
+        return next(self._found)
+
+    def __aiter__(self) -> AsyncIterator[Completion]:
+        """Return the iterator itself."""
+        return self
+
+    async def __anext__(self) -> Completion:
+        """Search, in a thread, until a better completion is found."""
+        found = await asyncio.to_thread(next, self._found, None)
+        if found is None:
+            raise StopAsyncIteration
+        return found
 
 
 def mdp_of(env: Any) -> DecodingMDP:
@@ -472,41 +315,64 @@ def mdp_of(env: Any) -> DecodingMDP:
     raise ConfigurationError(f"a TokenDecoding environment or a DecodingMDP is needed, got {type(env).__name__}")
 
 
+# -- the loop ---------------------------------------------------------------------------------------------------------
+
+
 def run(
     decoder: Decoder, prompts: Sequence[Prompt], budget: Budget, progress: Callable[[Search], None] | None = None
 ) -> list[Plan]:
     """Search all prompts in lock-step: one forward, one heuristic and one reward call per step for all together."""
-    return [search.plan() for search in run_searches(decoder, prompts, budget, progress)]
+    searches = start(decoder, prompts, budget)
+    _drive_to_the_end(decoder, searches, progress)
+    return [_plan(decoder, search) for search in searches]
 
 
-def run_searches(
-    decoder: Decoder, prompts: Sequence[Prompt], budget: Budget, progress: Callable[[Search], None] | None = None
-) -> list[Search]:
-    """Like :func:`run`, but return the searches themselves."""
+def run_searches(decoder: Decoder, prompts: Sequence[Prompt], budget: Budget) -> list[Search]:
+    """Like :func:`run`, but return the searches themselves, and let Ctrl-C through."""
+    searches = start(decoder, prompts, budget)
+    for _ in drive(decoder, searches):
+        pass
+    return searches
+
+
+def start(decoder: Decoder, prompts: Sequence[Prompt], budget: Budget) -> list[Search]:
+    """Return a new search for each prompt, with the prompt expanded."""
     mdp = decoder.mdp
     mdp.make_room()
-    searches = [Search(mdp, prompt, budget, decoder.scope, decoder.score, decoder.pathmax) for prompt in prompts]
+    searches = [Search(decoder, prompt, budget) for prompt in prompts]
     roots = mdp.roots(prompts)
     h = decoder.evaluate(prompts, roots)
     for i, search in enumerate(searches):
         search.add(roots[i : i + 1], h[i : i + 1], came_by=None)
         search.record()
-    wishes = {search: decoder.search(search) for search in searches}
-    while wishes:
-        batch: list[tuple[Search, Edges]] = []
-        for search, generator in list(wishes.items()):
-            edges = None if search.stop_reason else next(generator, None)
-            if edges is not None:
-                batch.append((search, search.affordable(edges)))
-                continue
-            search.stop_reason = search.stop_reason or ("certified" if search.is_certified else "finished")
-            del wishes[search]
-        _follow(decoder, [(search, edges) for search, edges in batch if len(edges.rows)])
-        for search, _ in batch:
-            search.record()
-            if progress is not None:
-                progress(search)
     return searches
+
+
+def drive(decoder: Decoder, searches: Sequence[Search]) -> Iterator[list[Search]]:
+    """Advance the searches in lock-step until all are over; yield, after every step, those that took it."""
+    active = list(searches)
+    while active:
+        wishes = [(search, search.next_edges()) for search in active]
+        batch = [(search, edges) for search, edges in wishes if edges is not None]
+        active = [search for search, _ in batch]
+        _follow(decoder, [(search, edges) for search, edges in batch if len(edges.rows)])
+        for search in active:
+            search.record()
+        if active:
+            yield active
+
+
+def _drive_to_the_end(
+    decoder: Decoder, searches: Sequence[Search], progress: Callable[[Search], None] | None = None
+) -> None:
+    """Run the searches, and tell ``progress`` of every step; an interrupt ends them all."""
+    try:
+        for active in drive(decoder, searches):
+            for search in active if progress is not None else ():
+                progress(search)  # type: ignore[misc]
+    except KeyboardInterrupt:
+        for search in searches:
+            search.stop_reason = search.stop_reason or "interrupted"
 
 
 def _follow(decoder: Decoder, batch: Sequence[tuple[Search, Edges]]) -> None:
@@ -525,9 +391,9 @@ def _follow(decoder: Decoder, batch: Sequence[tuple[Search, Edges]]) -> None:
         actions = np.concatenate([edges.actions for _, edges in going_on])
         children = mdp.tree.expand(nodes, actions)
         h = decoder.evaluate(prompts, children)
-        start = 0
+        begin = 0
         for search, edges in going_on:
-            part = slice(start, start := start + len(edges.rows))
+            part = slice(begin, begin := begin + len(edges.rows))
             search.add(children[part], h[part], came_by=edges)
             search.lm_forwards += 1
     if finishing:
@@ -553,3 +419,44 @@ def score_completions(searches: Sequence[Search]) -> None:
     actions = np.array([action for _, (_, action) in found])
     for (search, edge), completion in zip(found, found[0][0].mdp.complete(prompts, nodes, actions), strict=True):
         search.completions[edge] = completion
+
+
+# -- plans ------------------------------------------------------------------------------------------------------------
+
+
+def _plan(decoder: Decoder, search: Search) -> Plan:
+    """Return the result of a search."""
+    scored = [completion for completion in search.completions.values() if not math.isnan(completion.objective)]
+    proposed = decoder.choose(search) or _partial(search)
+    return Plan(
+        prompt=search.prompt.text,
+        **proposed._asdict(),
+        lower_bound=search.lower_bound,
+        upper_bound=search.upper_bound,
+        certified=search.is_certified and proposed is search.best,
+        scope=search.scope,
+        usage=search.usage,
+        stop_reason=search.stop_reason,
+        completions=sorted(scored, key=lambda completion: -completion.objective),
+        trace=list(search.trace),
+        tree=SearchTree.from_search(search),
+        _search=search,
+    )
+
+
+def _partial(search: Search) -> Completion:
+    """Return the deepest prefix of highest priority, for when nothing was finished."""
+    mdp, deepest = search.mdp, search.at_depth(int(search.depth[: search.size].max()))
+    node = int(search.node[deepest[np.argmax(search.f[deepest].max(axis=1))]])
+    ids = tuple(mdp.tree.completion_ids(node))
+    return Completion(mdp.text(node), ids, float(mdp.tree.path_logprob[node]), math.nan, math.nan, "partial")
+
+
+def _word_pairs(text: str) -> set[tuple[str, str]]:
+    words = text.lower().split()
+    return set(itertools.pairwise(words)) or {(word, "") for word in words}
+
+
+def _overlap(text: str, seen: set[tuple[str, str]]) -> float:
+    pairs = _word_pairs(text)
+    return len(pairs & seen) / len(pairs) if pairs else 0.0

@@ -13,7 +13,8 @@ import torch
 from ..envs import DecodingMDP, Observer, Prompt
 from ..envs.observations import token_features
 from ..errors import CheckpointError, ConfigurationError
-from .planning import IntArray, Values, mdp_of
+from .planning import mdp_of
+from .search import IntArray, Values
 
 __all__ = [
     "PRETRAINED",

@@ -22,21 +22,10 @@ from ..errors import ConfigurationError, TrainingDivergedError, check_integer, c
 from .astar import AStarPlanner
 from .experience import SearchExperience
 from .heuristics import QHeuristic
-from .planning import (
-    Budget,
-    Edges,
-    IntArray,
-    Plan,
-    Score,
-    Search,
-    Status,
-    Values,
-    mdp_of,
-    run_searches,
-    score_completions,
-)
+from .planning import Plan, mdp_of, run_searches, score_completions
 from .policies import TokenQPolicy, TokenScorer
 from .q_function import QFunction, QSpec
+from .search import Budget, Edges, IntArray, Score, Search, Status, Values
 
 __all__ = ["QStar"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from .planning import Search
+    from .search import Search
 
 __all__ = ["SearchTree"]
 
@@ -48,7 +48,7 @@ class SearchTree:
     @classmethod
     def from_search(cls, search: Search) -> SearchTree:
         """Copy what ``search`` holds."""
-        from .planning import Status
+        from .search import Status
 
         mdp, rows, k = search.mdp, slice(0, search.size), search.mdp.top_k
         nodes = search.node[rows]

@@ -87,10 +87,12 @@ class LanguageModel(ABC):
         context_length: Longest sequence the model takes, in tokens.
         eos_token_ids: The tokens that end a text.
         hidden_layers: The layers whose states follow the last one's in the hidden state.
+        kv_token_bytes: Bytes of keys and values per token over all layers; None where none are kept, or not yet known.
     """
 
     name: str
     hidden_layers: tuple[int, ...] = ()
+    kv_token_bytes: int | None = None
     vocab_size: int
     hidden_size: int
     context_length: int
@@ -173,7 +175,6 @@ class TransformersLM(LanguageModel):
     Attributes:
         model: The untouched ``PreTrainedModel``, in evaluation mode.
         tokenizer: The untouched tokenizer.
-        kv_token_bytes: Bytes of keys and values per token over all layers, where known.
         packed_weights: See ``prepack``; None without.
     """
 
@@ -213,7 +214,6 @@ class TransformersLM(LanguageModel):
         self.hidden_size += len(hidden_layers) * int(config.hidden_size)
         self.context_length = int(getattr(config, "max_position_embeddings", None) or 1_000_000)
         self.eos_token_ids = _end_tokens(model, tokenizer)
-        self.kv_token_bytes: int | None = None  # found out when the tree mask is tried
         self.packed_weights = _packed_weights(model, prepack)
         self._tree_mask_is_exact: bool | None = None
         self._model_kwargs: dict[str, Any] = {}  # what load_language_model was given, for pickling

@@ -206,7 +206,9 @@ class DecodingMDP:
     def action_mask(self, nodes: IntArray) -> npt.NDArray[np.bool_]:
         """Return which actions may be taken, bool [n, k]; the most likely one always may."""
         probabilities = np.exp(self.tree.logprobs[nodes])
-        mask = (probabilities.cumsum(axis=1) - probabilities < self.top_p) & (probabilities > 0)
+        mask = probabilities > 0
+        if self.top_p < 1:  # where the first token has all of what float32 can tell, even 1 would mask the others
+            mask &= probabilities.cumsum(axis=1) - probabilities < self.top_p
         mask[:, 0] = True
         return mask
 
@@ -247,6 +249,14 @@ class DecodingMDP:
             fresh = asked[kept[asked]]
             self._potentials[nodes[fresh]] = values[fresh]
         return values
+
+    def reward_bound(self, prompts: Sequence[Prompt], nodes: IntArray) -> Values:
+        """Return r_max(s), what the reward of no completion of each state exceeds, float64 [n]."""
+        if not self.reward.has_prefix_bounds:
+            return np.full(len(nodes), self.reward.upper)
+        ids, texts = self.tree.completions(nodes), self.texts(nodes)
+        whose, remaining = [p.text for p in prompts], self.remaining(nodes).tolist()
+        return self.reward.upper_bound(whose, texts, remaining, ids, **_columns(prompts))
 
     # -- edges --------------------------------------------------------------------------------------------------------
 

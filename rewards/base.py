@@ -147,6 +147,26 @@ class Reward(ABC):
         """
         return [0.0] * len(completions)
 
+    def bound_prefixes(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        remaining: Sequence[int],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float]:
+        """Bound what unfinished texts can still score; the raw method behind `upper_bound`, for subclasses to write.
+
+        The tighter, the more a planner can prune and certify; but one completion above its bound is an error, as
+        nothing proven so far could be trusted. The arguments are those of `upper_bound`.
+        """
+        return [self.upper] * len(completions)
+
+    @property
+    def has_prefix_bounds(self) -> bool:
+        """Whether `upper_bound` may ever be below `upper`; if not, callers need not decode unfinished texts."""
+        return type(self).bound_prefixes is not Reward.bound_prefixes
+
     @property
     def has_potential(self) -> bool:
         """Whether `potential` is anything but zero; if not, callers need not decode unfinished texts at all."""
@@ -210,6 +230,42 @@ class Reward(ABC):
         subject = f"the potential of reward {self.name!r}"
         measure = _Measure(subject, self.score_prefixes, -math.inf, math.inf, fallback=math.nan)
         return np.nan_to_num(self._remembered(measure, texts, self._potentials), nan=0.0)
+
+    def upper_bound(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        remaining: Sequence[int],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> FloatArray:
+        """Bound the score of every text that unfinished ones can become; certificates rest on it.
+
+        Args:
+            prompts: [n], the given texts.
+            completions: [n], what was written after each so far.
+            remaining: [n], how many tokens may still follow.
+            completion_ids: [n][tokens], the completions as token ids, where the caller has them.
+            **columns: [n] each, what else the prompts' data set says.
+
+        Returns:
+            float64 [n], at most `upper`.
+
+        Raises:
+            RewardError: `bound_prefixes` did not return one number per text.
+        """
+        texts = _Texts.of(prompts, completions, completion_ids, {**columns, "remaining": remaining})
+        measure = _Measure(f"the bound of reward {self.name!r}", self.bound_prefixes, -math.inf, math.inf, math.nan)
+        returned = self.bound_prefixes(prompts, completions, remaining, completion_ids, **columns)
+        bounds = np.empty(len(texts))
+        for row, value in enumerate(measure.one_per_text(returned, len(texts))):
+            bounds[row] = math.nan if value is None else _number(value)
+            if math.isnan(bounds[row]):
+                raise RewardError(
+                    f"{measure.subject} is {_shown(value)} for the unfinished text {_shown(completions[row])}; "
+                    "return a number, or `upper` where nothing tighter is known."
+                )
+        return np.minimum(bounds, self.upper)
 
     # ------------------------------------------------------------------------------------------------ composition
 
@@ -416,6 +472,28 @@ class WeightedSum(Reward):
         for weight, reward in self.terms:
             total += weight * reward.potential(prompts, completions, completion_ids, **columns)
         return total.tolist()
+
+    def bound_prefixes(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        remaining: Sequence[int],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float]:
+        """Add up the terms' bounds; what is subtracted counts with the least that it can be."""
+        total = np.zeros(len(completions))
+        for weight, reward in self.terms:
+            if weight > 0:
+                total += weight * reward.upper_bound(prompts, completions, remaining, completion_ids, **columns)
+            else:
+                total += _scaled(weight, reward.lower)
+        return total.tolist()
+
+    @property
+    def has_prefix_bounds(self) -> bool:
+        """Whether any term that is added has bounds for prefixes."""
+        return any(weight > 0 and reward.has_prefix_bounds for weight, reward in self.terms)
 
     @property
     def has_potential(self) -> bool:

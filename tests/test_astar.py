@@ -1,7 +1,9 @@
 """The planner against exhaustive enumeration: the optimum is the optimum, and a certificate is never wrong."""
 
+import asyncio
 import itertools
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -10,20 +12,25 @@ from hypothesis import strategies as st
 
 from qstar_decoding.agents import (
     DECODERS,
+    SEARCHES,
     AStarPlanner,
     BeamSearch,
     BoundHeuristic,
     Budget,
     GreedyDecoder,
+    OracleHeuristic,
     SamplingDecoder,
+    SoftValueHeuristic,
     ZeroHeuristic,
     make_decoder,
+    maximum,
+    mean,
 )
 from qstar_decoding.agents.experience import backup, best_found
 from qstar_decoding.agents.planning import run_searches, score_completions
 from qstar_decoding.envs import DecodingMDP, TabularLM, load_prompts
-from qstar_decoding.errors import ConfigurationError, HeuristicError, PromptError, UnknownNameError
-from qstar_decoding.rewards import as_reward
+from qstar_decoding.errors import ConfigurationError, HeuristicError, PromptError, RewardError, UnknownNameError
+from qstar_decoding.rewards import Reward, as_reward
 
 
 def pseudo_random_reward(seed):
@@ -97,11 +104,23 @@ class WildHeuristic:
         return np.where(self.rng.random(values.shape) < 0.1, values * 1e6, values)
 
 
-@settings(max_examples=150, deadline=None)
-@given(mdp=processes(), width=st.integers(1, 5), growth=st.sampled_from([1.1, 2.0, 5.0]))
-def test_the_bound_finds_and_certifies_the_enumerated_optimum(mdp, width, growth):
+EXACT = sorted(set(SEARCHES) - {"weighted"})  # those that return the optimum, given an admissible heuristic
+TO_THE_END = ["level", "anytime", "capped"]  # those that go on until nothing can be better, whatever the heuristic
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    mdp=processes(),
+    search=st.sampled_from(EXACT),
+    width=st.integers(1, 5),
+    growth=st.sampled_from([1.1, 2.0, 5.0]),
+    taper=st.sampled_from([None, 2.0]),
+    batch_size=st.integers(1, 4),
+)
+def test_the_bound_finds_and_certifies_the_enumerated_optimum(mdp, search, width, growth, taper, batch_size):
     objectives = enumerate_objectives(mdp)
-    plan = AStarPlanner(mdp, width=width, growth=growth).plan("a")
+    planner = AStarPlanner(mdp, search=search, width=width, growth=growth, taper=taper, batch_size=batch_size)
+    plan = planner.plan("a")
     assert plan.objective == pytest.approx(max(objectives.values()), abs=1e-5)
     assert plan.objective == pytest.approx(objectives[plan.token_ids], abs=1e-5)
     assert plan.certified
@@ -118,10 +137,15 @@ def test_the_bound_finds_and_certifies_the_enumerated_optimum(mdp, width, growth
     weight=st.sampled_from([0.0, 1.0, 3.0]),
     width=st.integers(1, 6),
     scope=st.sampled_from(["top-k tree", "full vocabulary"]),
+    search=st.sampled_from(sorted(SEARCHES)),
+    pathmax=st.booleans(),
 )
-def test_bounds_and_certificates_hold_under_any_heuristic(mdp, seed, budget, margin, weight, width, scope):
+def test_bounds_and_certificates_hold_under_any_heuristic(
+    mdp, seed, budget, margin, weight, width, scope, search, pathmax
+):
     objectives = enumerate_objectives(mdp, full_vocabulary=scope == "full vocabulary")
-    planner = AStarPlanner(mdp, heuristic=WildHeuristic(seed), weight=weight, margin=margin, width=width, scope=scope)
+    options = {"search": search, "weight": weight, "margin": margin, "width": width, "pathmax": pathmax}
+    planner = AStarPlanner(mdp, heuristic=WildHeuristic(seed), scope=scope, **options)
     plan = planner.plan("a", budget)
     best = max(objectives.values())
     assert plan.upper_bound >= best - 1e-5
@@ -129,7 +153,7 @@ def test_bounds_and_certificates_hold_under_any_heuristic(mdp, seed, budget, mar
         assert plan.lower_bound == plan.objective == pytest.approx(objectives[plan.token_ids], abs=1e-5)
     if plan.certified:
         assert plan.objective == pytest.approx(best, abs=1e-5)
-    if budget is None and scope == "top-k tree":  # complete in the limit, however misled
+    if budget is None and scope == "top-k tree" and search in TO_THE_END:  # complete in the limit, however misled
         assert plan.certified
     lower, upper = zip(*((p.lower_bound, p.upper_bound) for p in plan.trace), strict=True)
     assert all(a <= b for a, b in itertools.pairwise(lower))
@@ -161,6 +185,297 @@ def test_planning_many_prompts_equals_planning_one_by_one(mdp, budget, name):
         assert one.lower_bound == pytest.approx(other.lower_bound, nan_ok=True)
         assert one.upper_bound == pytest.approx(other.upper_bound)
         assert one.usage.lm_tokens == other.usage.lm_tokens
+
+
+# -- the named searches
+
+
+@settings(max_examples=150, deadline=None)
+@given(mdp=processes(), search=st.sampled_from(EXACT), soft=st.booleans(), batch_size=st.integers(1, 3))
+def test_every_search_with_an_admissible_heuristic_returns_the_optimum(mdp, search, soft, batch_size):
+    heuristic = SoftValueHeuristic() if soft else OracleHeuristic()
+    plan = AStarPlanner(mdp, search=search, heuristic=heuristic, batch_size=batch_size).plan("a")
+    assert plan.objective == pytest.approx(max(enumerate_objectives(mdp).values()), abs=1e-5)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    mdp=processes(),
+    weight=st.sampled_from([1.0, 1.5, 3.0, 10.0]),
+    heuristic=st.sampled_from([BoundHeuristic(), SoftValueHeuristic(), OracleHeuristic()]),
+    search=st.sampled_from(["weighted", "astar", "qstar"]),
+)
+def test_weighted_a_star_stays_within_its_weight(mdp, weight, heuristic, search):
+    plan = AStarPlanner(mdp, search=search, weight=weight, heuristic=heuristic).plan("a")
+    least_cost = mdp.reward.upper - max(enumerate_objectives(mdp).values())
+    assert mdp.reward.upper - plan.objective <= weight * least_cost + 1e-5
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    mdp=processes(),
+    search=st.sampled_from(sorted(SEARCHES)),
+    seed=st.integers(0, 1000),
+    parts=st.lists(st.integers(1, 15), min_size=2, max_size=4),
+    width=st.integers(1, 4),
+    batch_size=st.integers(1, 3),
+)
+def test_resuming_equals_one_long_run(mdp, search, seed, parts, width, batch_size):
+    def h(mdp, prompts, nodes):  # wild, but a function of the state
+        ids = mdp.tree.completions(nodes)
+        return np.stack([np.random.default_rng([seed, *row]).normal(size=mdp.top_k) for row in ids])
+
+    def planner(mdp):
+        return AStarPlanner(mdp, search=search, heuristic=h, width=width, batch_size=batch_size, taper=None)
+
+    resuming = planner(mdp)
+    plan = resuming.plan("a", parts[0])
+    for part in parts[1:]:
+        spent = plan.usage.lm_tokens
+        plan = resuming.resume(plan, part)
+        assert plan.usage.lm_tokens >= spent
+    long = planner(mdp.fresh()).plan("a", sum(parts))
+    assert plan.token_ids == long.token_ids
+    assert plan.usage.lm_tokens == long.usage.lm_tokens
+    assert plan.usage.pops == long.usage.pops
+    assert plan.stop_reason == long.stop_reason
+    assert plan.lower_bound == pytest.approx(long.lower_bound, nan_ok=True)
+    assert plan.upper_bound == pytest.approx(long.upper_bound)
+    for bounds in zip(*((p.lower_bound, -p.upper_bound, p.lm_tokens, p.seconds) for p in plan.trace), strict=True):
+        assert all(a <= b for a, b in itertools.pairwise(bounds))
+
+
+@pytest.mark.parametrize("name", sorted(DECODERS))
+def test_every_decoder_can_be_resumed(mdp, name):
+    decoder = make_decoder(name, mdp)
+    plan = decoder.plan("a", 6)
+    first = plan.objective, plan.usage.lm_tokens
+    further = decoder.resume(plan, 30)
+    assert further.usage.lm_tokens <= 36
+    assert not further.objective < first[0]
+    assert (plan.objective, plan.usage.lm_tokens) == pytest.approx(first, nan_ok=True)  # the old plan stays as it was
+    with pytest.raises(ConfigurationError, match="was resumed already"):
+        decoder.resume(plan, 5)
+    with pytest.raises(ConfigurationError, match="another decoder's"):
+        make_decoder(name, mdp).resume(further, 5)
+
+
+def test_a_search_can_be_resumed_after_the_tree_has_forgotten_it(mdp):
+    planner = AStarPlanner(mdp, taper=None, width=2)
+    plan = planner.plan("a", 10)
+    mdp.max_prefixes = 2
+    mdp.make_room()
+    planner.plan("b", 20)
+    resumed, long = planner.resume(plan, 10), AStarPlanner(mdp.fresh(), taper=None, width=2).plan("a", 20)
+    assert resumed.token_ids == long.token_ids
+    assert resumed.upper_bound == pytest.approx(long.upper_bound)
+
+
+def test_a_plan_survives_pickling_but_cannot_be_resumed_then(mdp):
+    planner = AStarPlanner(mdp)
+    plan = pickle.loads(pickle.dumps(planner.plan("a", 10)))
+    assert plan.completions
+    with pytest.raises(ConfigurationError, match="copied from another process"):
+        planner.resume(plan, 10)
+
+
+def test_with_the_oracle_only_the_optimal_path_is_expanded(mdp):
+    for search in ("qstar", "level"):
+        plan = AStarPlanner(mdp, search=search, heuristic=OracleHeuristic(), width=1, margin=0, taper=None).plan("a")
+        best = max(enumerate_objectives(mdp).values())
+        assert plan.objective == pytest.approx(best, abs=1e-5)
+        if search == "qstar":
+            assert plan.usage.lm_tokens == len(plan.token_ids) - 1
+            assert plan.usage.reward_calls == 1
+
+
+def test_the_soft_value_expands_no_more_than_the_tilted_model_allows(mdp):
+    """At most T / p*(y*) expansions, p* being the tilted language model."""
+    objectives = enumerate_objectives(mdp)
+    alpha = mdp.logprob_weight
+    plan = AStarPlanner(mdp, search="qstar", heuristic=SoftValueHeuristic()).plan("a")
+    weights = np.exp(np.array(list(objectives.values())) / alpha - max(objectives.values()) / alpha)
+    p_best = 1 / weights.sum()
+    assert plan.objective == pytest.approx(max(objectives.values()), abs=1e-5)
+    assert plan.usage.lm_tokens + 1 <= mdp.max_new_tokens / p_best + 1e-6
+
+
+def test_a_heuristic_that_sees_too_large_a_tree_says_so(mdp):
+    with pytest.raises(ConfigurationError, match="more than 5 prefixes"):
+        AStarPlanner(mdp, heuristic=OracleHeuristic(limit=5)).plan("a")
+
+
+def test_heuristics_compose(mdp):
+    prompts, node = load_prompts(["a"]), mdp.roots(load_prompts(["a"]))
+    zero, bound, oracle = (h(mdp, prompts, node) for h in (ZeroHeuristic(), BoundHeuristic(), OracleHeuristic()))
+    for heuristic, expected, description in [
+        (maximum(ZeroHeuristic(), BoundHeuristic()), np.maximum(zero, bound), "maximum(ZeroHeuristic(), Bound"),
+        (mean(ZeroHeuristic(), BoundHeuristic(), optimism=2), (zero + bound) / 2 + abs(bound - zero), "optimism=2"),
+        (ZeroHeuristic() + 0.25, zero + 0.25, "(ZeroHeuristic() + 0.25)"),
+        (0.5 * BoundHeuristic() + OracleHeuristic(), 0.5 * bound + oracle, "(0.5 * BoundHeuristic() + Oracle"),
+    ]:
+        np.testing.assert_allclose(heuristic(mdp, prompts, node), expected)
+        assert description in repr(heuristic)
+
+
+def test_unknown_searches_and_weights_without_a_bound_are_named(mdp):
+    with pytest.raises(UnknownNameError, match="unknown search 'a-star'; known, nearest first: 'astar'"):
+        AStarPlanner(mdp, search="a-star")
+    endless = DecodingMDP(TabularLM.random(3, 1), reward=lambda p, c: float(len(c)), top_k=3, max_new_tokens=4)
+    with pytest.raises(ConfigurationError, match="has no upper bound"):
+        AStarPlanner(endless, search="weighted")
+
+
+# -- budgets, streams, interrupts
+
+
+def test_pops_and_kv_bytes_are_budgets_too(mdp):
+    plan = AStarPlanner(mdp).plan("a", Budget(pops=7))
+    assert plan.usage.pops == 7 == plan.usage.lm_tokens + plan.usage.reward_calls
+    mdp.model.kv_token_bytes = 100
+    plan = AStarPlanner(mdp.fresh()).plan("aa", Budget(kv_bytes=1000))
+    assert plan.usage.kv_bytes == 1000
+    assert plan.usage.lm_tokens == 8  # and two of the prompt
+    assert plan.stop_reason == "budget"
+
+
+def test_a_stream_yields_ever_better_completions(mdp):
+    stream = AStarPlanner(mdp, width=1).stream("a", 40)
+    with pytest.raises(ConfigurationError, match="has not begun"):
+        _ = stream.plan
+    found = [c.objective for c in stream]
+    assert len(found) > 1
+    assert found == sorted(set(found))
+    assert stream.plan.objective == found[-1] == AStarPlanner(mdp.fresh(), width=1).plan("a", 40).objective
+
+
+def test_a_stream_can_be_awaited(mdp):
+    async def collect():
+        return [completion async for completion in AStarPlanner(mdp, width=1).stream("a", 40)]
+
+    assert asyncio.run(collect()) == list(AStarPlanner(mdp.fresh(), width=1).stream("a", 40))
+
+
+@pytest.mark.parametrize("where", ["reward", "heuristic", "progress"])
+def test_an_interrupt_returns_the_incumbent(where):
+    calls = dict.fromkeys(["reward", "heuristic", "progress"], 0)
+
+    def count(name):
+        calls[name] += 1
+        if name == where and calls[name] == 9:
+            raise KeyboardInterrupt
+
+    def reward(prompt, completion):
+        count("reward")
+        return math.sin(len(completion) * 7 + 3 * completion.count("a"))
+
+    def h(mdp, prompts, nodes):
+        count("heuristic")
+        return BoundHeuristic()(mdp, prompts, nodes)
+
+    mdp = DecodingMDP(
+        TabularLM.random(4, 1, seed=1), reward=as_reward(reward, lower=-1, upper=1.5), top_k=4, max_new_tokens=5
+    )
+    planner = AStarPlanner(mdp, heuristic=h, width=1)
+    plan = planner.plan("a", progress=lambda search: count("progress"))
+    assert plan.stop_reason == "interrupted"
+    assert plan.completions
+    assert plan.objective == plan.lower_bound == max(c.objective for c in plan.completions)
+    resumed = planner.resume(plan)
+    assert resumed.certified
+    assert resumed.objective == pytest.approx(AStarPlanner(mdp.fresh()).plan("a").objective)
+
+
+# -- bounds for prefixes
+
+
+class CountA(Reward):
+    """The share of a's among the letters that there may be; each token adds at most one."""
+
+    name, lower, upper = "count_a", 0.0, 1.0
+
+    def __init__(self, horizon, slack=0.0):
+        super().__init__()
+        self.horizon, self.slack = horizon, slack
+
+    def score(self, prompts, completions, completion_ids=None, **columns):
+        return [text.count("a") / self.horizon for text in completions]
+
+    def bound_prefixes(self, prompts, completions, remaining, completion_ids=None, **columns):
+        return [
+            (text.count("a") + left) / self.horizon + self.slack
+            for text, left in zip(completions, remaining, strict=True)
+        ]
+
+
+def test_a_bound_for_prefixes_makes_certificates_cheaper():
+    def plan(reward, **kwargs):
+        mdp = DecodingMDP(TabularLM.random(3, 1, seed=1), reward=reward, top_k=3, max_new_tokens=6, **kwargs)
+        objectives = enumerate_objectives(mdp)
+        plan = AStarPlanner(mdp).plan("a")
+        assert plan.certified
+        assert plan.objective == pytest.approx(max(objectives.values()), abs=1e-5)
+        assert all(a.upper_bound >= b.upper_bound for a, b in itertools.pairwise(plan.trace))
+        return plan.usage.lm_tokens
+
+    loose = as_reward(lambda prompt, completion: completion.count("a") / 6, lower=0, upper=1)
+    assert plan(CountA(6)) < plan(loose)
+    # Sums: what is added keeps its bound, what is subtracted counts with its least.
+    assert plan(0.5 * CountA(6) + 0.5 * loose) <= plan(loose)
+    assert plan(CountA(6) - 0.1 * loose) <= plan(loose - 0.1 * loose)
+
+
+def test_a_bound_that_is_broken_is_an_error():
+    mdp = DecodingMDP(TabularLM.random(3, 1, seed=1), reward=CountA(6, slack=-2.0), top_k=3, max_new_tokens=6)
+    with pytest.raises(RewardError, match=r"'count_a' gave .* to '.*', though it had stated .* no certificate"):
+        AStarPlanner(mdp).plan("a")
+
+
+@pytest.mark.parametrize(("bounds", "message"), [([math.nan], "is nan for"), ([None], "is None for"), ([], "0 value")])
+def test_a_bound_that_is_no_number_is_an_error(bounds, message):
+    class Odd(CountA):
+        def bound_prefixes(self, *arguments, **columns):
+            return bounds
+
+    mdp = DecodingMDP(TabularLM.random(3, 1, seed=1), reward=Odd(6), top_k=3, max_new_tokens=6)
+    with pytest.raises(RewardError, match=message):
+        AStarPlanner(mdp).plan("a")
+
+
+# -- several texts
+
+
+def test_the_n_best_texts_are_found_and_distinct(mdp):
+    best = sorted(enumerate_objectives(mdp).values(), reverse=True)[:5]
+    plan = AStarPlanner(mdp, n=5).plan("a")
+    np.testing.assert_allclose([c.objective for c in plan.completions[:5]], best, atol=1e-5)
+    texts = [c.text.strip() for c in plan.best(5)]
+    assert len(set(texts)) == len(texts) == 5
+    assert plan.best(1)[0].text == plan.text
+
+
+def test_a_diversity_penalty_prefers_other_words():
+    words = ["the ", "a ", "cat ", "dog ", "sat ", "ran ", ""]
+    reward = as_reward(lambda p, c: 1.0 if c.startswith("the cat") else 0.9, lower=0, upper=1)
+    mdp = DecodingMDP(
+        TabularLM(np.ones(7), vocabulary=words), reward=reward, top_k=7, max_new_tokens=3, logprob_weight=0.0
+    )
+    plan = AStarPlanner(mdp, n=400).plan("a ")
+    plain, diverse = plan.best(2), plan.best(2, diversity=0.5)
+    assert plain[1].text.startswith("the cat")
+    assert not diverse[1].text.startswith("the cat")
+    assert diverse[0] == plain[0]
+
+
+def test_drawing_follows_the_temperature(mdp):
+    plan = AStarPlanner(mdp, n=10).plan("a")
+    cold, warm = plan.sample(50, temperature=1e-6, seed=0), plan.sample(50, temperature=100.0, seed=0)
+    assert {c.token_ids for c in cold} == {plan.token_ids}
+    assert len({c.token_ids for c in warm}) > 5
+    with pytest.raises(ConfigurationError, match="temperature"):
+        plan.sample(temperature=0)
+    with pytest.raises(ConfigurationError, match="no completion was finished"):
+        AStarPlanner(mdp, search="qstar").plan("a", 1).sample(temperature=1)
 
 
 @pytest.fixture

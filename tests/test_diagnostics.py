@@ -17,7 +17,8 @@ from qstar_decoding.agents import (
     paired_bootstrap,
 )
 from qstar_decoding.agents.diagnostics import plot_diagnostics
-from qstar_decoding.agents.planning import Budget, run_searches
+from qstar_decoding.agents.planning import run_searches
+from qstar_decoding.agents.search import Budget
 from qstar_decoding.envs import DecodingMDP, TabularLM, load_prompts
 from qstar_decoding.errors import ConfigurationError
 from qstar_decoding.rewards import as_reward

@@ -23,8 +23,9 @@ from qstar_decoding.agents import (
     pretrained_names,
 )
 from qstar_decoding.agents.experience import SearchExperience, best_found
-from qstar_decoding.agents.planning import Budget, run_searches
+from qstar_decoding.agents.planning import run_searches
 from qstar_decoding.agents.policies import TokenScorer
+from qstar_decoding.agents.search import Budget
 from qstar_decoding.envs import DecodingMDP, TabularLM, TransformersLM
 from qstar_decoding.errors import (
     CheckpointError,
