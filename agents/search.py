@@ -323,7 +323,7 @@ class Search:
         return Edges(wish.rows[:count], wish.actions[:count])
 
     def resume(self, budget: Budget) -> None:
-        """Let the search go on with a further budget; its nodes are looked up again, for they may have been forgotten."""
+        """Let the search go on with a further budget; its nodes, maybe forgotten, are looked up again."""
         self.budget = self.budget.extended(budget, self.usage)
         self.stop_reason = ""
         self._seconds_before, self._started = self.usage.seconds, time.perf_counter()

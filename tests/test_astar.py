@@ -326,6 +326,11 @@ def test_unknown_searches_and_weights_without_a_bound_are_named(mdp):
         AStarPlanner(endless, search="weighted")
 
 
+def test_a_top_p_of_1_masks_nothing_even_beside_a_token_of_all_but_all_probability():
+    mdp = DecodingMDP(TabularLM([1 - 1e-9, 1e-9]), reward=pseudo_random_reward(0), top_k=2, max_new_tokens=2)
+    assert mdp.action_mask(mdp.roots(load_prompts(["a"]))).all()
+
+
 # -- budgets, streams, interrupts
 
 
