@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import sys
 import time
 from contextlib import contextmanager
@@ -148,6 +149,8 @@ def decode(
             f"+ {mdp.logprob_weight:g} · log-prob {completion.logprob:.2f} nats   ({completion.stop})"
         )
     out.print(_bounds(plan))
+    if plan.stop_reason == "interrupted":
+        sys.exit(130)
 
 
 @app.command()
@@ -282,6 +285,65 @@ def demo(
         picture = screen.export_svg(title=f"qstar demo --task {spec.name} --budget {budget}")
         # A picture that fetches nothing: without rich's web font, the reader's own monospace font is used.
         svg.write_text(re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL), encoding="utf-8")
+
+
+@app.command()
+def evaluate(
+    tasks: Annotated[list[str], typer.Argument(help="Names of tasks, or paths of YAML files.")],
+    decoders: Annotated[str, typer.Option(help="Names, separated by commas; default: all that can take part.")] = "",
+    budgets: Annotated[str, typer.Option(help="LM tokens a prompt, separated by commas.")] = "50,100,200,400,800",
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of the decoders that draw.")] = 3,
+    q: Annotated[
+        list[str] | None,
+        typer.Option("--q", help="Folder of a trained Q, one option per training seed; default: the shipped one."),
+    ] = None,
+    folder: Annotated[
+        Path, typer.Option("--out", help="Where to write; what is finished there is not run again.")
+    ] = Path("runs/evaluation"),
+    tune: Annotated[bool, typer.Option(help="Tune the decoders on the dev prompts, with 4 trials each.")] = True,
+) -> None:
+    """Compare decoders at equal LM tokens on a task's held-out prompts, and write a report with plots.
+
+    Every decoder that can take part is tuned on the dev prompts with the same number of trials; all share one token
+    tree. Each task gets a folder in --out with results.csv, report.md and plots; --out/RESULTS.md has all reports. It
+    can be stopped at any moment: what is finished stays.
+    """
+    from rich.progress import Progress
+
+    from .agents import pretrained_names
+    from .agents.comparison import Comparison
+    from .agents.report import write_report
+    from .errors import ConfigurationError
+    from .tasks import load_task
+
+    try:
+        limits = [int(part) for part in budgets.split(",")]
+    except ValueError:
+        raise ConfigurationError(f"--budgets is a list such as 50,100,200, got {budgets!r}") from None
+    names = [name.strip() for name in decoders.split(";" if ";" in decoders else ",") if name.strip()]
+    specs = [load_task(task) for task in tasks]
+    _quiet()
+    pages: list[str] = []
+    command = shlex.join(["qstar", *sys.argv[1:]])
+    for spec in specs:
+        qs = q or ([spec.name] if spec.name in pretrained_names() else [])
+        with _status(f"{spec.name}: loading the language model"):
+            comparison = Comparison(
+                spec, folder / spec.name, decoders=names, budgets=limits, seeds=seeds, qs=qs, tune=tune
+            )
+        with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
+            line = bar.add_task(spec.name)
+            comparison.run(
+                lambda text, done, total, bar=bar, line=line, name=spec.name: bar.update(  # type: ignore[misc]
+                    line, description=f"{name}: {text}", completed=done, total=total
+                )
+            )
+        path = write_report(comparison, command, [h.q.description for h in comparison.heuristics])
+        out.print(f"{spec.name}: {path}", soft_wrap=True)
+        # The plots lie beside each report; from the folder above they are one step down.
+        pages.append(path.read_text(encoding="utf-8").replace("![](", f"![]({spec.name}/"))
+    (folder / "RESULTS.md").write_text("# Results\n\n" + "\n".join(pages), encoding="utf-8")
+    out.print(f"all: {folder / 'RESULTS.md'}", soft_wrap=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .astar import SEARCHES, AStarPlanner
-    from .decoders import DECODERS, BeamSearch, GreedyDecoder, SamplingDecoder, make_decoder
+    from .contenders import CONTENDERS, DECODERS, Contender, make_decoder
+    from .decoders import (
+        ARGSDecoder,
+        BeamSearch,
+        BlockwiseDecoder,
+        DiverseBeamSearch,
+        GreedyDecoder,
+        ILQLDecoder,
+        MajorityVote,
+        SamplingDecoder,
+    )
     from .diagnostics import Calibration, Diagnostics, calibration
     from .evaluation import Outcomes, evaluate, paired_bootstrap
     from .heuristics import (
@@ -26,36 +36,44 @@ if TYPE_CHECKING:
         mean,
     )
     from .masked_dqn import MaskableDQN, MaskableQRDQN
-    from .planning import Decoder, Plan
+    from .planning import Decoder, Plan, Stream
     from .policies import TokenQNetwork, TokenQPolicy, TokenQuantilePolicy
     from .q_function import QFunction, pretrained_names
     from .qstar import QStar
     from .replay import MaskedReplayBuffer
     from .search import Budget, Search, Usage
+    from .tree_search import MCTS, LevinTreeSearch, RebaseSearch
 
 _HOMES = {
+    "ARGSDecoder": "decoders",
     "AStarPlanner": "astar",
     "BeamSearch": "decoders",
+    "BlockwiseDecoder": "decoders",
     "BoundHeuristic": "heuristics",
     "Budget": "search",
     "Calibration": "diagnostics",
     "calibration": "diagnostics",
     "CombinedHeuristic": "heuristics",
+    "Contender": "contenders",
+    "CONTENDERS": "contenders",
     "Decoder": "planning",
-    "DECODERS": "decoders",
+    "DECODERS": "contenders",
     "Diagnostics": "diagnostics",
+    "DiverseBeamSearch": "decoders",
     "evaluate": "evaluation",
     "GreedyDecoder": "decoders",
     "Heuristic": "heuristics",
-    "make_decoder": "decoders",
-    "maximum": "heuristics",
-    "mean": "heuristics",
-    "OracleHeuristic": "heuristics",
-    "SEARCHES": "astar",
-    "SoftValueHeuristic": "heuristics",
+    "ILQLDecoder": "decoders",
+    "LevinTreeSearch": "tree_search",
+    "MajorityVote": "decoders",
+    "make_decoder": "contenders",
     "MaskableDQN": "masked_dqn",
     "MaskableQRDQN": "masked_dqn",
     "MaskedReplayBuffer": "replay",
+    "maximum": "heuristics",
+    "MCTS": "tree_search",
+    "mean": "heuristics",
+    "OracleHeuristic": "heuristics",
     "Outcomes": "evaluation",
     "paired_bootstrap": "evaluation",
     "Plan": "planning",
@@ -63,8 +81,12 @@ _HOMES = {
     "QFunction": "q_function",
     "QHeuristic": "heuristics",
     "QStar": "qstar",
+    "RebaseSearch": "tree_search",
     "SamplingDecoder": "decoders",
     "Search": "search",
+    "SEARCHES": "astar",
+    "SoftValueHeuristic": "heuristics",
+    "Stream": "planning",
     "TokenQNetwork": "policies",
     "TokenQPolicy": "policies",
     "TokenQuantilePolicy": "policies",
@@ -74,18 +96,27 @@ _HOMES = {
 }
 
 __all__ = [
+    "CONTENDERS",
     "DECODERS",
+    "MCTS",
     "SEARCHES",
+    "ARGSDecoder",
     "AStarPlanner",
     "BeamSearch",
+    "BlockwiseDecoder",
     "BoundHeuristic",
     "Budget",
     "Calibration",
     "CombinedHeuristic",
+    "Contender",
     "Decoder",
     "Diagnostics",
+    "DiverseBeamSearch",
     "GreedyDecoder",
     "Heuristic",
+    "ILQLDecoder",
+    "LevinTreeSearch",
+    "MajorityVote",
     "MaskableDQN",
     "MaskableQRDQN",
     "MaskedReplayBuffer",
@@ -95,9 +126,11 @@ __all__ = [
     "QFunction",
     "QHeuristic",
     "QStar",
+    "RebaseSearch",
     "SamplingDecoder",
     "Search",
     "SoftValueHeuristic",
+    "Stream",
     "TokenQNetwork",
     "TokenQPolicy",
     "TokenQuantilePolicy",

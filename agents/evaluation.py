@@ -50,6 +50,8 @@ def evaluate(
     """
     loaded = load_prompts(prompts)
     plans = decoder.plan_many(loaded, budget, progress=progress)
+    if any(plan.stop_reason == "interrupted" for plan in plans):
+        raise KeyboardInterrupt  # a comparison must not take what was cut off for what a decoder can do
     rewards = np.array([plan.reward for plan in plans])
     unknown = np.flatnonzero(np.isnan(rewards))
     if len(unknown):

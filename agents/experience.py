@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +54,22 @@ def _backed_up(search: Search, values: Values) -> Values:
         came_by = search.parent[row], np.flatnonzero(search.child[search.parent[row]] == row)
         best[came_by] = best[row].max()
     return np.where(np.isneginf(best), np.nan, best)
+
+
+class Batch(NamedTuple):
+    """States drawn from the experience.
+
+    Attributes:
+        rows: int64 [batch], where they are kept.
+        observation: By name, [batch, …].
+        target: float32 [batch, k], NaN where there is none.
+        found: bool [batch, k], whether the target is what a completion was worth, not an estimate at the border.
+    """
+
+    rows: npt.NDArray[np.int64]
+    observation: dict[str, npt.NDArray[Any]]
+    target: npt.NDArray[np.float32]
+    found: npt.NDArray[np.bool_]
 
 
 class SearchExperience:
@@ -125,24 +141,17 @@ class SearchExperience:
         )
         return int(np.isfinite(target).sum())
 
-    def sample(
-        self, batch_size: int, rng: np.random.Generator, exponent: float = 0.0
-    ) -> tuple[npt.NDArray[np.int64], dict[str, npt.NDArray[Any]], npt.NDArray[np.float32]]:
-        """Draw ``batch_size`` states with probabilities in proportion to priority ** exponent.
-
-        Returns:
-            Their rows int64 [batch], observations, and targets float32 [batch, k], NaN where there is none.
-        """
+    def sample(self, batch_size: int, rng: np.random.Generator, exponent: float = 0.0) -> Batch:
+        """Draw ``batch_size`` states with probabilities in proportion to priority ** exponent."""
         if exponent:
             heap = np.cumsum(self._columns["priority"][: self.size].astype(np.float64) ** exponent)
             rows = np.searchsorted(heap, rng.random(batch_size) * heap[-1], side="right")
         else:
             rows = rng.integers(self.size, size=batch_size)
-        apart = ("priority", "found", "key")
-        batch = {name: column[rows] for name, column in self._columns.items() if name not in apart}
-        target, tokens = batch.pop("target"), batch.pop("tokens")
-        batch["candidates"] = self._features[tokens].reshape(batch_size, -1)
-        return rows, batch, target
+        drawn = {name: column[rows] for name, column in self._columns.items() if name not in ("priority", "key")}
+        target, found, tokens = (drawn.pop(name) for name in ("target", "found", "tokens"))
+        drawn["candidates"] = self._features[tokens].reshape(batch_size, -1)
+        return Batch(rows, drawn, target, found)
 
     def prioritize(self, rows: npt.NDArray[np.int64], errors: npt.NDArray[np.float32]) -> None:
         """Remember how far off Q was in these states: |error| [batch] is their priority from now on."""

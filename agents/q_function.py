@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -178,6 +179,14 @@ class QFunction(LearnedFunction):
         from .checkpoints import save_q_function
 
         save_q_function(self, Path(folder), description or self.description)
+
+    def fingerprint(self) -> str:
+        """Return a digest of the weights, by which one Q-function is told from another."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.network.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def values(self, mdp: DecodingMDP, prompts: Sequence[Prompt], nodes: IntArray) -> Values:
         """Return the estimated best return through each edge, φ(s) added back, float64 [n, k].

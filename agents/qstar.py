@@ -221,16 +221,20 @@ class QStar(DQN):
             scorer.standardize(torch.from_numpy(self.experience.hidden).to(self.device))
         losses, errors = [], []
         for _ in range(gradient_steps if self.experience.size else 0):
-            rows, observation, target = self.experience.sample(batch_size, self.rng, self.priority)
-            inputs = {key: torch.from_numpy(value).to(self.device) for key, value in observation.items()}
+            batch = self.experience.sample(batch_size, self.rng, self.priority)
+            inputs = {key: torch.from_numpy(value).to(self.device) for key, value in batch.observation.items()}
             answers = scorer.answers(inputs)  # [batch, k, heads]
-            wanted = torch.from_numpy(target).to(self.device).unsqueeze(-1)
+            wanted = torch.from_numpy(batch.target).to(self.device).unsqueeze(-1)
             heard = ~torch.isnan(wanted).expand_as(answers)
             if scorer.heads > 1:  # each head learns from half of the states, so that they stay apart
                 heard = heard & (torch.rand(len(answers), 1, scorer.heads, device=self.device) < 0.5)
             error = torch.where(heard, wanted - answers, 0.0)
             count = heard.sum().clamp(min=1)
-            weight = torch.where(error > 0, self.optimism, 1 - self.optimism)
+            # An estimate is Q's own. It may lower Q, never raise it: a Q that raises itself soon prefers all that it has
+            # not tried to what it has.
+            found = torch.from_numpy(batch.found).to(self.device).unsqueeze(-1)
+            down = torch.where(found, 1 - self.optimism, self.optimism)
+            weight = torch.where(error > 0, self.optimism * found, down)
             size = error.square() if self.regression == "expectile" else error.abs()
             loss = (weight * size).sum() / count
             if not torch.isfinite(loss):
@@ -243,7 +247,8 @@ class QStar(DQN):
             self.policy.optimizer.step()
             self._n_updates += 1
             if self.priority:
-                self.experience.prioritize(rows, error.detach().abs().amax(dim=(1, 2)).cpu().numpy())
+                wrong = torch.where(weight > 0, error.detach().abs(), 0.0).amax(dim=(1, 2))
+                self.experience.prioritize(batch.rows, wrong.cpu().numpy())
             losses.append(loss.item())
             errors.append(float(error.detach().sum() / count))
         if losses:

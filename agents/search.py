@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
@@ -153,6 +154,8 @@ class Search:
         status: int8 [rows, k] (:class:`Status`).
         child: int64 [rows, k], the row that an expanded edge leads to, else -1.
         best: The best completion so far, the incumbent.
+        completions: What was finished, by row and action.
+        draws: How often a sampler drew each finishing edge.
         stop_reason: Why it is over; empty while it is not. See :class:`~qstar_decoding.agents.planning.Plan`.
     """
 
@@ -173,8 +176,10 @@ class Search:
         self.completions: dict[tuple[int, int], Completion] = {}
         self.best: Completion | None = None
         self._leaders: list[float] = []  # a heap of the best few objectives
+        self._unscored = -math.inf  # the largest U of what was finished without asking the reward
         self._strategy = decoder.search(self)
         self._wish = NO_EDGES  # what it asked for last
+        self.draws: Counter[tuple[int, int]] = Counter()
         self.trace: list[TracePoint] = []
         self.lm_forwards = self.reward_calls = 0
         self._started, self._seconds_before = time.perf_counter(), 0.0
@@ -201,7 +206,7 @@ class Search:
     def upper_bound(self) -> float:
         """UB, the largest U of everything not explored, pruned edges included, or LB."""
         rows = slice(0, self.size)
-        bounds = [self.lower_bound, self.open_bound[rows].max(initial=-math.inf)]
+        bounds = [self.lower_bound, self._unscored, self.open_bound[rows].max(initial=-math.inf)]
         if self.scope == "full vocabulary":
             bounds.append(self.omitted[rows].max(initial=-math.inf))
         return float(max(bounds))
@@ -299,6 +304,8 @@ class Search:
             if not math.isnan(completion.objective):
                 enter = heapq.heappush if len(self._leaders) < self.decoder.wanted else heapq.heappushpop
                 enter(self._leaders, completion.objective)
+        if self.score == "q":
+            self._unscored = max(self._unscored, float(self.bound[edges].max(initial=-math.inf)))
         self.status[edges] = Status.FINISHED
         self._close(edges.rows)
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ..errors import ConfigurationError, PromptError, check_integer, check_number
 from ..rewards import Reward, as_reward
 from .language_model import IntArray, LanguageModel, free_memory, load_language_model
-from .prompts import Prompt
+from .prompts import Prompt, columns_of
 from .token_tree import TokenTree
 from .toy import TOY, toy_language_model
 
@@ -245,10 +245,17 @@ class DecodingMDP:
         if len(asked):
             ids, texts = self.tree.completions(nodes[asked]), self.texts(nodes[asked])
             whose = [prompts[i] for i in asked.tolist()]
-            values[asked] = self.reward.potential([p.text for p in whose], texts, ids, **_columns(whose))
+            values[asked] = self.reward.potential([p.text for p in whose], texts, ids, **columns_of(whose))
             fresh = asked[kept[asked]]
             self._potentials[nodes[fresh]] = values[fresh]
         return values
+
+    def edge_potentials(self, prompt: Prompt, node: int, actions: IntArray) -> Values:
+        """Return φ of the prefixes that ``m`` edges of one state make, float64 [m]; it costs no forward."""
+        prefix, [tokens] = self.tree.completion_ids(node), self.tree.tokens[[node]]
+        ids = [[*prefix, token] for token in tokens[actions].tolist()]
+        same = [prompt] * len(ids)
+        return self.reward.potential([p.text for p in same], [self._decode(x) for x in ids], ids, **columns_of(same))
 
     def reward_bound(self, prompts: Sequence[Prompt], nodes: IntArray) -> Values:
         """Return r_max(s), what the reward of no completion of each state exceeds, float64 [n]."""
@@ -256,7 +263,7 @@ class DecodingMDP:
             return np.full(len(nodes), self.reward.upper)
         ids, texts = self.tree.completions(nodes), self.texts(nodes)
         whose, remaining = [p.text for p in prompts], self.remaining(nodes).tolist()
-        return self.reward.upper_bound(whose, texts, remaining, ids, **_columns(prompts))
+        return self.reward.upper_bound(whose, texts, remaining, ids, **columns_of(prompts))
 
     # -- edges --------------------------------------------------------------------------------------------------------
 
@@ -310,7 +317,7 @@ class DecodingMDP:
         Raises:
             RewardError: The reward model did not return one number within its bounds per text.
         """
-        return self.reward([p.text for p in prompts], list(texts), list(ids), **_columns(prompts))
+        return self.reward([p.text for p in prompts], list(texts), list(ids), **columns_of(prompts))
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -327,8 +334,3 @@ class DecodingMDP:
 
 def _same(one: Prompt, other: Prompt) -> bool:
     return one is other or (one.text == other.text and not one.columns and not other.columns)
-
-
-def _columns(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
-    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
-    return {name: [prompt.columns.get(name) for prompt in prompts] for name in names}

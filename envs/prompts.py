@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import PromptError
 
-__all__ = ["DEFAULT_PROMPTS", "Prompt", "as_prompt", "load_prompts"]
+__all__ = ["DEFAULT_PROMPTS", "Prompt", "as_prompt", "columns_of", "load_prompts"]
 
 DEFAULT_PROMPTS = (
     "The movie was",
@@ -44,6 +44,12 @@ class Prompt:
         if isinstance(self.content, str):
             return self.content
         return "\n".join(message["content"] for message in self.content)
+
+
+def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
+    """Return the columns of ``n`` prompts by name, as a reward takes them; None where a prompt lacks one."""
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+    return {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
 
 
 def as_prompt(source: Any) -> Prompt:

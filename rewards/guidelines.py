@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import ConfigurationError
 from .base import OnError, Reward
 
-__all__ = ["CompleteSentence", "Keywords", "Pangram"]
+__all__ = ["AllKeywords", "CompleteSentence", "Keywords", "Pangram"]
 
 _WORD = re.compile(r"[^\W\d_]+")
 _SUFFIXES = ("", "s", "es", "d", "ed", "ing")
@@ -60,6 +60,28 @@ class Keywords(Reward):
         return [
             _coverage(completion, keywords)
             for completion, keywords in zip(completions, columns["keywords"], strict=True)
+        ]
+
+    score_prefixes = score
+
+
+class AllKeywords(Keywords):
+    """1 if the completion uses all of the column ``keywords`` and ends as a sentence does, else 0."""
+
+    name = "all_keywords"
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float | None]:
+        """Return 1 or 0 for each completion, None where the prompt has no keywords; raises as `Keywords` does."""
+        covered = super().score(prompts, completions, completion_ids, **columns)
+        return [
+            None if share is None else float(share == 1 and bool(_SENTENCE_END.search(text.rstrip())))
+            for share, text in zip(covered, completions, strict=True)
         ]
 
     score_prefixes = score

@@ -20,6 +20,8 @@ RewardFactory = Callable[..., Reward]  # a subclass of Reward is one
 Factory = TypeVar("Factory", bound=RewardFactory)
 
 _factories: dict[str, str | RewardFactory] = {
+    "afinn": ".sentiment:Afinn",
+    "all_keywords": ".guidelines:AllKeywords",
     "complete_sentence": ".guidelines:CompleteSentence",
     "exact_answer": ".reasoning:ExactAnswer",
     "keywords": ".guidelines:Keywords",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from ..errors import ConfigurationError
 from .base import OnError, Reward
 
-__all__ = ["Sentiment"]
+__all__ = ["Afinn", "Sentiment"]
 
 
 class Sentiment(Reward):
@@ -52,6 +53,50 @@ class Sentiment(Reward):
         return [_analyzer().polarity_scores(text)["compound"] for text in completions]
 
     score_prefixes = score
+
+
+class Afinn(Reward):
+    """AFINN's valence of the completion, from -1 to 1: a second opinion on sentiment, to check the first one with.
+
+    Nielsen, "A new ANEW: evaluation of a word list for sentiment analysis in microblogs", 2011. The words' valences,
+    -5 to 5, rated by another person for another list, are summed to x without any rules, and x becomes x / √(x² + 15).
+    """
+
+    name, lower, upper = "afinn", -1.0, 1.0
+    reads_token_ids = False
+
+    def __init__(self, *, on_error: OnError = "raise", penalty: float | None = None) -> None:
+        """Load the word list; the arguments are those of `Reward`.
+
+        Raises:
+            ConfigurationError: The library afinn is not installed.
+        """
+        super().__init__(on_error=on_error, penalty=penalty)
+        _afinn()
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float | None]:
+        """Return the valence of each completion."""
+        sums = [_afinn().score(text) for text in completions]
+        return [x / math.sqrt(x * x + 15) for x in sums]
+
+    score_prefixes = score
+
+
+@functools.cache
+def _afinn() -> Any:
+    try:
+        from afinn import Afinn as WordList
+    except ImportError as error:
+        raise ConfigurationError(
+            "the reward 'afinn' needs afinn, which is not installed: run pip install afinn"
+        ) from error
+    return WordList()
 
 
 @functools.cache

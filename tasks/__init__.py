@@ -104,6 +104,7 @@ class Task(_Strict):
         steps: LM tokens to train for.
         training: Arguments of :class:`~qstar_decoding.agents.QStar`.
         planner: Arguments of :class:`~qstar_decoding.agents.AStarPlanner`, chosen on the dev prompts.
+        gold: A second reward, which nobody optimises; what it thinks of the texts is measured beside the first.
         budgets: LM tokens a prompt at which Q is tried during and after the training.
     """
 
@@ -114,6 +115,7 @@ class Task(_Strict):
     steps: int = Field(ge=1)
     training: dict[str, Any] = {}
     planner: dict[str, Any] = {}
+    gold: str | None = None
     budgets: list[Annotated[int, Field(ge=1)]] = Field([50, 200], min_length=1)
 
 

@@ -33,13 +33,25 @@ from qstar_decoding.errors import ConfigurationError, HeuristicError, PromptErro
 from qstar_decoding.rewards import Reward, as_reward
 
 
+class PseudoRandom(Reward):
+    """A reward in [-1, 1] with no structure that a search could exploit; its potential has none either."""
+
+    lower, upper = -1.0, 1.0
+
+    def __init__(self, seed):
+        super().__init__()
+        self.seed = seed
+
+    def score(self, prompts, completions, completion_ids=None, **columns):
+        return [
+            math.sin(sum((i + 1) * ord(c) for i, c in enumerate(text)) * (self.seed + 1.37)) for text in completions
+        ]
+
+    score_prefixes = score
+
+
 def pseudo_random_reward(seed):
-    """A reward in [-1, 1] with no structure that a search could exploit."""
-
-    def reward(prompt, completion):
-        return math.sin(sum((i + 1) * ord(c) for i, c in enumerate(completion)) * (seed + 1.37))
-
-    return as_reward(reward, lower=-1.0, upper=1.0)
+    return PseudoRandom(seed)
 
 
 @st.composite

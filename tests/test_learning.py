@@ -315,7 +315,7 @@ def test_the_experience_is_a_ring():
     assert small.experience.size == small.experience.capacity < 1200
     keys = small.experience.state()["key"]
     assert len(set(keys.tolist())) == len(keys)
-    assert np.isfinite(small.experience.sample(64, np.random.default_rng(0))[2]).any(axis=1).all()
+    assert np.isfinite(small.experience.sample(64, np.random.default_rng(0)).target).any(axis=1).all()
 
 
 def test_a_policy_without_mask_support_still_plans_within_the_mask():
@@ -450,7 +450,7 @@ def test_of_several_heads_the_largest_answer_counts_and_they_differ(tmp_path):
     env = make_env()
     options = {**SMALL, "policy_kwargs": {"width": 32, "dropout": 0.0, "heads": 3}}
     agent = QStar(TokenQPolicy, env, seed=0, **options).learn(300)
-    _, observation, _ = agent.experience.sample(20, np.random.default_rng(0))
+    observation = agent.experience.sample(20, np.random.default_rng(0)).observation
     inputs = {key: torch.from_numpy(value) for key, value in observation.items()}
     scorer = agent.q_net.scorer.eval()
     answers = scorer.answers(inputs)

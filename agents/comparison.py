@@ -1,0 +1,260 @@
+"""Decoders compared at equal LM tokens: every decoder, budget and seed is a cell, kept on disk when it is finished.
+
+A comparison can be stopped at any moment and goes on where it was. Before it begins, every decoder with settings is
+tuned on the dev prompts, each with as many trials as the others. What comes out is a table with one row per prompt and
+cell, and a report made from it (:mod:`~qstar_decoding.agents.report`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..envs import DecodingMDP, load_prompts
+from ..envs.prompts import columns_of
+from ..errors import ConfigurationError, UnknownNameError, check_integer
+from ..rewards import Reward, as_reward
+from ..tasks import Task
+from .contenders import CONTENDERS
+from .evaluation import Outcomes, evaluate
+from .heuristics import QHeuristic
+
+__all__ = ["Cell", "Comparison"]
+
+TRIALS = 4
+_TIMED_PROMPTS = 5
+
+
+class Cell(NamedTuple):
+    """One decoder with one budget (None where it cannot use one) and one seed."""
+
+    decoder: str
+    budget: int | None
+    seed: int
+
+    @property
+    def file(self) -> str:
+        """The name of the file that its results are kept in."""
+        name = re.sub(r"\W+", "-", self.decoder.replace("*", "star")).strip("-").lower()
+        return f"{name}-{self.budget or 'any'}-{self.seed}.json"
+
+
+@dataclass
+class Comparison:
+    """What is compared on what; a description that a folder belongs to.
+
+    Attributes:
+        task: The task; its test prompts are decoded, its dev prompts serve for tuning.
+        decoders: Names of :data:`~qstar_decoding.agents.contenders.CONTENDERS`; empty for all that can take part.
+        budgets: LM tokens a prompt.
+        seeds: How many seeds; those of Q-functions go round where there are fewer.
+        qs: Q-functions, one per training seed: what :class:`QHeuristic` takes. Empty for none.
+        folder: Where everything is kept.
+        tune: Whether settings are tuned; otherwise every decoder has its defaults.
+    """
+
+    task: Task
+    folder: Path
+    decoders: Sequence[str] = ()
+    budgets: Sequence[int] = (50, 100, 200, 400)
+    seeds: int = 1
+    qs: Sequence[str] = ()
+    tune: bool = True
+
+    def __post_init__(self) -> None:
+        """Check everything that can be checked before any work.
+
+        Raises:
+            ConfigurationError: A number is out of range, a decoder cannot take part, or the folder holds another
+                comparison.
+            UnknownNameError: There is no such decoder.
+        """
+        self.score = self.task.planner.get("score", "reward")
+        self.budgets = sorted({check_integer("a budget", budget) for budget in self.budgets})
+        check_integer("seeds", self.seeds)
+        for name in self.decoders:
+            if name not in CONTENDERS:
+                raise UnknownNameError("decoder", name, CONTENDERS)
+        if not self.budgets:
+            raise ConfigurationError("at least one budget is needed")
+        self.heuristics = [QHeuristic(q) for q in self.qs]
+        self.mdp = self._new_mdp()
+        for heuristic in self.heuristics:
+            heuristic.q.check(self.mdp)
+        self.gold: Reward | None = None if self.task.gold is None else as_reward(self.task.gold)
+        for name in self.decoders:
+            if why := self._barred(name):
+                raise ConfigurationError(f"{name!r} cannot take part in {self.task.name!r}: {why}")
+        self.names = list(self.decoders) or [name for name in CONTENDERS if not self._barred(name)]
+        self._claim()
+
+    def cells(self) -> Iterator[Cell]:
+        """Yield all cells, the cheap budgets first; a decoder that neither draws nor uses Q needs one seed."""
+        for budget in (None, *self.budgets):
+            for name in self.names:
+                contender = CONTENDERS[name]
+                if contender.budgeted == (budget is None):
+                    continue
+                count = self.seeds if contender.random else 1
+                if contender.uses == "q":
+                    count = max(count, len(self.heuristics))
+                yield from (Cell(name, budget, seed) for seed in range(count))
+
+    def run(self, progress: Callable[[str, int, int], None] = lambda text, done, total: None) -> None:
+        """Tune what is not tuned, decode what is not decoded, and time what is not timed.
+
+        Args:
+            progress: Told what is being done, how much is done, and of how much.
+
+        Raises:
+            KeyboardInterrupt: At an interrupt; what was finished is kept.
+        """
+        cells = [cell for cell in self.cells() if not self._path(cell).is_file()]
+        total = len(cells) + 2 * len(self.names)
+        for done, name in enumerate(self.names):
+            progress(f"tuning {name}", done, total)
+            self.setting(name)
+        for done, cell in enumerate(cells, start=len(self.names)):
+            progress(f"{cell.decoder}, {cell.budget or 'any'} LM tokens, seed {cell.seed}", done, total)
+            write_json(self._path(cell), self._decode(cell))
+        for done, name in enumerate(self.names, start=len(self.names) + len(cells)):
+            progress(f"timing {name}", done, total)
+            self._time(name)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return what was measured: one dict per prompt and finished cell."""
+        rows: list[dict[str, Any]] = []
+        for cell in self.cells():
+            if self._path(cell).is_file():
+                found = json.loads(self._path(cell).read_text(encoding="utf-8"))
+                rows += [
+                    {"task": self.task.name, **cell._asdict(), "prompt_index": i, **r} for i, r in enumerate(found)
+                ]
+        return rows
+
+    def setting(self, name: str) -> dict[str, Any]:
+        """Return the setting of a decoder's grid that did best on the dev prompts, tried at the middle budget."""
+        contender, path = CONTENDERS[name], self.folder / "settings.json"
+        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if name not in known:
+            trials = list(contender.grid[:TRIALS]) if self.tune else []
+            budget = self.budgets[len(self.budgets) // 2]
+            dev = self.task.prompts.of("dev")
+            means = [
+                float(np.nanmean(evaluate(self._make(name, 0, **trial), dev, budget).objectives)) for trial in trials
+            ]
+            best = dict(trials[int(np.argmax(means))]) if trials else {}
+            known[name] = {"setting": best, "dev": {json.dumps(t): m for t, m in zip(trials, means, strict=True)}}
+            write_json(path, known)
+        chosen: dict[str, Any] = known[name]["setting"]
+        return chosen
+
+    def timings(self) -> dict[str, dict[str, float]]:
+        """Return seconds and bytes of keys and values a prompt of each decoder at the largest budget."""
+        path = self.folder / "timings.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _new_mdp(self) -> DecodingMDP:
+        apart = ("shaping", "gamma", "candidate_dims")  # these concern the environment, not what is searched
+        return DecodingMDP(**{key: value for key, value in self.task.env.items() if key not in apart})
+
+    def _barred(self, name: str) -> str:
+        """Return why a decoder cannot take part, or nothing."""
+        contender = CONTENDERS[name]
+        if contender.uses == "q" and not self.heuristics:
+            return "it needs a Q-function, and none was given (--q) or is shipped for the task"
+        if contender.uses == "reward" and self.score == "q":
+            return "it looks at the reward, which this task keeps from the decoders"
+        if name == "ARGS" and not self.mdp.reward.has_potential:
+            return "it scores prefixes, and the reward has no potential that could"
+        return ""
+
+    def _make(self, name: str, seed: int, mdp: DecodingMDP | None = None, **setting: Any) -> Any:
+        q = self.heuristics[seed % len(self.heuristics)] if self.heuristics else None
+        return CONTENDERS[name].make(mdp or self.mdp, q, seed, self.task.planner, **setting)
+
+    def _decode(self, cell: Cell) -> list[dict[str, Any]]:
+        decoder = self._make(cell.decoder, cell.seed, **self.setting(cell.decoder))
+        prompts = self.task.prompts.of("test")
+        return measurements(evaluate(decoder, prompts, cell.budget), prompts, self.gold)
+
+    def _time(self, name: str) -> None:
+        """Time a decoder alone, on a tree that no other has filled, with the prompts one after the other."""
+        path, known = self.folder / "timings.json", self.timings()
+        if name in known:
+            return
+        seconds, size = [], []
+        for prompt in self.task.prompts.of("test")[:_TIMED_PROMPTS]:
+            decoder = self._make(name, 0, self.mdp.fresh(), **self.setting(name))
+            usage = evaluate(decoder, [prompt], self.budgets[-1]).plans[0].usage
+            seconds.append(usage.seconds)
+            size.append(usage.kv_bytes)
+        write_json(path, {**known, name: {"seconds": float(np.mean(seconds)), "kv_bytes": float(np.mean(size))}})
+
+    def _path(self, cell: Cell) -> Path:
+        return self.folder / "cells" / cell.file
+
+    def _claim(self) -> None:
+        """Write down what the folder holds, or check that it is this."""
+        mine = {
+            "task": self.task.model_dump(mode="json", exclude={"steps", "training", "budgets"}),
+            "qs": [heuristic.q.fingerprint() for heuristic in self.heuristics],
+            "tune": self.tune,
+            "tuned_at": self.budgets[len(self.budgets) // 2],
+        }
+        path = self.folder / "comparison.json"
+        if path.is_file():
+            theirs = json.loads(path.read_text(encoding="utf-8"))
+            if differing := [key for key in mine if mine[key] != theirs.get(key)]:
+                raise ConfigurationError(
+                    f"{self.folder} holds another comparison: it differs in {', '.join(differing)}; give another "
+                    "folder, or delete that one"
+                )
+        (self.folder / "cells").mkdir(parents=True, exist_ok=True)
+        write_json(path, mine)
+
+
+def measurements(outcomes: Outcomes, prompts: Sequence[Any], gold: Reward | None) -> list[dict[str, Any]]:
+    """Return one dict of plain numbers per prompt; what is not finite is None."""
+    texts, ids = zip(*((plan.text, plan.token_ids) for plan in outcomes.plans), strict=True)
+    golds = [math.nan] * len(texts)
+    if gold is not None:
+        loaded = load_prompts(prompts)
+        golds = gold([prompt.text for prompt in loaded], list(texts), list(ids), **columns_of(loaded)).tolist()
+    rows = []
+    for plan, reward, objective, gold_reward in zip(
+        outcomes.plans, outcomes.rewards.tolist(), outcomes.objectives.tolist(), golds, strict=True
+    ):
+        values = {
+            "objective": objective,
+            "reward": reward,
+            "gold": gold_reward,
+            "logprob": plan.logprob,
+            "tokens": len(plan.token_ids),
+            "lm_tokens": plan.usage.lm_tokens,
+            "reward_calls": plan.usage.reward_calls,
+            "lower_bound": plan.lower_bound,
+            "upper_bound": plan.upper_bound,
+            "gap": plan.gap,
+        }
+        plain = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        rows.append(
+            {"prompt": plan.prompt, "text": plan.text, **plain, "certified": int(plan.certified), "stop": plan.stop}
+        )
+    return rows
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file that is whole or absent, wherever the process is killed."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    new.replace(path)

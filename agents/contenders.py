@@ -1,0 +1,167 @@
+"""Every decoder by name, with what it needs, where it comes from, and the settings that are tried when it is tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..envs import DecodingMDP
+from ..errors import UnknownNameError
+from .astar import AStarPlanner
+from .decoders import (
+    ARGSDecoder,
+    BeamSearch,
+    BlockwiseDecoder,
+    DiverseBeamSearch,
+    GreedyDecoder,
+    ILQLDecoder,
+    MajorityVote,
+    SamplingDecoder,
+)
+from .heuristics import Heuristic, ZeroHeuristic
+from .planning import Decoder
+from .tree_search import MCTS, LevinTreeSearch, RebaseSearch
+
+__all__ = ["CONTENDERS", "DECODERS", "Contender", "make_decoder"]
+
+# What a decoder may look at: the language model alone, the reward of finished texts (or of prefixes) too, Q too.
+Uses = Literal["lm", "reward", "q"]
+
+DECODERS: dict[str, type[Decoder]] = {
+    "args": ARGSDecoder,
+    "astar": AStarPlanner,
+    "beam": BeamSearch,
+    "blockwise": BlockwiseDecoder,
+    "diverse-beam": DiverseBeamSearch,
+    "greedy": GreedyDecoder,
+    "ilql": ILQLDecoder,
+    "levin": LevinTreeSearch,
+    "majority": MajorityVote,
+    "mcts": MCTS,
+    "rebase": RebaseSearch,
+    "sample": SamplingDecoder,
+}
+
+
+def make_decoder(name: str, env: Any, **kwargs: Any) -> Decoder:
+    """Return the decoder that is called ``name`` on the command line.
+
+    Raises:
+        UnknownNameError: There is none of that name.
+    """
+    if name not in DECODERS:
+        raise UnknownNameError("decoder", name, DECODERS)
+    return DECODERS[name](env, **kwargs)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One decoder of a comparison.
+
+    Attributes:
+        kind: Its class.
+        source: The paper that it comes from.
+        uses: What it looks at. Where a task keeps its reward from the decoders, those that use it cannot take part.
+        settings: What it is always given.
+        grid: The settings that are tried on the dev prompts; every decoder that has any has four.
+        random: Whether it draws, so that several seeds are worth running.
+        budgeted: Whether it can make use of a larger budget.
+    """
+
+    kind: Callable[..., Decoder]
+    source: str
+    uses: Uses
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    grid: Sequence[Mapping[str, Any]] = ()
+    random: bool = False
+    budgeted: bool = True
+
+    def make(
+        self, mdp: DecodingMDP, q: Heuristic | None, seed: int, planner: Mapping[str, Any], **setting: Any
+    ) -> Decoder:
+        """Return the decoder with one setting.
+
+        Args:
+            mdp: Where it decodes.
+            q: The heuristic, for those that use one.
+            seed: For those that draw.
+            planner: The task's own arguments of the planner: all for A* on Q, only ``score`` for others on Q.
+            setting: Of the grid.
+        """
+        options = {**self.settings, **setting}
+        if self.random:
+            options["seed"] = seed
+        if self.uses == "q":
+            given = planner if self.kind is AStarPlanner else {k: v for k, v in planner.items() if k == "score"}
+            options = {"heuristic": q, **given, **options}
+        return self.kind(mdp, **options)
+
+
+def _grid(name: str, *values: Any) -> list[dict[str, Any]]:
+    return [{name: value} for value in values]
+
+
+CONTENDERS: dict[str, Contender] = {
+    "greedy": Contender(GreedyDecoder, "the language model's favourite token", "lm", budgeted=False),
+    "sample": Contender(
+        SamplingDecoder,
+        "ancestral sampling",
+        "lm",
+        {"n": 1},
+        _grid("temperature", 1.0, 0.7, 0.5, 0.3),
+        random=True,
+        budgeted=False,
+    ),
+    "top-p": Contender(
+        SamplingDecoder,
+        "Holtzman et al. 2020",
+        "lm",
+        {"n": 1},
+        _grid("top_p", 0.95, 0.9, 0.8, 0.6),
+        random=True,
+        budgeted=False,
+    ),
+    "majority": Contender(
+        MajorityVote, "Wang et al. 2023", "lm", {}, _grid("temperature", 1.0, 0.7, 0.5, 0.3), random=True
+    ),
+    "beam": Contender(BeamSearch, "the likeliest text", "lm", {"rerank": False}),
+    "beam, reranked": Contender(BeamSearch, "beam search, the best J of the beam", "reward"),
+    "diverse beam": Contender(
+        DiverseBeamSearch, "Vijayakumar et al. 2018", "reward", {}, _grid("diversity", 0.01, 0.03, 0.1, 0.3)
+    ),
+    "best-of-n": Contender(
+        SamplingDecoder, "Stiennon et al. 2020", "reward", {}, _grid("temperature", 1.3, 1.0, 0.7, 0.5), random=True
+    ),
+    "best-first, h = 0": Contender(
+        AStarPlanner, "Dijkstra 1959", "reward", {"search": "qstar", "heuristic": ZeroHeuristic()}
+    ),
+    "best-first, h = bound": Contender(AStarPlanner, "Hart et al. 1968", "reward", {"search": "qstar"}),
+    "A*, no Q": Contender(AStarPlanner, "ours, h = bound", "reward", {}, _grid("taper", 0.0, 1.0, 2.0, 3.0)),
+    "Levin": Contender(LevinTreeSearch, "Orseau et al. 2018", "reward"),
+    "ARGS": Contender(
+        ARGSDecoder, "Khanov et al. 2024", "reward", {}, _grid("reward_weight", 1.0, 3.0, 10.0, 30.0), budgeted=False
+    ),
+    "arg max Q": Contender(GreedyDecoder, "Q-learning alone", "q", budgeted=False),
+    "VAS": Contender(
+        SamplingDecoder,
+        "Han et al. 2024; Mudgal et al. 2024",
+        "q",
+        {},
+        _grid("beta", 0.02, 0.05, 0.1, 0.2),
+        random=True,
+    ),
+    "ILQL": Contender(
+        ILQLDecoder,
+        "Snell et al. 2023",
+        "q",
+        {},
+        [{"beta": b, "temperature": t} for b, t in ((0.05, 1.0), (0.05, 0.5), (0.1, 0.5), (0.2, 0.3))],
+        random=True,
+    ),
+    "beam on g + Q": Contender(BeamSearch, "beam search, f = g + Q", "q"),
+    "blockwise": Contender(BlockwiseDecoder, "Mudgal et al. 2024", "q", {}, _grid("block", 2, 4, 8, 12), random=True),
+    "MCTS": Contender(MCTS, "Silver et al. 2017; Feng et al. 2023", "q", {}, _grid("exploration", 0.1, 0.3, 1.0, 3.0)),
+    "REBASE": Contender(RebaseSearch, "Wu et al. 2024", "q", {}, _grid("balance", 0.02, 0.05, 0.1, 0.3), random=True),
+    "Q*": Contender(AStarPlanner, "ours", "q", {}, _grid("margin", 0.0, 0.05, 0.1, 0.2)),
+}

@@ -1,0 +1,177 @@
+"""Tree searches other than A*, behind the planner's own interface: Levin tree search, PUCT MCTS, REBASE."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ..errors import check_integer, check_number
+from .astar import AStarPlanner
+from .decoders import affordable_width, generator
+from .planning import Decoder
+from .search import Edges, IntArray, Search, Status, Values
+
+__all__ = ["MCTS", "LevinTreeSearch", "RebaseSearch"]
+
+
+class LevinTreeSearch(AStarPlanner):
+    """Best-first in the order of depth / π(prefix): Levin tree search (Orseau et al. 2018), guided by the LM alone.
+
+    It finishes a text of probability p and length T after at most T / p expansions.
+    """
+
+    def __init__(self, env: Any, **kwargs: Any) -> None:
+        """See :class:`AStarPlanner`, whose core it uses."""
+        super().__init__(env, search="anytime", weight=1.0, margin=math.inf, **kwargs)
+
+    def priority(self, search: Search, rows: IntArray) -> Values:
+        """Return log π - log depth of what each edge leads to, float64 [n, k]."""
+        tree, nodes = search.mdp.tree, search.node[rows]
+        logprob = tree.path_logprob[nodes][:, None] + tree.logprobs[nodes]
+        values: Values = logprob - np.log(search.depth[rows] + 1.0)[:, None]
+        return values
+
+
+class MCTS(Decoder):
+    """Monte Carlo tree search by PUCT, with the language model as prior and the heuristic as value.
+
+    Silver et al. 2017; for texts Feng et al. 2023 (TS-LLM) and Liu et al. 2023 (PPO-MCTS). A simulation follows the
+    edges of largest value + c · prior · √visits / (1 + own visits) until it leaves what is expanded, expands
+    that edge, and adds f = max h there, or J where the text ended, to the mean of every edge on its way. After some
+    simulations the most visited edge is taken for good and its subtree is kept; at the end of a text the search begins
+    again at the prompt with everything it knows.
+    """
+
+    def __init__(
+        self,
+        env: Any,
+        *,
+        exploration: float = 1.0,
+        simulations: int | None = None,
+        temperature: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        """Search with PUCT.
+
+        Args:
+            env: An environment or a :class:`DecodingMDP`.
+            exploration: c, for values normalised to [0, 1] over the tree (Schrittwieser et al. 2020).
+            simulations: How many before a token is taken for good; by default the budget over the horizon.
+            temperature: Of the prior.
+            kwargs: See :class:`Decoder`.
+
+        Raises:
+            ConfigurationError: An argument is out of range.
+        """
+        super().__init__(env, **kwargs)
+        self.exploration = check_number("exploration", exploration, low=0)
+        self.temperature = check_number("temperature", temperature, low=0, open_low=True)
+        self.simulations = None if simulations is None else check_integer("simulations", simulations)
+
+    def search(self, search: Search) -> Iterator[Edges]:
+        """Yield the edge that each simulation ends with."""
+        horizon, k = search.mdp.max_new_tokens, search.mdp.top_k
+        unlimited = math.isinf(search.room)
+        most = self.simulations or (8 if unlimited else max(int(search.room) // horizon, 1))
+        visits, totals = np.zeros((64, k)), np.zeros((64, k))
+        known = search.f[0][(search.status[0] != Status.MASKED) & np.isfinite(search.f[0])]
+        low, high = float(known.min(initial=math.inf)), float(known.max(initial=-math.inf))
+        root = fruitless = 0
+        while fruitless < 20 * most and search.has_hope and not (unlimited and root < 0):
+            root, before = max(root, 0), search.size + len(search.completions)
+            for _ in range(most):
+                row, path = root, []
+                while True:
+                    if search.size > len(visits):
+                        more = np.zeros((search.size, k))
+                        visits, totals = np.concatenate((visits, more)), np.concatenate((totals, more))
+                    action = self._pick(search, row, visits[row], totals[row], low, high)
+                    path.append((row, action))
+                    edge = Edges(np.array([row]), np.array([action]))
+                    if search.status[row, action] != Status.EXPANDED:
+                        break
+                    row = int(search.child[row, action])
+                if search.status[edge][0] == Status.OPEN:
+                    yield edge
+                value = self._value(search, *path[-1])
+                if math.isfinite(value):
+                    low, high = min(low, value), max(high, value)
+                for step in path:
+                    visits[step] += 1
+                    totals[step] += value if math.isfinite(value) else low
+            taken = int(visits[root].argmax())
+            root = int(search.child[root, taken])  # -1 where the text ended: begin again
+            fruitless = fruitless + most if search.size + len(search.completions) == before else 0
+
+    def _pick(self, search: Search, row: int, visits: Values, totals: Values, low: float, high: float) -> int:
+        legal = search.status[row] != Status.MASKED
+        logprobs = search.mdp.tree.logprobs[search.node[row]].astype(np.float64) / self.temperature
+        prior = np.where(legal, np.exp(logprobs - logprobs.max(where=legal, initial=-np.inf)), 0.0)
+        prior /= prior.sum()
+        # What was not visited yet is expected to be worth what the heuristic says.
+        mean = np.where(visits > 0, totals / np.maximum(visits, 1), search.f[row])
+        value = np.clip((mean - low) / (high - low), 0.0, 1.0) if high > low else np.full(len(mean), 0.5)
+        score = value + self.exploration * prior * math.sqrt(visits.sum() + 1) / (1 + visits)
+        return int(np.where(legal, score, -np.inf).argmax())
+
+    @staticmethod
+    def _value(search: Search, row: int, action: int) -> float:
+        if (row, action) in search.completions:
+            return search.completions[row, action].objective
+        child = search.child[row, action]
+        legal = search.status[child] != Status.MASKED
+        return float(search.f[child].max(where=legal, initial=-np.inf))
+
+
+class RebaseSearch(Decoder):
+    """Level by level, each prefix gets children in proportion to exp(value / τ), drawn from the language model.
+
+    REBASE (Wu et al. 2024), with f = max h as the value of a prefix, in the place of a process reward model.
+    """
+
+    def __init__(
+        self, env: Any, *, width: int | None = None, balance: float = 0.1, seed: int = 0, **kwargs: Any
+    ) -> None:
+        """Keep ``width`` prefixes of each length in all, by default what the budget surely pays for.
+
+        Args:
+            env: An environment or a :class:`DecodingMDP`.
+            width: Number of prefixes of each length.
+            balance: τ, in units of J; small ones favour the best prefix.
+            seed: Draws depend on the seed and the prompt only.
+            kwargs: See :class:`Decoder`.
+
+        Raises:
+            ConfigurationError: An argument is out of range.
+        """
+        super().__init__(env, **kwargs)
+        self.width = None if width is None else check_integer("width", width)
+        self.balance, self.seed = check_number("balance", balance, low=0, open_low=True), seed
+
+    def search(self, search: Search) -> Iterator[Edges]:
+        """Yield the edges of one level at a time."""
+        rng, width = generator(self.seed, search), self.width or affordable_width(search)
+        rows: IntArray = np.zeros(1, dtype=np.int64)
+        while len(rows) and width > 0:
+            legal = search.status[rows] != Status.MASKED
+            value = np.where(legal, search.f[rows], -np.inf).max(axis=1)
+            share = np.exp((value - value.max()) / self.balance)
+            # The best prefixes first, as in the paper: each takes its rounded share of what is left.
+            edges: list[tuple[int, int]] = []
+            left, weight = width, share.sum()
+            for i in np.argsort(-value, kind="stable"):
+                count = min(max(round(left * share[i] / weight), 0), int(legal[i].sum())) if weight > 0 else 0
+                left, weight = left - count, weight - share[i]
+                logprobs = search.mdp.tree.logprobs[search.node[rows[i]]].astype(np.float64)
+                noisy = np.where(legal[i], logprobs + rng.gumbel(size=logprobs.shape), -np.inf)
+                edges += [(int(rows[i]), int(action)) for action in np.argsort(-noisy)[:count]]
+            if not edges:
+                return
+            followed = Edges(*np.array(edges, dtype=np.int64).T)
+            yield followed
+            children = search.child[followed]
+            width -= int((children < 0).sum())  # a finished text gives up its place
+            rows = children[children >= 0]
