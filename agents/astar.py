@@ -34,7 +34,7 @@ from ..envs import Finish
 from ..errors import ConfigurationError, UnknownNameError, check_integer, check_number
 from .heuristics import BoundHeuristic, Heuristic
 from .planning import Decoder
-from .search import Edges, IntArray, Scope, Score, Search, Status, Values
+from .search import NO_EDGES, Edges, IntArray, Scope, Score, Search, Status, Values
 
 __all__ = ["SEARCHES", "AStarPlanner", "Order"]
 
@@ -177,7 +177,12 @@ def level_by_level(planner: AStarPlanner, search: Search) -> Iterator[Edges]:
             if len(edges.rows):
                 yield edges
         if len(search.completions) + search.size == before and width >= widest(search):
-            margin = math.inf  # every edge that promised anything has been followed: stop betting
+            # Every edge that promised anything has been followed. Others may have better use for a budget in common;
+            # if not, stop betting.
+            search.is_idle = True
+            while search.pool is not None and not search.pool.all_idle:
+                yield NO_EDGES
+            margin = math.inf
         width = math.ceil(width * planner.growth) if math.isfinite(width) else width
 
 

@@ -36,9 +36,10 @@ def evaluate(
     prompts: Any,
     budget: Budget | int | None = None,
     *,
+    shared: bool = False,
     progress: Callable[[Search], None] | None = None,
 ) -> Outcomes:
-    """Decode every prompt, with a budget for each, and score what came out.
+    """Decode every prompt and score what came out.
 
     A text that the budget did not suffice to finish is scored as it stands: that is what a user would be left with.
 
@@ -46,10 +47,11 @@ def evaluate(
         decoder: A planner or a baseline; with ``score="q"`` it does not see the rewards returned here.
         prompts: See :func:`~qstar_decoding.envs.load_prompts`.
         budget: Of each prompt; an integer means LM tokens.
+        shared: Whether it is the budget of all prompts together.
         progress: Called after every step of a search.
     """
     loaded = load_prompts(prompts)
-    plans = decoder.plan_many(loaded, budget, progress=progress)
+    plans = decoder.plan_many(loaded, budget, shared=shared, progress=progress)
     if any(plan.stop_reason == "interrupted" for plan in plans):
         raise KeyboardInterrupt  # a comparison must not take what was cut off for what a decoder can do
     rewards = np.array([plan.reward for plan in plans])

@@ -12,7 +12,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy as np
 from ..envs import Completion, DecodingMDP, Finish, Prompt, load_prompts
 from ..envs.prompts import as_prompt
 from ..errors import ConfigurationError, HeuristicError, check_integer, check_number
-from .search import Budget, Edges, IntArray, Scope, Score, Search, TracePoint, Usage, Values
+from .search import Budget, Edges, IntArray, Pool, Scope, Score, Search, TracePoint, Usage, Values
 from .search_tree import SearchTree
 
 if TYPE_CHECKING:
@@ -203,10 +203,26 @@ class Decoder(ABC):
         return run(self, [as_prompt(prompt)], Budget.of(budget), progress)[0]
 
     def plan_many(
-        self, prompts: Any, budget: Budget | int | None = None, *, progress: Callable[[Search], None] | None = None
+        self,
+        prompts: Any,
+        budget: Budget | int | None = None,
+        *,
+        shared: bool = False,
+        progress: Callable[[Search], None] | None = None,
     ) -> list[Plan]:
-        """Find the best completion of each prompt, with a budget for each, in one batch of forwards."""
-        return run(self, load_prompts(prompts), Budget.of(budget), progress)
+        """Find the best completion of each prompt, in one batch of forwards.
+
+        Args:
+            prompts: See :func:`~qstar_decoding.envs.load_prompts`.
+            budget: Of each prompt; an integer means LM tokens.
+            shared: Whether the LM tokens are for all prompts together: what one does not need is there for the others.
+                Plans of a shared budget cannot be resumed.
+            progress: Called after every step of a search.
+
+        Raises:
+            ConfigurationError: ``shared``, and no budget of LM tokens.
+        """
+        return run(self, load_prompts(prompts), Budget.of(budget), progress, shared=shared)
 
     def resume(
         self, plan: Plan, budget: Budget | int | None = None, *, progress: Callable[[Search], None] | None = None
@@ -228,8 +244,8 @@ class Decoder(ABC):
         search = plan._search
         if search is None:
             raise ConfigurationError(
-                "this plan cannot be resumed: it was resumed already (go on with the newer plan), or was copied from "
-                "another process"
+                "this plan cannot be resumed: it was resumed already (go on with the newer plan), shared its budget, "
+                "or was copied from another process"
             )
         if search.decoder is not self:
             raise ConfigurationError("this plan is another decoder's; resume it with the one that made it")
@@ -319,10 +335,15 @@ def mdp_of(env: Any) -> DecodingMDP:
 
 
 def run(
-    decoder: Decoder, prompts: Sequence[Prompt], budget: Budget, progress: Callable[[Search], None] | None = None
+    decoder: Decoder,
+    prompts: Sequence[Prompt],
+    budget: Budget,
+    progress: Callable[[Search], None] | None = None,
+    *,
+    shared: bool = False,
 ) -> list[Plan]:
     """Search all prompts in lock-step: one forward, one heuristic and one reward call per step for all together."""
-    searches = start(decoder, prompts, budget)
+    searches = start(decoder, prompts, budget, shared=shared)
     _drive_to_the_end(decoder, searches, progress)
     return [_plan(decoder, search) for search in searches]
 
@@ -335,11 +356,15 @@ def run_searches(decoder: Decoder, prompts: Sequence[Prompt], budget: Budget) ->
     return searches
 
 
-def start(decoder: Decoder, prompts: Sequence[Prompt], budget: Budget) -> list[Search]:
+def start(decoder: Decoder, prompts: Sequence[Prompt], budget: Budget, *, shared: bool = False) -> list[Search]:
     """Return a new search for each prompt, with the prompt expanded."""
-    mdp = decoder.mdp
+    mdp, pool = decoder.mdp, None
+    if shared:
+        if budget.lm_tokens is None:
+            raise ConfigurationError("a shared budget needs a number of LM tokens, as in plan_many(prompts, 1000, …)")
+        pool, budget = Pool(budget.lm_tokens), replace(budget, lm_tokens=None)
     mdp.make_room()
-    searches = [Search(decoder, prompt, budget) for prompt in prompts]
+    searches = [Search(decoder, prompt, budget, pool) for prompt in prompts]
     roots = mdp.roots(prompts)
     h = decoder.evaluate(prompts, roots)
     for i, search in enumerate(searches):
@@ -440,7 +465,7 @@ def _plan(decoder: Decoder, search: Search) -> Plan:
         completions=sorted(scored, key=lambda completion: -completion.objective),
         trace=list(search.trace),
         tree=SearchTree.from_search(search),
-        _search=search,
+        _search=search if search.pool is None else None,
     )
 
 

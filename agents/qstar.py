@@ -230,8 +230,8 @@ class QStar(DQN):
                 heard = heard & (torch.rand(len(answers), 1, scorer.heads, device=self.device) < 0.5)
             error = torch.where(heard, wanted - answers, 0.0)
             count = heard.sum().clamp(min=1)
-            # An estimate is Q's own. It may lower Q, never raise it: a Q that raises itself soon prefers all that it has
-            # not tried to what it has.
+            # An estimate is Q's own. It may lower Q, never raise it: a Q that raises itself soon prefers whatever it
+            # has not tried to what it has.
             found = torch.from_numpy(batch.found).to(self.device).unsqueeze(-1)
             down = torch.where(found, 1 - self.optimism, self.optimism)
             weight = torch.where(error > 0, self.optimism * found, down)

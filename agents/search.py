@@ -136,6 +136,34 @@ class Status(IntEnum):
     MASKED = 3  # not an action; outside the top-k tree, inside the full vocabulary
 
 
+class Pool:
+    """One budget of LM tokens for several searches, each of which may spend an equal share of what is left.
+
+    A search that has followed everything that promised anything goes idle, and leaves its share to the others.
+
+    Attributes:
+        left: LM tokens that nobody has spent yet.
+        searches: Those that share them.
+    """
+
+    def __init__(self, lm_tokens: int) -> None:
+        """Share ``lm_tokens`` among the searches that will be entered."""
+        self.left = lm_tokens
+        self.searches: list[Search] = []
+
+    @property
+    def all_idle(self) -> bool:
+        """Whether no search that goes on has anything left that promises something."""
+        return all(search.is_idle or search.is_over for search in self.searches)
+
+    def share(self, search: Search) -> int:
+        """Return how many LM tokens a search may spend now."""
+        if self.all_idle:
+            return self.left // max(sum(not other.is_over for other in self.searches), 1)
+        busy = sum(not (other.is_idle or other.is_over) for other in self.searches)
+        return 0 if search.is_idle else -(-self.left // busy)
+
+
 class Search:
     """The account of one prompt's search: which nodes it has expanded, and what is known of their edges.
 
@@ -156,13 +184,18 @@ class Search:
         best: The best completion so far, the incumbent.
         completions: What was finished, by row and action.
         draws: How often a sampler drew each finishing edge.
+        pool: What it shares with other searches instead of a budget of LM tokens of its own; usually None.
+        is_idle: Whether it has followed everything that promised anything; see :class:`Pool`.
         stop_reason: Why it is over; empty while it is not. See :class:`~qstar_decoding.agents.planning.Plan`.
     """
 
     _TABLES = ("node", "parent", "depth", "g", "f", "bound", "open_bound", "omitted", "finish", "status", "child")
 
-    def __init__(self, decoder: Decoder, prompt: Prompt, budget: Budget) -> None:
+    def __init__(self, decoder: Decoder, prompt: Prompt, budget: Budget, pool: Pool | None = None) -> None:
         """Start with nothing expanded; ``decoder`` says what is searched for, and how."""
+        self.pool, self.is_idle = pool, False
+        if pool is not None:
+            pool.searches.append(self)
         self.decoder, self.mdp, self.prompt, self.budget = decoder, decoder.mdp, prompt, budget
         self.scope, self.score = decoder.scope, decoder.score
         mdp = self.mdp
@@ -235,6 +268,8 @@ class Search:
     def room(self) -> float:
         """LM tokens that the budget still allows, as far as its other limits say so in tokens."""
         room = math.inf if self.budget.lm_tokens is None else self.budget.lm_tokens - self.lm_tokens
+        if self.pool is not None:
+            room = min(room, self.pool.share(self))
         if self.budget.kv_bytes is not None and (size := self.mdp.model.kv_token_bytes):
             room = min(room, self.budget.kv_bytes // size - len(self.mdp.encode(self.prompt)) - self.lm_tokens)
         return room
@@ -327,6 +362,8 @@ class Search:
             return None
         self._wish = wish
         count = self._affordable(wish)
+        if self.pool is not None:
+            self.pool.left -= int((self.finish[wish][:count] == Finish.NO).sum())
         return Edges(wish.rows[:count], wish.actions[:count])
 
     def resume(self, budget: Budget) -> None:

@@ -356,6 +356,30 @@ def test_pops_and_kv_bytes_are_budgets_too(mdp):
     assert plan.stop_reason == "budget"
 
 
+def test_a_shared_budget_goes_where_it_is_needed():
+    """One prompt's best text is certain at once, the other's takes search: the first leaves its share."""
+    reward = as_reward(
+        lambda p, c: 1.0 if p == "a" else math.sin(sum((i + 1) * ord(x) for i, x in enumerate(c))), lower=-1, upper=1
+    )
+    mdp = DecodingMDP(TabularLM.random(5, 1, seed=2), reward=reward, top_k=5, max_new_tokens=6, logprob_weight=0.0)
+    easy, hard = AStarPlanner(mdp).plan_many(["a", "b"], 60, shared=True)
+    assert easy.certified
+    assert easy.usage.lm_tokens < 10
+    assert 30 < hard.usage.lm_tokens <= 60 - easy.usage.lm_tokens
+    assert hard.objective >= AStarPlanner(mdp.fresh()).plan("b", 30).objective
+    with pytest.raises(ConfigurationError, match="shared its budget"):
+        AStarPlanner(mdp).resume(hard, 5)
+    with pytest.raises(ConfigurationError, match="needs a number of LM tokens"):
+        AStarPlanner(mdp).plan_many(["a"], shared=True)
+
+
+@settings(max_examples=50, deadline=None)
+@given(mdp=processes(), budget=st.integers(1, 80), name=st.sampled_from(sorted(DECODERS)))
+def test_a_shared_budget_is_kept_by_every_decoder(mdp, budget, name):
+    plans = make_decoder(name, mdp).plan_many(["a", "aa", "aaa"], budget, shared=True)
+    assert sum(plan.usage.lm_tokens for plan in plans) <= budget
+
+
 def test_a_stream_yields_ever_better_completions(mdp):
     stream = AStarPlanner(mdp, width=1).stream("a", 40)
     with pytest.raises(ConfigurationError, match="has not begun"):

@@ -1,0 +1,325 @@
+"""What A* expands, what it costs beside the language model, and whether it earns its place beside Q.
+
+    python benchmarks/planning.py exact|overhead|duel|certificates [--json FILE]
+
+exact         expansions to the optimum for heuristics from none to perfect, on trees small enough to enumerate
+overhead      seconds that the planner itself takes, and what a long queue costs
+duel          the same Q and prompts: A* against beam on g + Q, sampling on Q and MCTS; a budget each, and one for all
+certificates  the gap that remains, by budget and α, and how many texts are proven to be the best of their tree
+"""
+
+import argparse
+import itertools
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from qstar_decoding.agents import (
+    CONTENDERS,
+    AStarPlanner,
+    BoundHeuristic,
+    OracleHeuristic,
+    QHeuristic,
+    QStar,
+    SoftValueHeuristic,
+    TokenQPolicy,
+    evaluate,
+    paired_bootstrap,
+)
+from qstar_decoding.agents.planning import run_searches
+from qstar_decoding.agents.search import Budget
+from qstar_decoding.envs import DecodingMDP, TabularLM, TokenDecodingVecEnv, load_prompts
+from qstar_decoding.rewards import as_reward
+from qstar_decoding.tasks import load_task
+
+BUDGETS = [50, 100, 200, 400, 800]
+
+out = Console() if sys.stdout.isatty() else Console(width=130)
+
+
+def row(name, value, unit, target=None, higher_is_better=False):
+    return {
+        "name": name, "value": float(value), "unit": unit, "target": target, "higher_is_better": higher_is_better
+    }  # fmt: skip
+
+
+def progress(items, what):
+    return track(list(items), what, console=Console(stderr=True), transient=True)
+
+
+def table_of(title, *columns):
+    table = Table(title=title)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    return table
+
+
+# -- exact ------------------------------------------------------------------------------------------------------------
+
+
+def letters_reward(prompts, completions, **columns):
+    """In [0, 1]: alternations of vowels and consonants please, and every text has a whim of its own."""
+    scores = []
+    for text in completions:
+        changes = sum((a in "aeiou") != (b in "aeiou") for a, b in itertools.pairwise(text))
+        whim = math.sin(sum((i + 1) * ord(c) for i, c in enumerate(text)))
+        scores.append(0.7 * changes / max(len(text) - 1, 1) + 0.15 * (whim + 1))
+    return scores
+
+
+def exact(trees=20, horizon=6, alpha=0.1):
+    """Means over random trees, expansions being prefixes whose candidates were looked at, the prompt included."""
+    model = TabularLM.random(6, 2, seed=0, concentration=0.5)
+    reward = as_reward(letters_reward, lower=0.0, upper=1.0)
+    options = {"top_k": 4, "max_new_tokens": horizon, "logprob_weight": alpha}
+    prompts = ["".join(p) for p in (f"{a}{b}" for a in "abcde" for b in "abcde")]
+    train, test = prompts[trees:], prompts[:trees]
+    vec = TokenDecodingVecEnv(num_envs=4, model=model, prompts=train, reward=reward, **options)
+    agent = QStar(
+        TokenQPolicy, vec, seed=0, searches_per_round=5, tokens_per_search=40, policy_kwargs={"dropout": 0.0}
+    ).learn(6000)
+    mdp = DecodingMDP(model, reward=reward, **options)
+    oracle = OracleHeuristic()
+    heuristics = {
+        "h = 0 (nothing costs anything)": lambda m, p, n: np.full((len(n), m.top_k), m.reward.upper),
+        "bound": BoundHeuristic(),
+        "soft value": SoftValueHeuristic(),
+        "learned Q, 5 other prompts": QHeuristic(agent),
+        "oracle": oracle,
+    }
+    counts = {name: {"stop": [], "found": [], "certified": [], "optimal": []} for name in heuristics}
+    limits, path = [], []
+    for prompt in progress(test, "searching"):
+        [loaded] = load_prompts([prompt])
+        best = oracle(mdp, [loaded], mdp.roots([loaded])).max()
+        for name, h in heuristics.items():
+            stopping = AStarPlanner(mdp, search="qstar", heuristic=h).plan(prompt)
+            # In the order of the same f, but until U proves it.
+            proving = AStarPlanner(mdp, search="anytime", weight=1.0, margin=math.inf, heuristic=h).plan(prompt)
+            counts[name]["stop"].append(stopping.usage.lm_tokens + 1)
+            counts[name]["optimal"].append(stopping.objective >= best - 1e-6)
+            counts[name]["certified"].append(proving.usage.lm_tokens + 1)
+            found = next(point for point in proving.trace if point.lower_bound >= best - 1e-6)
+            counts[name]["found"].append(found.lm_tokens + 1)
+        [search] = run_searches(AStarPlanner(mdp, margin=math.inf, n=10**6), [loaded], Budget())  # every text
+        objectives = np.array([c.objective for c in search.completions.values()])
+        limits.append(horizon / (1 / np.exp((objectives - best) / alpha).sum()))
+        path.append(len(search.best.token_ids))
+    everything = sum(mdp.top_k**d for d in range(horizon))
+    table = table_of(
+        f"{trees} random trees: k = 4, T = {horizon}, at most {everything} prefixes, α = {alpha}",
+        "heuristic", "until A* stops", "optimal then", "until the optimum is found", "until U proves it",
+    )  # fmt: skip
+    rows = []
+    for name, c in counts.items():
+        means = {key: float(np.mean(values)) for key, values in c.items()}
+        table.add_row(
+            name,
+            f"{means['stop']:.1f}",
+            f"{means['optimal']:.0%}",
+            f"{means['found']:.1f}",
+            f"{means['certified']:.1f}",
+        )
+        target = float(np.mean(path)) if name == "oracle" else None
+        rows.append(row(f"expansions until A* stops, {name}", means["stop"], "prefixes", target))
+    out.print(table)
+    soft = np.array(counts["soft value"]["stop"])
+    out.print(
+        f"the optimal path has {np.mean(path):.1f} prefixes; theory allows the soft value T / p*(y*) = "
+        f"{np.mean(limits):.1f} expansions; it stays within that in {np.mean(soft <= np.array(limits)):.0%} of the trees"
+    )
+    return [*rows, row("soft value within T / p*(y*)", np.mean(soft <= np.array(limits)), "share", 1.0, True)]
+
+
+# -- overhead ---------------------------------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """Adds up the seconds spent in some methods of some objects."""
+
+    def __init__(self):
+        self.seconds = {}
+
+    def watch(self, name, holder, method):
+        original = getattr(holder, method)
+
+        def timed(*args, **kwargs):
+            start = time.perf_counter()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+        setattr(holder, method, timed)
+
+
+def overhead(repeats=5):
+    rows, task = [], load_task("sentiment")
+    q = QHeuristic("sentiment")
+    table = table_of(
+        "16 pops a batch, 400 LM tokens, the embedded model: medians of seconds",
+        "search", "language model", "reward", "Q", "planner", "planner's share",
+    )  # fmt: skip
+    model = DecodingMDP(**task.env).model
+    for name, planner in {
+        "level": {"search": "level", "width": 16, "taper": None},
+        "anytime": {"search": "anytime", "weight": 1.0, "batch_size": 16},
+    }.items():
+        parts = []
+        for prompt in progress(task.prompts.of("test")[: repeats + 1], f"timing {name}"):
+            mdp, watch = DecodingMDP(**{**task.env, "model": model}), Stopwatch()
+            watch.watch("lm", mdp.tree, "grow")
+            watch.watch("reward", mdp.reward, "score")
+            decoder = AStarPlanner(mdp, heuristic=q, **planner)
+            watch.watch("q", decoder, "evaluate")
+            start = time.perf_counter()
+            decoder.plan(prompt, 400)
+            total = time.perf_counter() - start
+            del mdp.reward.score  # the reward is shared: take the stopwatch off
+            lm, reward, by_q = (watch.seconds.get(part, 0.0) for part in ("lm", "reward", "q"))
+            parts.append((lm, reward, by_q, total - lm - reward - by_q, total))
+        lm, reward, by_q, rest, total = np.median(parts[1:], axis=0)  # the first warms up
+        table.add_row(name, f"{lm:.2f}", f"{reward:.3f}", f"{by_q:.3f}", f"{rest:.3f}", f"{rest / total:.1%}")
+        rows.append(row(f"planner's share of the time, {name}", rest / total, "share", 0.10))
+    out.print(table)
+
+    table = table_of(
+        "what a pop costs beside the LM and the reward, 16 a batch", "search", "1,000 edges", "100,000", "ratio"
+    )
+    for name in ("anytime", "capped"):
+        mdp = DecodingMDP(
+            TabularLM.random(20, 1, seed=0, eos_token_ids=[]), reward="pangram", top_k=8, max_new_tokens=200
+        )
+        watch, marks = Stopwatch(), []
+        watch.watch("lm", mdp.tree, "grow")
+        watch.watch("reward", mdp, "potential")
+        start = time.perf_counter()
+
+        def note(search, watch=watch, marks=marks, start=start):
+            marks.append((search.lm_tokens, time.perf_counter() - start - sum(watch.seconds.values())))
+
+        weight = {"weight": 1.0} if name == "anytime" else {"width": 10**9}
+        AStarPlanner(mdp, search=name, batch_size=16, **weight).plan("a", 13_500, progress=note)
+        tokens, seconds = np.array(marks).T
+
+        def per_pop(edges, tokens=tokens, seconds=seconds):
+            # A node brings eight edges and takes one: about seven more in the queue.
+            near = np.abs(tokens * 7 - edges) < 0.05 * edges + 700
+            return np.median(np.diff(seconds[near]) / np.diff(tokens[near]))
+
+        few, many = per_pop(1_000), per_pop(90_000)
+        table.add_row(name, f"{few * 1e6:.0f} µs", f"{many * 1e6:.0f} µs", f"{many / few:.2f}")
+        rows.append(row(f"a pop of 90,000 edges / of 1,000, {name}", many / few, "ratio", 1.2))
+    out.print(table)
+    return rows
+
+
+# -- duel -------------------------------------------------------------------------------------------------------------
+
+
+def duel(names=("sentiment", "keywords"), budgets=BUDGETS):
+    rows = []
+    for name in names:
+        task = load_task(name)
+        mdp, q = DecodingMDP(**task.env), QHeuristic(name)
+        dev, test = task.prompts.of("dev"), task.prompts.of("test")
+        rivals = ["beam on g + Q", "VAS", "MCTS", "Q*"]
+
+        def make(rival, setting=None, mdp=mdp, q=q, task=task):
+            return CONTENDERS[rival].make(mdp, q, 0, task.planner, **(setting or {}))
+
+        settings = {}
+        for rival in progress(rivals, f"{name}: tuning on dev prompts"):
+            trials = list(CONTENDERS[rival].grid) or [{}]
+            means = [evaluate(make(rival, trial), dev, 200).objectives.mean() for trial in trials]
+            settings[rival] = trials[int(np.argmax(means))]
+        found = {
+            (rival, budget, shared): evaluate(
+                make(rival, settings[rival]), test, budget * (len(test) if shared else 1), shared=shared
+            )
+            for rival, budget, shared in progress(
+                [(r, b, s) for s in (False, True) for b in budgets for r in (rivals if not s else ["Q*"])],
+                f"{name}: decoding",
+            )
+        }
+        title = f"{name}: {len(test)} held-out prompts, J; settings " + ", ".join(
+            f"{rival} {setting}" for rival, setting in settings.items() if setting
+        )
+        table = table_of(title, "decoder", *map(str, budgets))
+        for rival in rivals:
+            table.add_row(rival, *(f"{found[rival, b, False].objectives.mean():.3f}" for b in budgets))
+        table.add_row("Q*, one budget for all", *(f"{found['Q*', b, True].objectives.mean():.3f}" for b in budgets))
+        ahead, behind = {False: 0, True: 0}, {False: 0, True: 0}
+        for shared in (False, True):
+            cells = []
+            for budget in budgets:
+                best = max(rivals[:-1], key=lambda r: found[r, budget, False].objectives.mean())
+                difference = found["Q*", budget, shared].objectives - found[best, budget, False].objectives
+                low, high = paired_bootstrap(difference)
+                ahead[shared] += low > 0
+                behind[shared] += high < 0
+                cells.append(f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]\n({best})")
+            label = "one budget for all" if shared else "Q*"
+            table.add_row(f"{label} minus the best other", *cells)
+        out.print(table)
+        halves = [
+            found["Q*", half, False].objectives.mean() >= found["beam on g + Q", whole, False].objectives.mean()
+            for half, whole in itertools.pairwise(budgets)
+        ]
+        out.print(f"{name}: J of beam on g + Q reached with half its tokens at {sum(halves)} of {len(halves)} budgets")
+        rows += [
+            row(f"{name}: budgets where A* is significantly behind", behind[False], "budgets", 0),
+            row(f"{name}: budgets where A* is significantly ahead", ahead[False], "budgets", 3, True),
+            row(f"{name}: budgets where the beam's J takes half its tokens", sum(halves), "budgets", len(halves), True),
+            row(f"{name}: the same ahead, one budget for all prompts", ahead[True], "budgets", None, True),
+        ]
+    return rows
+
+
+# -- certificates -----------------------------------------------------------------------------------------------------
+
+
+def certificates(prompts=20, budgets=(100, 400, 1600), alphas=(0.02, 0.1, 0.3, 1.0)):
+    rows, task = [], load_task("sentiment")
+    model, q = DecodingMDP(**task.env).model, QHeuristic("sentiment")
+    test = task.prompts.of("test")[:prompts]
+    table = table_of(
+        f"{prompts} held-out prompts: mean gap (how many are certified), top-k tree",
+        "α", "h", *map(str, budgets),
+    )  # fmt: skip
+    for alpha in alphas:
+        mdp = DecodingMDP(**{**task.env, "model": model, "logprob_weight": alpha})
+        for name, heuristic in (("bound", None), ("Q", q)):
+            cells = []
+            for budget in progress(budgets, f"α = {alpha}, {name}"):
+                plans = AStarPlanner(mdp, heuristic=heuristic).plan_many(test, budget)
+                certified = sum(plan.certified for plan in plans)
+                cells.append(f"{np.mean([plan.gap for plan in plans]):.3f} ({certified})")
+                rows.append(row(f"certified at {budget} tokens, α = {alpha}, {name}", certified, "prompts", None, True))
+            table.add_row(f"{alpha:g}", name, *cells)
+        table.add_section()
+    out.print(table)
+    out.print("Q was learned for α = 0.02; with other weights it still orders the search, and U still proves.")
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = {function.__name__: function for function in (exact, overhead, duel, certificates)}
+    parser.add_argument("part", choices=parts)
+    parser.add_argument("--json", help="also write the rows to this file")
+    arguments = parser.parse_args()
+    rows = parts[arguments.part]()
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
