@@ -464,7 +464,7 @@ def _plan(decoder: Decoder, search: Search) -> Plan:
         stop_reason=search.stop_reason,
         completions=sorted(scored, key=lambda completion: -completion.objective),
         trace=list(search.trace),
-        tree=SearchTree.from_search(search),
+        tree=SearchTree.from_search(search, None if proposed.stop == "partial" else proposed.token_ids),
         _search=search if search.pool is None else None,
     )
 

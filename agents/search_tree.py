@@ -1,16 +1,24 @@
-"""What a search saw, as plain arrays that outlive the search."""
+"""What a search saw, as plain arrays that outlive the search, and ways to look at it: JSON, DOT, networkx, HTML."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import html
+import json
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import ConfigurationError
+
 if TYPE_CHECKING:
-    from .search import Search
+    import networkx
+
+    from .search import Search, TracePoint
 
 __all__ = ["SearchTree"]
 
@@ -20,17 +28,21 @@ class SearchTree:
     """The edges of all expanded nodes, one row per edge, in the order in which their nodes were expanded.
 
     Attributes:
-        parent: int64 [m], index of the node the edge leaves; node 0 is the prompt.
+        parent: int64 [m], index of the node the edge leaves; node 0 is the prompt, node i the i-th expanded.
         child: int64 [m], index of the node it leads to, -1 if it was not expanded.
         action: int64 [m], rank among the node's candidates.
         token: int64 [m].
         token_text: The tokens' text.
         logprob: float32 [m], nats.
         g: float64 [m], α · Σ log π up to the node the edge leaves.
-        f: float64 [m], the edge's priority g + h.
+        f: float64 [m], the edge's estimate g + h.
         bound: float64 [m], U.
-        status: ``"open"``, ``"expanded"``, ``"finished"`` or ``"masked"``.
+        status: ``"open"``, ``"pruned"`` (open, but U says that nothing better lies there), ``"expanded"``,
+            ``"finished"`` or ``"masked"``.
         objective: float64 [m], J of a finished edge, else NaN.
+        best: Indices of the edges that lead to the text proposed, from the prompt on; empty if none was finished.
+        prompt: The prompt's text.
+        trace: LB and UB after each step.
     """
 
     parent: npt.NDArray[np.int64]
@@ -44,32 +56,48 @@ class SearchTree:
     bound: npt.NDArray[np.float64]
     status: list[str]
     objective: npt.NDArray[np.float64]
+    best: list[int]
+    prompt: str
+    trace: list[TracePoint]
+
+    _EDGES = ("parent", "child", "action", "token", "token_text", "logprob", "g", "f", "bound", "status", "objective")
 
     @classmethod
-    def from_search(cls, search: Search) -> SearchTree:
-        """Copy what ``search`` holds."""
+    def from_search(cls, search: Search, proposed: Sequence[int] | None = None) -> SearchTree:
+        """Copy what ``search`` holds; ``proposed`` are the tokens of the text that the plan proposes."""
         from .search import Status
 
         mdp, rows, k = search.mdp, slice(0, search.size), search.mdp.top_k
         nodes = search.node[rows]
-        tokens = mdp.tree.tokens[nodes].ravel()
-        distinct, inverse = np.unique(tokens, return_inverse=True)
+        tokens = mdp.tree.tokens[nodes]
+        distinct, inverse = np.unique(tokens.ravel(), return_inverse=True)
         texts = [mdp.token_text(token) for token in distinct.tolist()]
         objective = np.full((search.size, k), np.nan)
         for edge, completion in search.completions.items():
             objective[edge] = completion.objective
+        names = np.array([Status(s).name.lower() for s in Status])[search.status[rows]].astype(object)
+        names[(search.status[rows] == Status.OPEN) & (search.bound[rows] <= search.bar)] = "pruned"
+        best: list[int] = []
+        row = 0
+        for token in proposed or ():
+            action = int(np.flatnonzero((tokens[row] == token) & (search.status[row] != Status.MASKED))[0])
+            best.append(row * k + action)
+            row = int(search.child[row, action])
         return cls(
             parent=np.repeat(np.arange(search.size), k),
             child=search.child[rows].ravel(),
             action=np.tile(np.arange(k), search.size),
-            token=tokens,
-            token_text=[texts[i] for i in inverse],
+            token=tokens.ravel(),
+            token_text=[texts[i] for i in inverse.ravel()],
             logprob=mdp.tree.logprobs[nodes].ravel(),
             g=np.repeat(search.g[rows], k),
             f=search.f[rows].ravel(),
             bound=search.bound[rows].ravel(),
-            status=[Status(int(s)).name.lower() for s in search.status[rows].ravel()],
+            status=names.ravel().tolist(),
             objective=objective.ravel(),
+            best=best,
+            prompt=search.prompt.text,
+            trace=list(search.trace),
         )
 
     def __len__(self) -> int:
@@ -77,7 +105,98 @@ class SearchTree:
         return len(self.action)
 
     def edges(self) -> Iterator[dict[str, Any]]:
-        """Yield each edge as a dict of plain values."""
-        columns = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self).items()}
-        for row in zip(*columns.values(), strict=True):
-            yield dict(zip(columns, row, strict=True))
+        """Yield each edge as a dict of plain values; ``h``, the heuristic's estimate f - g, is among them."""
+        columns = {name: getattr(self, name) for name in self._EDGES}
+        plain = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in columns.items()}
+        plain["h"] = (self.f - self.g).tolist()
+        for row in zip(*plain.values(), strict=True):
+            yield dict(zip(plain, row, strict=True))
+
+    def to_json(self) -> str:
+        """Return everything as one JSON object; what is not finite is null, as JSON has no infinity."""
+        edges = [{key: _plain(value) for key, value in edge.items()} for edge in self.edges()]
+        trace = [[_plain(value) for value in point] for point in self.trace]
+        content = {"prompt": self.prompt, "best": self.best, "edges": edges, "trace": trace}
+        return json.dumps(content, ensure_ascii=False)
+
+    def to_networkx(self) -> networkx.DiGraph[Any]:
+        """Return a directed graph: nodes are those expanded, and a leaf ``(node, action)`` for every other edge.
+
+        Raises:
+            ConfigurationError: networkx is not installed.
+        """
+        try:
+            import networkx
+        except ImportError as error:
+            raise ConfigurationError(
+                "to_networkx needs networkx, which is not installed: pip install networkx"
+            ) from error
+        graph: networkx.DiGraph[Any] = networkx.DiGraph(prompt=self.prompt)
+        graph.add_node(0, order=0)
+        on_path = set(self.best)
+        for index, edge in enumerate(self.edges()):
+            if edge["status"] == "masked":
+                continue
+            target = edge["child"] if edge["child"] >= 0 else (edge["parent"], edge["action"])
+            graph.add_edge(edge["parent"], target, best=index in on_path, **edge)
+            if edge["child"] >= 0:
+                graph.nodes[target]["order"] = edge["child"]
+        return graph
+
+    def to_dot(self) -> str:
+        """Return the edges that were followed, as Graphviz' DOT; the path to the text proposed is bold."""
+        lines = ["digraph search {", '  rankdir=LR; node [shape=point]; edge [fontname="monospace", fontsize=10];']
+        lines.append(f'  0 [shape=plaintext, label="{_quoted(self.prompt)}"];')
+        on_path = set(self.best)
+        for index, edge in enumerate(self.edges()):
+            if edge["status"] not in ("expanded", "finished"):
+                continue
+            ends = edge["status"] == "finished"
+            target = f'"{edge["parent"]}.{edge["action"]}"' if ends else edge["child"]
+            if ends:
+                lines.append(f'  {target} [shape=plaintext, label="{edge["objective"]:.3f}"];')
+            label = f"{_quoted(edge['token_text'])}\\n{edge['f']:.2f}"
+            style = ", penwidth=3, color=darkgreen" if index in on_path else ""
+            lines.append(f'  {edge["parent"]} -> {target} [label="{label}"{style}];')
+        return "\n".join([*lines, "}"]) + "\n"
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """Return, and write to ``path`` if given, one page that shows the tree: no other file, no network.
+
+        Every edge is there with its token, log-prob, h, f, U, order and fate; branches open and close at a click, edges
+        tell their numbers under the pointer, a search finds tokens, and LB and UB are drawn beside the tree.
+        """
+        template = (Path(__file__).parent / "search_tree.html").read_text(encoding="utf-8")
+        # Columns, not objects, and three decimals: that keeps a search of thousands of edges far below a megabyte.
+        columns = {
+            "parent": self.parent.tolist(),
+            "child": self.child.tolist(),
+            "text": self.token_text,
+            "logprob": _rounded(self.logprob),
+            "h": _rounded(self.f - self.g),
+            "f": _rounded(self.f),
+            "u": _rounded(self.bound),
+            "status": self.status,
+            "objective": _rounded(self.objective),
+            "best": self.best,
+            "trace": [[point.lm_tokens, *_rounded(np.array(point[1:]))] for point in self.trace],
+            "prompt": self.prompt,
+        }
+        # "<" is the one character by which a text could end the script element that it stands in.
+        data = json.dumps(columns, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+        page = template.replace("__TITLE__", html.escape(self.prompt)).replace("__DATA__", data)
+        if path is not None:
+            Path(path).write_text(page, encoding="utf-8")
+        return page
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _rounded(values: npt.NDArray[np.floating[Any]]) -> list[float | None]:
+    return [None if not math.isfinite(value) else round(value, 3) for value in values.tolist()]
+
+
+def _quoted(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "⏎")

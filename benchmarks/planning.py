@@ -133,7 +133,7 @@ def exact(trees=20, horizon=6, alpha=0.1):
     soft = np.array(counts["soft value"]["stop"])
     out.print(
         f"the optimal path has {np.mean(path):.1f} prefixes; theory allows the soft value T / p*(y*) = "
-        f"{np.mean(limits):.1f} expansions; it stays within that in {np.mean(soft <= np.array(limits)):.0%} of the trees"
+        f"{np.mean(limits):.1f} expansions; it keeps to that in {np.mean(soft <= np.array(limits)):.0%} of the trees"
     )
     return [*rows, row("soft value within T / p*(y*)", np.mean(soft <= np.array(limits)), "share", 1.0, True)]
 
