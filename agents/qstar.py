@@ -64,6 +64,7 @@ class QStar(DQN):
         score: Score = "reward",
         regression: Literal["expectile", "quantile"] = "expectile",
         optimism: float = 0.8,
+        estimate_weight: float = 0.2,
         noise: float = 0.05,
         q_free_share: float = 0.1,
         episode_share: float = 0.0,
@@ -95,6 +96,9 @@ class QStar(DQN):
                 no reward at hand will; what it found is scored afterwards. See :class:`Decoder`.
             regression: ``"expectile"`` weighs squared errors, ``"quantile"`` absolute ones (Koenker & Bassett 1978).
             optimism: τ in (0, 1), the expectile or quantile: 0.5 treats errors of both signs alike, 1 is the maximum.
+            estimate_weight: Weight of an error by which Q exceeds the estimate where a search broke off; the errors on
+                what it found weigh ``optimism`` and 1 - ``optimism``. Estimates never raise Q. A larger weight teaches
+                Q to shun what it cannot finish: fewer steps to a good search, a more timid arg max.
             noise: Scale of the Gumbel noise added to Q in half of the searches, in units of J. The other half searches
                 as the planner will, so that Q hears of its own mistakes.
             q_free_share: Share of the searches that follow log-prob and potential instead of Q.
@@ -123,6 +127,7 @@ class QStar(DQN):
         for name, share in {"q_free_share": q_free_share, "episode_share": episode_share, "epsilon": epsilon}.items():
             check_number(name, share, low=0, high=1)
         check_number("noise", noise, low=0)
+        check_number("estimate_weight", estimate_weight, low=0)
         check_number("priority", priority, low=0)
         for name, value in {
             "gradient_steps": gradient_steps,
@@ -133,6 +138,7 @@ class QStar(DQN):
         self.searches_per_round, self.tokens_per_search = searches_per_round, tokens_per_search
         self.width, self.margin, self.score = width, margin, score
         self.regression, self.optimism, self.noise = regression, optimism, noise
+        self.estimate_weight = estimate_weight
         self.q_free_share, self.episode_share, self.epsilon = q_free_share, episode_share, epsilon
         self.priority = priority
         self.buffer_bytes = buffer_bytes
@@ -233,7 +239,7 @@ class QStar(DQN):
             # An estimate is Q's own. It may lower Q, never raise it: a Q that raises itself soon prefers whatever it
             # has not tried to what it has.
             found = torch.from_numpy(batch.found).to(self.device).unsqueeze(-1)
-            down = torch.where(found, 1 - self.optimism, self.optimism)
+            down = torch.where(found, 1 - self.optimism, self.estimate_weight)
             weight = torch.where(error > 0, self.optimism * found, down)
             size = error.square() if self.regression == "expectile" else error.abs()
             loss = (weight * size).sum() / count
@@ -291,7 +297,16 @@ class QStar(DQN):
             "priority",
             "buffer_bytes",
         )
-        names = (*searching, "batch_size", "gradient_steps", "regression", "optimism", "policy_kwargs", "seed")
+        names = (
+            *searching,
+            "batch_size",
+            "gradient_steps",
+            "regression",
+            "optimism",
+            "estimate_weight",
+            "policy_kwargs",
+            "seed",
+        )
         rate = self.learning_rate_spec  # a schedule of the caller's own cannot be written down
         return {**{name: getattr(self, name) for name in names}, **({} if callable(rate) else {"learning_rate": rate})}
 
