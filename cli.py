@@ -85,7 +85,12 @@ TaskOption = Annotated[str, typer.Option("--task", help="A task's name, or the p
 def decode(
     prompt: Annotated[str, typer.Argument(help="The text to continue; '-' reads standard input.")],
     task: TaskOption = "sentiment",
-    decoder: Annotated[str, typer.Option(help="astar, greedy, beam or sample.")] = "astar",
+    decoder: Annotated[
+        str,
+        typer.Option(
+            help="args, astar, beam, blockwise, diverse-beam, greedy, ilql, levin, majority, mcts, rebase or sample."
+        ),
+    ] = "astar",
     budget: Annotated[int, typer.Option(help="LM tokens that the search may process.")] = 200,
     n: Annotated[int, typer.Option("--n", min=1, help="How many of the best texts to show.")] = 1,
     q: Annotated[
@@ -96,15 +101,15 @@ def decode(
     top_k: Annotated[int | None, typer.Option(help="Candidate tokens per step.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="The horizon, in tokens.")] = None,
     logprob_weight: Annotated[float | None, typer.Option(help="α, the weight of fluency.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the sampling decoder.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the decoders that draw.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Continue a prompt and say how good the result is and how close to the optimum.
 
-    Without --q, A* uses the Q-function shipped for the task; where there is none, or the task was changed by --model or
-    --top-k, it uses the bound, which needs no training.
+    Without --q, A* and the others that use Q take the Q-function shipped for the task; where there is none, or the task
+    was changed by --model or --top-k, the bound, which needs no training.
     """
-    from .agents import DECODERS, make_decoder
+    from .agents.contenders import DECODERS, DRAWING, Q_GUIDED, make_decoder
     from .agents.search import Budget
     from .envs.prompts import as_prompt
     from .errors import UnknownNameError
@@ -123,9 +128,11 @@ def decode(
     }
     with _status("loading the language model"):
         mdp = _make_mdp({**spec.env, **{key: value for key, value in changes.items() if value is not None}})
-    options: dict[str, Any] = {"seed": seed} if decoder == "sample" else {}
-    if decoder == "astar":
-        options = {"heuristic": _heuristic(mdp, spec, q, adapted=reward is not None), **spec.planner}
+    options: dict[str, Any] = {"seed": seed} if decoder in DRAWING else {}
+    if decoder in Q_GUIDED:
+        options["heuristic"] = _heuristic(mdp, spec, q, adapted=reward is not None)
+        known = spec.planner if decoder == "astar" else {k: v for k, v in spec.planner.items() if k == "score"}
+        options.update(known)
     planner = make_decoder(decoder, mdp, **options)
     with _progress(limits.lm_tokens) as show:
         plan = planner.plan(start, limits, progress=show)

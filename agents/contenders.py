@@ -43,6 +43,10 @@ DECODERS: dict[str, type[Decoder]] = {
     "sample": SamplingDecoder,
 }
 
+# Those that a seed changes, and those that make something of a Q-function (the others rank by likelihood, or by none).
+DRAWING = {"blockwise", "ilql", "majority", "rebase", "sample"}
+Q_GUIDED = {"astar", "blockwise", "ilql", "mcts", "rebase"}
+
 
 def make_decoder(name: str, env: Any, **kwargs: Any) -> Decoder:
     """Return the decoder that is called ``name`` on the command line.
