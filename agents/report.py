@@ -215,13 +215,11 @@ def _pay_back(results: Results, training: Sequence[dict[str, Any]]) -> Iterable[
             continue
         objective, used = results.mean(_OURS, budget, "objective"), results.mean(_OURS, budget, "lm_tokens")
         other = min(results.tokens_for(name, objective) for name in without)
-        if math.isinf(other):
-            most = results.comparison.budgets[-1]
-            needed, after = f"not reached with {most}", f"at most {np.mean(spent) / (most - used):,.0f} prompts"
-            after = after if most > used else ""
-        else:
-            saved = other - used
-            needed, after = f"{other:.0f}", f"{np.mean(spent) / saved:,.0f} prompts" if saved > 0 else "never"
+        # Where no budget was enough, at least the difference to the largest was saved.
+        saved = (results.comparison.budgets[-1] if math.isinf(other) else other) - used
+        needed = f"not with {results.comparison.budgets[-1]}" if math.isinf(other) else f"{other:.0f}"
+        prompts = f"{np.mean(spent) / saved:,.0f} prompts" if saved > 0 else ""
+        after = f"at most {prompts}" if prompts and math.isinf(other) else prompts
         yield _row([str(budget), f"{objective:.3f}", needed, after])
     yield ""
 
