@@ -75,6 +75,10 @@ class HeuristicError(QStarError, ValueError):
     """Raised when a heuristic returns NaN or an array of the wrong shape."""
 
 
+class ConstraintError(QStarError, ValueError):
+    """Raised when nothing that could be written satisfies a constraint."""
+
+
 class CheckpointError(QStarError, ValueError):
     """Raised when a checkpoint is broken, or belongs to another model, k or observation layout."""
 

@@ -36,7 +36,7 @@ class GreedyDecoder(Decoder):
     def search(self, search: Search) -> Iterator[Edges]:
         """Yield one edge per step, until the text is finished."""
         row = 0
-        while row >= 0:
+        while row >= 0 and (search.status[row] != Status.MASKED).any():  # a constraint may leave nothing to take
             edge = Edges(*(np.array([i]) for i in (row, int(self.preferences(search, row).argmax()))))
             yield edge
             row = int(search.child[edge][0])

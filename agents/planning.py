@@ -19,8 +19,8 @@ import numpy as np
 
 from ..envs import Completion, DecodingMDP, Finish, Prompt, load_prompts
 from ..envs.prompts import as_prompt
-from ..errors import ConfigurationError, HeuristicError, check_integer, check_number
-from .search import Budget, Edges, IntArray, Pool, Scope, Score, Search, TracePoint, Usage, Values
+from ..errors import ConfigurationError, ConstraintError, HeuristicError, check_integer, check_number
+from .search import Budget, Edges, IntArray, Pool, Scope, Score, Search, Status, TracePoint, Usage, Values
 from .search_tree import SearchTree
 
 if TYPE_CHECKING:
@@ -452,6 +452,8 @@ def score_completions(searches: Sequence[Search]) -> None:
 def _plan(decoder: Decoder, search: Search) -> Plan:
     """Return the result of a search."""
     scored = [completion for completion in search.completions.values() if not math.isnan(completion.objective)]
+    if not search.completions and not search.has_hope:
+        raise ConstraintError(_dead_end(search))
     proposed = decoder.choose(search) or _partial(search)
     return Plan(
         prompt=search.prompt.text,
@@ -466,6 +468,17 @@ def _plan(decoder: Decoder, search: Search) -> Plan:
         trace=list(search.trace),
         tree=SearchTree.from_search(search, None if proposed.stop == "partial" else proposed.token_ids),
         _search=search if search.pool is None else None,
+    )
+
+
+def _dead_end(search: Search) -> str:
+    """Say where a constraint left nothing to write."""
+    dead = np.flatnonzero((search.status[: search.size] == Status.MASKED).all(axis=1))
+    row = dead[search.depth[dead].argmin()]
+    return (
+        f"no text of the searched tree after {search.prompt.text!r} satisfies the constraint: no token is left at "
+        f"position {search.depth[row]}, after {search.mdp.text(int(search.node[row]))!r}, and every other branch ends "
+        "so too; allow more, or raise top_k or max_new_tokens"
     )
 
 

@@ -110,7 +110,7 @@ class MCTS(Decoder):
         legal = search.status[row] != Status.MASKED
         logprobs = search.mdp.tree.logprobs[search.node[row]].astype(np.float64) / self.temperature
         prior = np.where(legal, np.exp(logprobs - logprobs.max(where=legal, initial=-np.inf)), 0.0)
-        prior /= prior.sum()
+        prior /= max(prior.sum(), 1e-300)  # a constraint may leave nothing to take
         # What was not visited yet is expected to be worth what the heuristic says.
         mean = np.where(visits > 0, totals / np.maximum(visits, 1), search.f[row])
         value = np.clip((mean - low) / (high - low), 0.0, 1.0) if high > low else np.full(len(mean), 0.5)
@@ -157,6 +157,9 @@ class RebaseSearch(Decoder):
         rows: IntArray = np.zeros(1, dtype=np.int64)
         while len(rows) and width > 0:
             legal = search.status[rows] != Status.MASKED
+            rows, legal = rows[legal.any(axis=1)], legal[legal.any(axis=1)]
+            if not len(rows):
+                return
             value = np.where(legal, search.f[rows], -np.inf).max(axis=1)
             share = np.exp((value - value.max()) / self.balance)
             # The best prefixes first, as in the paper: each takes its rounded share of what is left.

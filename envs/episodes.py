@@ -78,6 +78,7 @@ class Episodes:
         """Start the episodes ``which`` [m] anew; return observations [m, …]. All of them start, or none."""
         self._mdp.make_room()
         nodes = self._mdp.roots(prompts)
+        self._mdp.check_going_on(nodes)
         potential = self._mdp.potential(prompts, nodes)
         observation = self._observer.observe(potential, nodes)
         for i, prompt in zip(which, prompts, strict=True):
@@ -104,6 +105,7 @@ class Episodes:
             EpisodeError: An episode has not begun or has ended.
             IllegalActionError: An action is not an integer, out of range, or masked.
             RewardError: The reward model failed.
+            ConstraintError: A constraint leaves nothing to write after this step.
         """
         mdp = self._mdp
         mdp.make_room()
@@ -123,6 +125,7 @@ class Episodes:
         after, potential = np.full(len(nodes), _NONE), np.zeros(len(nodes))
         after[begun], after[going_on] = roots, children
         alive = np.flatnonzero(after != _NONE)
+        mdp.check_going_on(after[alive])
         potential[alive] = mdp.potential([p for i in alive if (p := prompts[i]) is not None], after[alive])
         observation = self._observer.observe(potential[alive], after[alive])
         if len(alive) < len(nodes):

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
@@ -272,6 +273,7 @@ class TreeEngine:
         if kv_budget is not None and kv_budget <= 0:
             raise ConfigurationError(f"kv_budget is a number of bytes > 0 (or None), got {kv_budget!r}")
         self._lm, self._top_k = model, top_k
+        self._allowed: dict[int, npt.NDArray[np.bool_]] | None = None  # by row, in the step under way
         self._pool = _Pool(kv_budget or min(free_memory(model.device) // 4, 4 << 30), model.kv_token_bytes)
         self._table = _Table()
         self._free: list[int] = []
@@ -297,7 +299,11 @@ class TreeEngine:
         return self.kv_bytes // max(self._pool.capacity, 1)
 
     def compute(
-        self, prompts: Sequence[Sequence[int]], parents: IntArray, tokens: IntArray
+        self,
+        prompts: Sequence[Sequence[int]],
+        parents: IntArray,
+        tokens: IntArray,
+        allowed: npt.NDArray[np.bool_] | None = None,
     ) -> tuple[IntArray, Outputs]:
         """See :meth:`Engine.compute`; prompts with a common beginning share it."""
         ends = np.array([self._chain(tuple(prompt))[-1] for prompt in prompts], dtype=np.int64)
@@ -305,6 +311,7 @@ class TreeEngine:
         new = table.append(tokens, parents, table.position[parents] + 1, table.chain[parents])
         table.stem[new] = table.stem[parents]
         rows = np.concatenate((ends, new))
+        self._allowed = None if allowed is None else dict(zip(rows.tolist(), allowed, strict=True))
         try:
             return rows, self._run(rows)
         except BaseException:
@@ -498,7 +505,11 @@ class TreeEngine:
                 use_cache=True,
             )
             hidden, logits = hidden[:count], logits[:count]
-            logprobs, tokens = _top_logprobs(logits.float(), self._top_k)
+            allowed = None
+            if self._allowed is not None:
+                masks = np.stack([self._allowed[row] for row in rows[asked[:count]].tolist()])
+                allowed = torch.from_numpy(masks).to(device)
+            logprobs, tokens = _top_logprobs(logits.float(), self._top_k, allowed)
             return Outputs(hidden.float().cpu().numpy(), tokens.cpu().numpy(), logprobs.cpu().numpy())
 
     def _blocks(self, rows: IntArray, continuations: IntArray, tensor: Any) -> list[_Block]:
@@ -590,8 +601,14 @@ def _pack(widths: IntArray, sizes: IntArray) -> tuple[IntArray, IntArray, IntArr
     return group, offset, place, capacity
 
 
-def _top_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the ``k`` largest log-probabilities [n, k] of the full softmax of ``logits`` [n, V], and their tokens."""
+def _top_logprobs(logits: Tensor, k: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the ``k`` largest log-probabilities [n, k] of the full softmax of ``logits`` [n, V], and their tokens.
+
+    They are the largest of those ``allowed`` [n, V], if that is given.
+    """
+    if allowed is not None:
+        top, tokens = _top(logits.masked_fill(~allowed, -torch.inf), k)
+        return top - logits.logsumexp(-1, keepdim=True), tokens
     top, tokens = _top(logits, k)
     # Only k of the V log-probabilities are needed: no second [n, V] array, and logits is ours to overwrite.
     normaliser = top[:, :1] + logits.sub_(top[:, :1]).exp_().sum(-1, keepdim=True).log_()

@@ -58,7 +58,11 @@ class Engine(Protocol):
         """Bytes of key-value memory held now."""
 
     def compute(
-        self, prompts: Sequence[Sequence[int]], parents: IntArray, tokens: IntArray
+        self,
+        prompts: Sequence[Sequence[int]],
+        parents: IntArray,
+        tokens: IntArray,
+        allowed: npt.NDArray[np.bool_] | None = None,
     ) -> tuple[IntArray, Outputs]:
         """Start sequences and continue others, in one forward if memory allows; on an error nothing has changed.
 
@@ -66,6 +70,8 @@ class Engine(Protocol):
             prompts: Token ids of ``m`` new prompts.
             parents: int64 [n], handles of prefixes.
             tokens: int64 [n], what to append to each.
+            allowed: bool [m + n, V], the tokens that the k likeliest after each are taken from; None for all. Where
+                fewer than k are allowed, others fill up with a log-probability of -inf.
 
         Returns:
             Handles int64 [m + n], the prompts' first, and the outputs after each.
@@ -151,12 +157,18 @@ class PrefixEngine:
         return 0
 
     def compute(
-        self, prompts: Sequence[Sequence[int]], parents: IntArray, tokens: IntArray
+        self,
+        prompts: Sequence[Sequence[int]],
+        parents: IntArray,
+        tokens: IntArray,
+        allowed: npt.NDArray[np.bool_] | None = None,
     ) -> tuple[IntArray, Outputs]:
         """See :meth:`Engine.compute`."""
         sequences = [tuple(prompt) for prompt in prompts]
         sequences += [(*self._sequences[p], int(t)) for p, t in zip(parents, tokens, strict=True)]
         hidden, logprobs = self._model.forward(sequences)
+        if allowed is not None:
+            logprobs = np.where(allowed, logprobs, -np.inf)
         # A stable sort makes ties fall the same way in every batch.
         ranked = np.argsort(-logprobs, axis=1, kind="stable")[:, : self._top_k]
         handles = np.arange(len(self._sequences), len(self._sequences) + len(sequences))

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ConfigurationError, PromptError, check_integer, check_number
+from ..errors import ConfigurationError, ConstraintError, PromptError, check_integer, check_number
 from ..rewards import Reward, as_reward
+from .constraints import Rules
 from .language_model import IntArray, LanguageModel, free_memory, load_language_model
 from .prompts import Prompt, columns_of
 from .token_tree import TokenTree
@@ -86,6 +87,7 @@ class DecodingMDP:
         kv_budget: int | None = None,
         max_prefixes: int | None = None,
         hidden_layers: Sequence[int] = (),
+        constraint: Any = None,
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
         """Define the process; the arguments are those of ``gym.make("TokenDecoding-v0")``.
@@ -106,6 +108,8 @@ class DecodingMDP:
                 forgotten. None for what an eighth of the free memory holds.
             hidden_layers: Decoder layers, from 0, whose states are observed beside the last one's (see
                 :class:`TransformersLM`); of a model given by name.
+            constraint: What every completion must be like: a :class:`~qstar_decoding.envs.constraints.Constraint` or a
+                list of them. The actions of a state are then the likeliest tokens that it allows.
             model_kwargs: Handed to ``from_pretrained``.
 
         Raises:
@@ -129,8 +133,9 @@ class DecodingMDP:
                 raise ConfigurationError(
                     "hidden_layers is for a model given by name; give it to TransformersLM instead"
                 )
-        self._kv_budget = kv_budget
-        self.tree = TokenTree(self.model, top_k, kv_budget)
+        self._kv_budget, self.constraint = kv_budget, constraint
+        self._rules = None if constraint is None else Rules(constraint, self.model)
+        self.tree = TokenTree(self.model, top_k, kv_budget, self._rules.allowed if self._rules else None)
         if max_prefixes is None:
             max_prefixes = max(free_memory() // 8 // self.tree.node_bytes, 1)
         self.max_prefixes = check_integer("max_prefixes", max_prefixes)
@@ -153,6 +158,7 @@ class DecodingMDP:
             logprob_weight=self.logprob_weight,
             kv_budget=self._kv_budget,
             max_prefixes=self.max_prefixes,
+            constraint=self.constraint,
         )
 
     # -- states -------------------------------------------------------------------------------------------------------
@@ -204,12 +210,20 @@ class DecodingMDP:
         return self.max_new_tokens - self.tree.depth[nodes]
 
     def action_mask(self, nodes: IntArray) -> npt.NDArray[np.bool_]:
-        """Return which actions may be taken, bool [n, k]; the most likely one always may."""
+        """Return which actions may be taken, bool [n, k]; the most likely one may, unless a constraint forbids all."""
         probabilities = np.exp(self.tree.logprobs[nodes])
         mask = probabilities > 0
         if self.top_p < 1:  # where the first token has all of what float32 can tell, even 1 would mask the others
             mask &= probabilities.cumsum(axis=1) - probabilities < self.top_p
-        mask[:, 0] = True
+        if self._rules is None:
+            mask[:, 0] = True
+            return mask
+        # A text that the horizon or a stop string ends must be one that may end there; -inf is what is not allowed.
+        ends = np.isin(self.finishes(nodes), (Finish.LENGTH, Finish.STOP)) & mask
+        for row in np.flatnonzero(ends.any(axis=1)).tolist():
+            prefix, tokens = self.tree.completion_ids(int(nodes[row])), self.tree.tokens[nodes[row]].tolist()
+            for action in np.flatnonzero(ends[row]).tolist():
+                mask[row, action] = self._rules.may_end([*prefix, tokens[action]])
         return mask
 
     def token_text(self, token: int) -> str:
@@ -264,6 +278,19 @@ class DecodingMDP:
         ids, texts = self.tree.completions(nodes), self.texts(nodes)
         whose, remaining = [p.text for p in prompts], self.remaining(nodes).tolist()
         return self.reward.upper_bound(whose, texts, remaining, ids, **columns_of(prompts))
+
+    def check_going_on(self, nodes: IntArray) -> None:
+        """Check that in each of ``n`` states something may be written.
+
+        Raises:
+            ConstraintError: The constraint allows nothing there.
+        """
+        if self._rules is not None and not (alive := self.action_mask(nodes).any(axis=1)).all():
+            node = int(nodes[~alive][0])
+            raise ConstraintError(
+                f"the constraint leaves nothing to write at position {self.tree.depth[node]}, after "
+                f"{self.text(node)!r}; allow more, or raise top_k or max_new_tokens"
+            )
 
     # -- edges --------------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 from weakref import WeakSet
 
@@ -43,20 +43,28 @@ class TokenTree:
         children: int64 [nodes, k], the node that each action leads to, -1 where not yet computed.
     """
 
-    def __init__(self, model: LanguageModel, top_k: int, kv_budget: int | None = None) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        top_k: int,
+        kv_budget: int | None = None,
+        allowed: Callable[[Sequence[int]], npt.NDArray[np.bool_]] | None = None,
+    ) -> None:
         """Start an empty tree.
 
         Args:
             model: The language model.
             top_k: Next tokens kept at each node, 1 to the vocabulary's size.
             kv_budget: Bytes of key-value memory; None for a share of the free memory.
+            allowed: Given a completion's tokens so far, returns which tokens may follow, bool [V]; the candidates are
+                the likeliest of those, with log-probability -inf where there are fewer than k. None allows all.
 
         Raises:
             ConfigurationError: ``top_k`` is out of range.
         """
         self.model = model
         self.top_k = check_integer("top_k", top_k, high=model.vocab_size, meaning="at most the vocabulary")
-        self._engine = model.engine(self.top_k, kv_budget)
+        self._engine, self._allowed = model.engine(self.top_k, kv_budget), allowed
         self._roots: dict[tuple[int, ...], int] = {}
         self._holders: WeakSet[Holder] = WeakSet()
         self._size = self._clock = 0
@@ -122,7 +130,11 @@ class TokenTree:
         if new or missing.any():
             edges = np.unique(nodes[missing] * self.top_k + actions[missing])
             parents, ranks = edges // self.top_k, edges % self.top_k
-            handles, outputs = self._engine.compute(new, self.handle[parents], self.tokens[parents, ranks])
+            tokens, allowed = self.tokens[parents, ranks], None
+            if self._allowed is not None:
+                written = [[*c, t] for c, t in zip(self.completions(parents), tokens.tolist(), strict=True)]
+                allowed = np.stack([self._allowed(ids) for ids in [*([] for _ in new), *written]])
+            handles, outputs = self._engine.compute(new, self.handle[parents], tokens, allowed)
             added = np.arange(self._size, self._size + len(handles))
             start = np.full(len(new), _MISSING)
             logprob = self.path_logprob[parents] + self.logprobs[parents, ranks]
