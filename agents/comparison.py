@@ -150,11 +150,12 @@ class Comparison:
             means = [
                 float(np.nanmean(evaluate(self._make(name, 0, **trial), dev, budget).objectives)) for trial in trials
             ]
-            best = dict(trials[int(np.argmax(means))]) if trials else {}
-            known[name] = {"setting": best, "dev": {json.dumps(t): m for t, m in zip(trials, means, strict=True)}}
+            # By its place in the grid: a setting may hold what JSON cannot.
+            best = int(np.argmax(means)) if trials else None
+            known[name] = {"chosen": best, "dev": {repr(t): m for t, m in zip(trials, means, strict=True)}}
             write_json(path, known)
-        chosen: dict[str, Any] = known[name]["setting"]
-        return chosen
+        chosen = known[name]["chosen"]
+        return {} if chosen is None else dict(contender.grid[chosen])
 
     def timings(self) -> dict[str, dict[str, float]]:
         """Return seconds and bytes of keys and values a prompt of each decoder at the largest budget."""

@@ -19,7 +19,7 @@ from .decoders import (
     MajorityVote,
     SamplingDecoder,
 )
-from .heuristics import Heuristic, ZeroHeuristic
+from .heuristics import Heuristic, LookAheadHeuristic, ZeroHeuristic
 from .planning import Decoder
 from .tree_search import MCTS, LevinTreeSearch, RebaseSearch
 
@@ -141,6 +141,13 @@ CONTENDERS: dict[str, Contender] = {
         AStarPlanner, "Dijkstra 1959", "reward", {"search": "qstar", "heuristic": ZeroHeuristic()}
     ),
     "best-first, h = bound": Contender(AStarPlanner, "Hart et al. 1968", "reward", {"search": "qstar"}),
+    "look-ahead": Contender(
+        AStarPlanner,
+        "Lu et al. 2022",
+        "reward",
+        {"margin": 0.5},
+        [{"heuristic": LookAheadHeuristic(length, width=width)} for length, width in ((1, 3), (2, 2), (4, 1), (4, 3))],
+    ),
     "A*, no Q": Contender(AStarPlanner, "ours, h = bound", "reward", {}, _grid("taper", 0.0, 1.0, 2.0, 3.0)),
     "Levin": Contender(LevinTreeSearch, "Orseau et al. 2018", "reward"),
     "ARGS": Contender(

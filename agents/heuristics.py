@@ -18,6 +18,7 @@ __all__ = [
     "BoundHeuristic",
     "CombinedHeuristic",
     "Heuristic",
+    "LookAheadHeuristic",
     "OracleHeuristic",
     "QHeuristic",
     "SoftValueHeuristic",
@@ -84,6 +85,12 @@ class CombinedHeuristic(Composable):
     def __call__(self, mdp: DecodingMDP, prompts: Sequence[Prompt], nodes: IntArray) -> Values:
         """See :class:`Heuristic`."""
         return self.combine(np.stack([np.asarray(term(mdp, prompts, nodes), np.float64) for term in self.terms]))
+
+    @property
+    def lm_tokens(self) -> IntArray | int:
+        """LM tokens that the terms' last calls took, int64 [n]; see :class:`LookAheadHeuristic`."""
+        total: IntArray | int = sum(getattr(term, "lm_tokens", 0) for term in self.terms)
+        return total
 
     def __repr__(self) -> str:
         """Return the expression that makes it."""
@@ -220,6 +227,53 @@ class ValueHeuristic(Composable):
     def __repr__(self) -> str:
         """Return the expression that makes it."""
         return f"ValueHeuristic({self.function!r}, preference={self.preference})"
+
+
+class LookAheadHeuristic(Composable):
+    """h from greedy roll-outs: what the text is worth a few tokens further on, fluency and potential together.
+
+    NeuroLogic A*esque (Lu et al. 2022) for any reward with a potential φ. From the ``width`` likeliest edges of a
+    node the language model's favourite tokens are followed until ``length`` tokens are there or the text ends; h is α
+    times the log-probability of all of them, plus φ at the end. Other edges get α · log π + φ(s). It needs no training
+    and costs up to width · length LM tokens a node, which count against the search's budget.
+
+    Attributes:
+        lm_tokens: int64 [n], prefixes that the last call looked at, by node. Where a heuristic has this, it is counted.
+    """
+
+    def __init__(self, length: int = 4, *, width: int = 3) -> None:
+        """Roll out ``length`` tokens from each of ``width`` edges of a node.
+
+        Raises:
+            ConfigurationError: One is not a positive integer.
+        """
+        self.length, self.width = check_integer("length", length), check_integer("width", width)
+        self.lm_tokens: IntArray = np.zeros(0, dtype=np.int64)
+
+    def __call__(self, mdp: DecodingMDP, prompts: Sequence[Prompt], nodes: IntArray) -> Values:
+        """See :class:`Heuristic`."""
+        values = mdp.edge_returns(nodes) + mdp.potential(prompts, nodes)[:, None]
+        self.lm_tokens = np.zeros(len(nodes), dtype=np.int64)
+        going_on = mdp.action_mask(nodes) & (mdp.finishes(nodes) == Finish.NO)
+        row, action = np.nonzero(going_on & (going_on.cumsum(axis=1) <= self.width))
+        if not len(row):
+            return values
+        here = mdp.tree.expand(nodes[row], action)
+        np.add.at(self.lm_tokens, row, 1)
+        for _ in range(self.length - 1):
+            favourite = mdp.action_mask(here).argmax(axis=1)  # the likeliest that may be taken
+            moving = np.flatnonzero(mdp.finishes(here)[np.arange(len(here)), favourite] == Finish.NO)
+            if not len(moving):
+                break
+            here[moving] = mdp.tree.expand(here[moving], favourite[moving])
+            np.add.at(self.lm_tokens, row[moving], 1)
+        fluency = mdp.path_return(here) - mdp.path_return(nodes[row])
+        values[row, action] = fluency + mdp.potential([prompts[i] for i in row.tolist()], here)
+        return values
+
+    def __repr__(self) -> str:
+        """Return the expression that makes it."""
+        return f"LookAheadHeuristic({self.length}, width={self.width})"
 
 
 class OracleHeuristic(Composable):

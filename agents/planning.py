@@ -369,6 +369,7 @@ def start(decoder: Decoder, prompts: Sequence[Prompt], budget: Budget, *, shared
     h = decoder.evaluate(prompts, roots)
     for i, search in enumerate(searches):
         search.add(roots[i : i + 1], h[i : i + 1], came_by=None)
+        _charge(decoder, search, slice(i, i + 1), len(searches))
         search.record()
     return searches
 
@@ -420,6 +421,7 @@ def _follow(decoder: Decoder, batch: Sequence[tuple[Search, Edges]]) -> None:
         for search, edges in going_on:
             part = slice(begin, begin := begin + len(edges.rows))
             search.add(children[part], h[part], came_by=edges)
+            _charge(decoder, search, part, len(children))
             search.lm_forwards += 1
     if finishing:
         prompts = [search.prompt for search, edges in finishing for _ in edges.rows]
@@ -432,6 +434,16 @@ def _follow(decoder: Decoder, batch: Sequence[tuple[Search, Edges]]) -> None:
             if not by_reward:
                 done = [c._replace(objective=float(f)) for c, f in zip(done, search.f[edges], strict=True)]
             search.finish_edges(edges, done)
+
+
+def _charge(decoder: Decoder, search: Search, part: slice, count: int) -> None:
+    """Put what the heuristic's last call, for ``count`` nodes, cost for some of them on a search's account."""
+    spent = getattr(decoder.heuristic, "lm_tokens", None)
+    if spent is not None:
+        used = int(np.broadcast_to(spent, count)[part].sum())
+        search.heuristic_tokens += used
+        if search.pool is not None:
+            search.pool.left -= used
 
 
 def score_completions(searches: Sequence[Search]) -> None:

@@ -100,7 +100,7 @@ class Usage:
     """What a search used.
 
     Attributes:
-        lm_tokens: Distinct prefixes processed beyond the prompt.
+        lm_tokens: Distinct prefixes processed beyond the prompt, and those that the heuristic looked at.
         lm_forwards: Forwards of the language model that it took part in.
         reward_calls: Completions scored.
         seconds: Wall-clock time from the start of the search to its end. Searches run together share it.
@@ -184,6 +184,7 @@ class Search:
         best: The best completion so far, the incumbent.
         completions: What was finished, by row and action.
         draws: How often a sampler drew each finishing edge.
+        heuristic_tokens: LM tokens that the heuristic has used; see :class:`LookAheadHeuristic`.
         pool: What it shares with other searches instead of a budget of LM tokens of its own; usually None.
         is_idle: Whether it has followed everything that promised anything; see :class:`Pool`.
         stop_reason: Why it is over; empty while it is not. See :class:`~qstar_decoding.agents.planning.Plan`.
@@ -214,7 +215,7 @@ class Search:
         self._wish = NO_EDGES  # what it asked for last
         self.draws: Counter[tuple[int, int]] = Counter()
         self.trace: list[TracePoint] = []
-        self.lm_forwards = self.reward_calls = 0
+        self.lm_forwards = self.reward_calls = self.heuristic_tokens = 0
         self._started, self._seconds_before = time.perf_counter(), 0.0
         self.stop_reason = ""
 
@@ -261,8 +262,13 @@ class Search:
 
     @property
     def lm_tokens(self) -> int:
-        """LM tokens used; the prompt's row is free."""
-        return max(self.size - 1, 0)
+        """LM tokens used, those of the heuristic included; the prompt's row is free."""
+        return max(self.size - 1, 0) + self.heuristic_tokens
+
+    @property
+    def pops(self) -> int:
+        """Edges followed."""
+        return max(self.size - 1, 0) + len(self.completions)
 
     @property
     def room(self) -> float:
@@ -388,7 +394,7 @@ class Search:
             reward_calls=self.reward_calls,
             seconds=self.trace[-1].seconds if self.stop_reason and self.trace else self.seconds,
             kv_bytes=(prompt_tokens + self.lm_tokens) * (self.mdp.model.kv_token_bytes or 0),
-            pops=self.lm_tokens + len(self.completions),
+            pops=self.pops,
             prompt_tokens=prompt_tokens,
         )
 
@@ -400,7 +406,7 @@ class Search:
         calls = math.inf
         if budget.reward_calls is not None and self.score == "reward":
             calls = budget.reward_calls - self.reward_calls
-        pops = math.inf if budget.pops is None else budget.pops - self.lm_tokens - len(self.completions)
+        pops = math.inf if budget.pops is None else budget.pops - self.pops
         fits = (np.cumsum(going_on) <= self.room) & (np.cumsum(~going_on) <= calls) & (np.arange(len(going_on)) < pops)
         late = budget.seconds is not None and self.seconds >= budget.seconds
         if late or not fits.all():

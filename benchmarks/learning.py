@@ -3,7 +3,8 @@
     python benchmarks/learning.py sentiment|keywords|arithmetic [--seeds 3] [--runs runs] [--json FILE]
 
 Trains each seed with `qstar train` into RUNS/TASK-SEED unless a finished run is there; decodes the held-out prompts.
-Decoders without Q do not depend on a training seed; best-of-n gets as many sampling seeds as there are training seeds, but for the comparison at 3,200 tokens, one.
+Decoders without Q do not depend on a training seed; best-of-n gets as many sampling seeds as there are training seeds,
+but for the comparison at 3,200 tokens one.
 Differences are paired by prompt, means over the seeds; intervals resample the prompts (95 %, bootstrap).
 """
 

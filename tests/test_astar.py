@@ -18,6 +18,7 @@ from qstar_decoding.agents import (
     BoundHeuristic,
     Budget,
     GreedyDecoder,
+    LookAheadHeuristic,
     OracleHeuristic,
     SamplingDecoder,
     SoftValueHeuristic,
@@ -328,6 +329,24 @@ def test_heuristics_compose(mdp):
     ]:
         np.testing.assert_allclose(heuristic(mdp, prompts, node), expected)
         assert description in repr(heuristic)
+
+
+def test_looking_ahead_is_worth_its_name_and_is_paid_for(mdp):
+    heuristic = LookAheadHeuristic(3, width=2)
+    prompts, root = load_prompts(["a"]), mdp.roots(load_prompts(["a"]))
+    [values] = heuristic(mdp, prompts, root)
+    for action in range(2):
+        node, steps = int(mdp.tree.expand(root, np.array([action]))[0]), 1
+        while steps < 3 and mdp.finishes(np.array([node]))[0, 0] == 0:
+            node, steps = int(mdp.tree.expand(np.array([node]), np.array([0]))[0]), steps + 1
+        expected = mdp.path_return(np.array([node]))[0] + mdp.potential(prompts, np.array([node]))[0]
+        assert values[action] == pytest.approx(expected)
+    plan = AStarPlanner(mdp, heuristic=heuristic, width=1, taper=None).plan("a", 40)
+    assert plan.usage.lm_tokens > (len(plan.tree) // mdp.top_k - 1)  # more than was expanded
+    assert plan.usage.pops == len(plan.tree) // mdp.top_k - 1 + plan.usage.reward_calls
+    twice = AStarPlanner(mdp.fresh(), heuristic=maximum(heuristic, heuristic), width=1, taper=None).plan("a", 40)
+    assert twice.usage.lm_tokens >= plan.usage.lm_tokens or twice.stop_reason == "certified"
+    assert plan.usage.lm_tokens < 40 + 2 * 3 * mdp.top_k  # the last call may overshoot, by no more than itself
 
 
 def test_unknown_searches_and_weights_without_a_bound_are_named(mdp):
