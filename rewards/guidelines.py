@@ -8,10 +8,10 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, check_integer
 from .base import OnError, Reward
 
-__all__ = ["AllKeywords", "CompleteSentence", "Keywords", "Pangram"]
+__all__ = ["AllKeywords", "CompleteSentence", "Keywords", "Length", "Pangram"]
 
 _WORD = re.compile(r"[^\W\d_]+")
 _SUFFIXES = ("", "s", "es", "d", "ed", "ing")
@@ -102,6 +102,49 @@ class CompleteSentence(Reward):
     ) -> Sequence[float | None]:
         """Return 1 or 0 for each completion."""
         return [float(bool(_SENTENCE_END.search(completion.rstrip()))) for completion in completions]
+
+
+class Length(Reward):
+    """The share of ``most`` tokens that the completion has, at most 1: a length bonus, or with a minus a malus.
+
+    Likelihood alone favours short texts, down to the empty one (Stahlberg & Byrne 2019). Without token ids words count.
+    The potential is the length so far, and what remains bounds what it can become.
+    """
+
+    name, lower, upper = "length", 0.0, 1.0
+
+    def __init__(self, most: int = 32, *, on_error: OnError = "raise", penalty: float | None = None) -> None:
+        """Count up to ``most``; the other arguments are those of `Reward`.
+
+        Raises:
+            ConfigurationError: ``most`` is not a positive integer.
+        """
+        super().__init__(on_error=on_error, penalty=penalty)
+        self.most = check_integer("most", most)
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float | None]:
+        """Return the share for each completion."""
+        return [min(count, self.most) / self.most for count in _lengths(completions, completion_ids)]
+
+    score_prefixes = score
+
+    def bound_prefixes(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        remaining: Sequence[int],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float]:
+        """Return the share that there is if all remaining tokens are used."""
+        counts = _lengths(completions, completion_ids)
+        return [min(count + left, self.most) / self.most for count, left in zip(counts, remaining, strict=True)]
 
 
 class Pangram(Reward):

@@ -25,6 +25,7 @@ _factories: dict[str, str | RewardFactory] = {
     "complete_sentence": ".guidelines:CompleteSentence",
     "exact_answer": ".reasoning:ExactAnswer",
     "keywords": ".guidelines:Keywords",
+    "length": ".guidelines:Length",
     "pangram": ".guidelines:Pangram",
     "sentiment": ".sentiment:Sentiment",
 }

@@ -485,6 +485,20 @@ def test_a_bound_for_prefixes_makes_certificates_cheaper():
     assert plan(CountA(6) - 0.1 * loose) <= plan(loose - 0.1 * loose)
 
 
+def test_a_length_bonus_is_bounded_by_what_remains():
+    def plan(reward):
+        mdp = DecodingMDP(TabularLM.random(4, 1, seed=3), reward=reward, top_k=4, max_new_tokens=6)
+        plan = AStarPlanner(mdp).plan("a")
+        assert plan.certified
+        return plan
+
+    assert len(plan(as_reward("length")).token_ids) == 6
+    assert len(plan(-1.0 * as_reward("length")).token_ids) == 1
+    # In a sum its bound is what U knows of it: far below 1, as only 6 of 32 tokens can be written.
+    mixed = plan(0.1 * PseudoRandom(1) + 1.0 * as_reward("length"))
+    assert mixed.trace[0].upper_bound <= 0.1 + 6 / 32
+
+
 def test_a_bound_that_is_broken_is_an_error():
     mdp = DecodingMDP(TabularLM.random(3, 1, seed=1), reward=CountA(6, slack=-2.0), top_k=3, max_new_tokens=6)
     with pytest.raises(RewardError, match=r"'count_a' gave .* to '.*', though it had stated .* no certificate"):
