@@ -202,3 +202,7 @@ def _lemma(word: str) -> str:
         ) from error
     lemma: str = simplemma.lemmatize(word, lang="en")
     return lemma.lower()
+
+
+def _lengths(completions: Sequence[str], completion_ids: Sequence[Sequence[int]] | None) -> list[int]:
+    return [len(ids) for ids in completion_ids] if completion_ids is not None else [len(c.split()) for c in completions]
