@@ -327,7 +327,7 @@ def evaluate(
         limits = [int(part) for part in budgets.split(",")]
     except ValueError:
         raise ConfigurationError(f"--budgets is a list such as 50,100,200, got {budgets!r}") from None
-    names = [name.strip() for name in decoders.split(";" if ";" in decoders else ",") if name.strip()]
+    names = [name.strip() for name in decoders.split(",") if name.strip()]
     specs = [load_task(task) for task in tasks]
     _quiet()
     pages: list[str] = []

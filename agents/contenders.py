@@ -130,17 +130,17 @@ CONTENDERS: dict[str, Contender] = {
         MajorityVote, "Wang et al. 2023", "lm", {}, _grid("temperature", 1.0, 0.7, 0.5, 0.3), random=True
     ),
     "beam": Contender(BeamSearch, "the likeliest text", "lm", {"rerank": False}),
-    "beam, reranked": Contender(BeamSearch, "beam search, the best J of the beam", "reward"),
+    "beam reranked": Contender(BeamSearch, "beam search, the best J of the beam", "reward"),
     "diverse beam": Contender(
         DiverseBeamSearch, "Vijayakumar et al. 2018", "reward", {}, _grid("diversity", 0.01, 0.03, 0.1, 0.3)
     ),
     "best-of-n": Contender(
         SamplingDecoder, "Stiennon et al. 2020", "reward", {}, _grid("temperature", 1.3, 1.0, 0.7, 0.5), random=True
     ),
-    "best-first, h = 0": Contender(
+    "best-first h=0": Contender(
         AStarPlanner, "Dijkstra 1959", "reward", {"search": "qstar", "heuristic": ZeroHeuristic()}
     ),
-    "best-first, h = bound": Contender(AStarPlanner, "Hart et al. 1968", "reward", {"search": "qstar"}),
+    "best-first h=bound": Contender(AStarPlanner, "Hart et al. 1968", "reward", {"search": "qstar"}),
     "look-ahead": Contender(
         AStarPlanner,
         "Lu et al. 2022",
@@ -148,7 +148,7 @@ CONTENDERS: dict[str, Contender] = {
         {"margin": 0.5},
         [{"heuristic": LookAheadHeuristic(length, width=width)} for length, width in ((1, 3), (2, 2), (4, 1), (4, 3))],
     ),
-    "A*, no Q": Contender(AStarPlanner, "ours, h = bound", "reward", {}, _grid("taper", 0.0, 1.0, 2.0, 3.0)),
+    "A* without Q": Contender(AStarPlanner, "ours, h = bound", "reward", {}, _grid("taper", 0.0, 1.0, 2.0, 3.0)),
     "Levin": Contender(LevinTreeSearch, "Orseau et al. 2018", "reward"),
     "ARGS": Contender(
         ARGSDecoder, "Khanov et al. 2024", "reward", {}, _grid("reward_weight", 1.0, 3.0, 10.0, 30.0), budgeted=False

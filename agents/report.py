@@ -227,7 +227,7 @@ def _pay_back(results: Results, training: Sequence[dict[str, Any]]) -> Iterable[
 def _certificates(results: Results) -> Iterable[str]:
     if results.comparison.score != "reward":
         return
-    names = [name for name in ("A*, no Q", _OURS) if name in results.names]
+    names = [name for name in ("A* without Q", _OURS) if name in results.names]
     if not names:
         return
     yield "Certified optimal (of the top-k tree), share of the prompts, and mean gap:\n"
@@ -277,7 +277,7 @@ def _plot(results: Results, path: Path, what: str, label: str) -> str:
     axes = figure.subplots()
     budgets = results.comparison.budgets
     for i, name in enumerate(results.names):
-        if what == "gap" and name not in ("A*, no Q", _OURS, "best-first, h = bound"):
+        if what == "gap" and name not in ("A* without Q", _OURS, "best-first h=bound"):
             continue
         have = [budget for budget in budgets if results.has(name, budget)]
         values = [results.mean(name, budget, what) for budget in have]
