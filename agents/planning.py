@@ -19,7 +19,7 @@ import numpy as np
 
 from ..envs import Completion, DecodingMDP, Finish, Prompt, load_prompts
 from ..envs.prompts import as_prompt
-from ..errors import ConfigurationError, ConstraintError, HeuristicError, check_integer, check_number
+from ..errors import ConfigurationError, ConstraintError, HeuristicError, QStarError, check_integer, check_number
 from .search import Budget, Edges, IntArray, Pool, Scope, Score, Search, Status, TracePoint, Usage, Values
 from .search_tree import SearchTree
 
@@ -171,11 +171,19 @@ class Decoder(ABC):
         """Return h, the estimated best return through each edge, that edge included, float64 [n, k].
 
         Raises:
-            HeuristicError: The heuristic returned another shape, or NaN.
+            HeuristicError: The heuristic raised, or returned another shape, or NaN.
         """
         if self.heuristic is None:
             return self.mdp.edge_returns(nodes)
-        h = np.asarray(self.heuristic(self.mdp, prompts, nodes), dtype=np.float64)
+        try:
+            h = np.asarray(self.heuristic(self.mdp, prompts, nodes), dtype=np.float64)
+        except QStarError:
+            raise  # says what is wrong by itself
+        except Exception as error:
+            raise HeuristicError(
+                f"{self.heuristic!r} raised {type(error).__name__} for {len(nodes)} nodes, the first after the text "
+                f"{self.mdp.text(int(nodes[0]))!r}: {error}"
+            ) from error
         if h.shape != (len(nodes), self.mdp.top_k):
             raise HeuristicError(
                 f"{self.heuristic!r} returned shape {h.shape}, expected {(len(nodes), self.mdp.top_k)}"

@@ -705,6 +705,7 @@ def test_backup_is_the_best_completion_below_each_edge(mdp):
     [
         (lambda mdp, prompts, nodes: np.full((len(nodes), mdp.top_k), np.nan), "returned NaN"),
         (lambda mdp, prompts, nodes: np.zeros(len(nodes)), r"returned shape \(1,\), expected \(1, 3\)"),
+        (lambda mdp, prompts, nodes: 1 / 0, "raised ZeroDivisionError for 1 nodes, the first after the text ''"),
     ],
 )
 def test_a_broken_heuristic_is_an_error(mdp, heuristic, message):
