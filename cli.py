@@ -236,7 +236,8 @@ def train(
     minutes = round(watch.seconds / 60, 1)
     out.print(f"{agent.num_timesteps:,} LM tokens in {minutes:.1f} min; checkpoint in {checkpoint}")
     figures = _held_out(agent, spec)
-    agent.save(folder / "q", training_state=False, command=command, seed=seed, minutes=minutes, held_out=figures)
+    made = {"command": command, "seed": seed, "minutes": minutes, "time_steps": agent.num_timesteps}
+    agent.save(folder / "q", training_state=False, **made, held_out=figures)
     out.print(f"use it: qstar decode PROMPT --task {task} --q {folder}", soft_wrap=True)
 
 
