@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .constraints import BannedStrings, Constraint, ForcedStrings, JSONConstraint, MinTokens, RegexConstraint
     from .kv_pool import TreeEngine
     from .language_model import LanguageModel, PrefixEngine, TransformersLM, load_language_model
     from .mdp import Completion, DecodingMDP, Finish
@@ -20,13 +21,21 @@ if TYPE_CHECKING:
     from .vector import TokenDecodingVecEnv, TokenDecodingVectorEnv
 
 _HOMES = {
+    "BannedStrings": "constraints",
     "Completion": "mdp",
+    "Constraint": "constraints",
     "DecodingMDP": "mdp",
     "Finish": "mdp",
+    "ForcedStrings": "constraints",
+    "JSONConstraint": "constraints",
     "LanguageModel": "language_model",
+    "load_language_model": "language_model",
+    "load_prompts": "prompts",
+    "MinTokens": "constraints",
     "Observer": "observations",
     "PrefixEngine": "language_model",
     "Prompt": "prompts",
+    "RegexConstraint": "constraints",
     "TabularLM": "toy",
     "TokenDecodingEnv": "token_decoding",
     "TokenDecodingVecEnv": "vector",
@@ -34,18 +43,22 @@ _HOMES = {
     "TokenTree": "token_tree",
     "TransformersLM": "language_model",
     "TreeEngine": "kv_pool",
-    "load_language_model": "language_model",
-    "load_prompts": "prompts",
 }
 
 __all__ = [
+    "BannedStrings",
     "Completion",
+    "Constraint",
     "DecodingMDP",
     "Finish",
+    "ForcedStrings",
+    "JSONConstraint",
     "LanguageModel",
+    "MinTokens",
     "Observer",
     "PrefixEngine",
     "Prompt",
+    "RegexConstraint",
     "TabularLM",
     "TokenDecodingEnv",
     "TokenDecodingVecEnv",
