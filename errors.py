@@ -71,6 +71,10 @@ class RewardError(QStarError, ValueError):
     """Raised when a reward returns something that is not one finite number within its bounds per text."""
 
 
+class RewardCheckError(QStarError, AssertionError):
+    """Raised by ``check_reward`` when a reward breaks a law that others rely on."""
+
+
 class HeuristicError(QStarError, ValueError):
     """Raised when a heuristic returns NaN or an array of the wrong shape."""
 
