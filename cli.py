@@ -155,6 +155,9 @@ def decode(
             f"   J {completion.objective:.3f} = reward {completion.reward:.3f} "
             f"+ {mdp.logprob_weight:g} · log-prob {completion.logprob:.2f} nats   ({completion.stop})"
         )
+        parts = mdp.reward.components([plan.prompt], [completion.text], [completion.token_ids])
+        if len(parts) > 1:
+            out.print("   " + ", ".join(f"{name} {values[0]:.3f}" for name, values in parts.items()))
     out.print(_bounds(plan))
     if plan.stop_reason == "interrupted":
         sys.exit(130)

@@ -134,7 +134,11 @@ class Episodes:
                 whole[key][alive] = value
             observation = whole
         # Nothing can fail from here on.
-        ended = {int(i): _summary(completion) for i, completion in zip(ending, completions, strict=True)}
+        parts = mdp.components([self._prompt(i) for i in ending.tolist()], completions) if len(ending) else {}
+        ended = {
+            int(i): _summary(completion, {name: values[row] for name, values in parts.items()})
+            for row, (i, completion) in enumerate(zip(ending, completions, strict=True))
+        }
         # A completion that cannot be scored earns its fluency only.
         rewards[ending] += [c.reward if np.isfinite(c.reward) else 0.0 for c in completions]
         if self._shaping:
@@ -207,11 +211,12 @@ def _rank(action: Any, mask: npt.NDArray[np.bool_]) -> int:
     return rank
 
 
-def _summary(completion: Completion) -> dict[str, Any]:
+def _summary(completion: Completion, parts: dict[str, float]) -> dict[str, Any]:
     scored = bool(np.isfinite(completion.reward))
     return {
         "completion": completion.text,
         "stop": completion.stop,
         "reward": completion.reward if scored else None,
+        "rewards": {name: float(value) if np.isfinite(value) else None for name, value in parts.items()},
         "objective": completion.objective if scored else None,
     }

@@ -346,6 +346,14 @@ class DecodingMDP:
         """
         return self.reward([p.text for p in prompts], list(texts), list(ids), **columns_of(prompts))
 
+    def components(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> dict[str, Values]:
+        """Return what each reward that the reward is made of says of ``n`` completions, by name, float64 [n] each.
+
+        They have been scored already, so this asks nobody again.
+        """
+        texts, ids = [c.text for c in completions], [c.token_ids for c in completions]
+        return self.reward.components([p.text for p in prompts], texts, ids, **columns_of(prompts))
+
     # -----------------------------------------------------------------------------------------------------------------
 
     def _decode(self, token_ids: Sequence[int]) -> str:

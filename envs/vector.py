@@ -152,13 +152,18 @@ class TokenDecodingVectorEnv(VectorEnv[Observation, Any, Any]):
         for i in steps.ended:
             final_obs[i] = core.after_the_end()
         numbers = {"reward", "objective"}  # NaN for a completion that could not be scored
-        last = {
+        first = next(iter(steps.ended.values()))
+        last: dict[str, Any] = {
             key: np.full(self.num_envs, np.nan if key in numbers else None, dtype=float if key in numbers else object)
-            for key in next(iter(steps.ended.values()))
+            for key in first
         }
+        parts = {name: np.full(self.num_envs, np.nan) for name in first["rewards"]}
         for i, summary in steps.ended.items():
             for key, value in summary.items():
                 last[key][i] = value
+            for name, value in summary["rewards"].items():
+                parts[name][i] = value
+        last["rewards"] = _marked(parts, done)
         last["action_mask"] = np.ones_like(info["action_mask"])
         info |= self._prompts(done) | _marked(taken, ~done)
         info |= _marked({"final_obs": final_obs, "final_info": _marked({**taken, **last}, done)}, done)

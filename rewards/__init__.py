@@ -5,6 +5,7 @@ potential or with state. Importing this package loads no reward's library.
 """
 
 from .base import OnError, Reward, WeightedSum
+from .composition import clip, minimum, normalise
 from .functions import FunctionReward, RewardSpec, as_reward
 from .registry import make_reward, register_reward, reward_names
 from .specs import parse_spec
@@ -16,7 +17,10 @@ __all__ = [
     "RewardSpec",
     "WeightedSum",
     "as_reward",
+    "clip",
     "make_reward",
+    "minimum",
+    "normalise",
     "parse_spec",
     "register_reward",
     "reward_names",

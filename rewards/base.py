@@ -231,6 +231,19 @@ class Reward(ABC):
         measure = _Measure(subject, self.score_prefixes, -math.inf, math.inf, fallback=math.nan)
         return np.nan_to_num(self._remembered(measure, texts, self._potentials), nan=0.0)
 
+    def components(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> dict[str, FloatArray]:
+        """Score finished texts by each of the rewards that this one is made of, by name, float64 [n] each.
+
+        What was scored already is remembered, so this costs next to nothing after a call. Raises as a call does.
+        """
+        return {self.name: self(prompts, completions, completion_ids, **columns)}
+
     def upper_bound(
         self,
         prompts: Sequence[str],
@@ -272,9 +285,13 @@ class Reward(ABC):
     # Makes NumPy's scalars leave `np.float64(0.7) * reward` to `__rmul__` instead of wrapping the reward in an array.
     __array_ufunc__ = None
 
-    def __mul__(self, weight: float) -> WeightedSum:
-        """Weigh the reward."""
-        return WeightedSum([(weight, self)]) if _is_number(weight) else NotImplemented
+    def __mul__(self, other: float | Reward) -> Reward:
+        """Weigh the reward, or multiply it with another."""
+        if isinstance(other, Reward):
+            from .composition import product
+
+            return product(self, other)
+        return WeightedSum([(other, self)]) if _is_number(other) else NotImplemented
 
     __rmul__ = __mul__
 
@@ -472,6 +489,20 @@ class WeightedSum(Reward):
         for weight, reward in self.terms:
             total += weight * reward.potential(prompts, completions, completion_ids, **columns)
         return total.tolist()
+
+    def components(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> dict[str, FloatArray]:
+        """See `Reward.components`: those of all terms, unweighted; a weight of 0 only measures."""
+        return {
+            name: values
+            for _, reward in self.terms
+            for name, values in reward.components(prompts, completions, completion_ids, **columns).items()
+        }
 
     def bound_prefixes(
         self,

@@ -11,8 +11,9 @@ from typing import Any
 
 from ..errors import ConfigurationError
 from .base import OnError, Reward, WeightedSum
+from .composition import clip, minimum, normalise, product
 from .registry import make_reward, required_parameters, reward_names
-from .specs import parse_spec
+from .specs import Call, Terms, parse_spec
 
 __all__ = ["FunctionReward", "RewardSpec", "as_reward"]
 
@@ -226,7 +227,17 @@ def _name(function: Any) -> str:
     return str(getattr(function, "__name__", type(function).__name__)).strip("<>")
 
 
-def _checked_weights(weights: Mapping[Any, Any]) -> list[tuple[float, str]]:
+def _composed(call: Call) -> Reward:
+    functions: dict[str, Callable[..., Reward]] = {
+        "clip": clip,
+        "min": minimum,
+        "normalise": normalise,
+        "product": product,
+    }
+    return functions[call.function](*map(_weighted_sum, call.rewards), *call.numbers)
+
+
+def _checked_weights(weights: Mapping[Any, Any]) -> Terms:
     """Return the items of a mapping from names to weights, as `parse_spec` returns terms."""
     for name, weight in weights.items():
         if not isinstance(name, str) or not isinstance(weight, Real):
@@ -237,9 +248,9 @@ def _checked_weights(weights: Mapping[Any, Any]) -> list[tuple[float, str]]:
     return [(float(weight), name) for name, weight in weights.items()]
 
 
-def _weighted_sum(terms: list[tuple[float, str]]) -> Reward:
-    """Build a weighted sum of registered rewards; a single one with the weight 1 stays what it is."""
-    rewards = [(weight, make_reward(name)) for weight, name in terms]
+def _weighted_sum(terms: Terms) -> Reward:
+    """Build a weighted sum of registered rewards and functions of them; a single one of weight 1 stays what it is."""
+    rewards = [(weight, make_reward(it) if isinstance(it, str) else _composed(it)) for weight, it in terms]
     match rewards:
         case [(1.0, reward)]:
             return reward

@@ -1,6 +1,7 @@
-"""The little language in which a weighted sum of rewards is written: ``"0.6 * sentiment + 0.3 * relevance - length"``.
+"""The little language in which rewards are composed: ``"0.6 * sentiment + 0.3 * min(keywords, length) - pangram"``.
 
-A spec is a Python expression of names, numbers, ``+``, ``-``, ``*`` and parentheses. It is parsed, never evaluated.
+A spec is a Python expression of names, numbers, ``+``, ``-``, ``*``, parentheses, and the functions ``min``, ``clip``
+and ``normalise``. It is parsed, never evaluated.
 """
 
 from __future__ import annotations
@@ -8,16 +9,35 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Collection
+from typing import NamedTuple
 
 from ..errors import ConfigurationError, UnknownNameError
 
-__all__ = ["parse_spec"]
+__all__ = ["Call", "Terms", "parse_spec"]
 
-Terms = list[tuple[float, str]]
+
+class Call(NamedTuple):
+    """A function of rewards in a spec.
+
+    Attributes:
+        function: ``"product"``, ``"min"``, ``"clip"`` or ``"normalise"``.
+        rewards: What it is a function of.
+        numbers: Its further arguments.
+    """
+
+    function: str
+    rewards: tuple[Terms, ...]
+    numbers: tuple[float, ...] = ()
+
+
+Terms = list[tuple[float, str | Call]]
+
+# How many rewards and how many numbers each function takes.
+_FUNCTIONS = {"min": (range(2, 100), (0,)), "clip": (range(1, 2), (2,)), "normalise": (range(1, 2), (0, 2))}
 
 
 def parse_spec(spec: str, known: Collection[str]) -> Terms:
-    """Parse the spec of a weighted sum.
+    """Parse the spec of a weighted sum of rewards and functions of rewards.
 
     >>> parse_spec("0.5 * (sentiment - 2 * length)", known=["sentiment", "length"])
     [(0.5, 'sentiment'), (-1.0, 'length')]
@@ -72,10 +92,30 @@ class _Parser:
                     weight = self.number(factor)
                     if weight is not None:
                         return _scaled(weight, self.terms(other))
-                raise self.error("one of the two factors must be a number", self.column(node))
+                return [(1.0, Call("product", (self.terms(left), self.terms(right))))]
+            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _FUNCTIONS:
+                return [(1.0, self.call(name, arguments, self.column(node)))]
         if self.number(node) is not None:
             raise self.error("a number alone is no reward", self.column(node))
-        raise self.error("only reward names, numbers, +, -, * and parentheses may stand here", self.column(node))
+        raise self.error(
+            "only reward names, numbers, +, -, *, parentheses, min(…), clip(…) and normalise(…) may stand here",
+            self.column(node),
+        )
+
+    def call(self, name: str, arguments: list[ast.expr], column: int) -> Call:
+        """Read a function's arguments: rewards first, then numbers."""
+        numbers = [self.number(argument) for argument in arguments]
+        count = next((i for i, number in enumerate(numbers) if number is not None), len(numbers))
+        rewards, further = arguments[:count], [number for number in numbers[count:] if number is not None]
+        many, few = _FUNCTIONS[name]
+        if count not in many or len(numbers) - count not in few or len(further) != len(numbers) - count:
+            shapes = {
+                "min": "min(a, b, …)",
+                "clip": "clip(a, low, high)",
+                "normalise": "normalise(a) or (a, low, high)",
+            }
+            raise self.error(f"{name} is written {shapes[name]}", column)
+        return Call(name, tuple(self.terms(reward) for reward in rewards), tuple(further))
 
     def number(self, node: ast.expr) -> float | None:
         """Read a finite number, or return None if the expression is something else."""

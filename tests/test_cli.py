@@ -50,7 +50,12 @@ def test_decode_prints_the_text_its_objective_and_the_bounds():
     assert "60 LM tokens" in output
 
 
-@pytest.mark.parametrize("decoder", ["astar", "greedy", "beam", "sample"])
+def test_decode_shows_each_part_of_a_composed_reward():
+    output = qstar("decode", "The sea", "--budget", 40, "--reward", "0.5*min(sentiment, length) - 0*pangram").stdout
+    assert re.search(r"sentiment -?0\.\d+, length 0\.\d+, pangram 0\.\d+", output)
+
+
+@pytest.mark.parametrize("decoder", ["astar", "greedy", "beam", "sample", "mcts", "rebase"])
 def test_decode_as_json_is_what_the_library_returns(decoder):
     result = json.loads(
         qstar("decode", "-", "--decoder", decoder, "--budget", 40, "--json", input="The play was\n").stdout

@@ -301,7 +301,7 @@ def test_every_step_and_the_last_one_say_what_happened(tabular_env: MakeEnv) -> 
         assert (info["token"], info["token_text"]) == (token, "abc"[token])
         assert info["logprob"] == pytest.approx(math.log(RANKED[0][token]))
     *_, info = env.step(3)
-    assert info.keys() == every | {"completion", "reward", "objective", "stop"}
+    assert info.keys() == every | {"completion", "reward", "rewards", "objective", "stop"}
     assert (info["completion"], info["token_text"]) == ("ca", "")
     assert info["reward"] == 0.5
 

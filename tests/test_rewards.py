@@ -23,13 +23,17 @@ from qstar_decoding.rewards import (
     Reward,
     WeightedSum,
     as_reward,
+    clip,
     make_reward,
+    minimum,
+    normalise,
     parse_spec,
     register_reward,
     registry,
     reward_names,
     sentiment,
 )
+from qstar_decoding.rewards.specs import Call
 
 inf = math.inf
 
@@ -484,7 +488,8 @@ def compositions(draw: st.DrawFn) -> tuple[Reward, float]:
         return constant(value, lower=lower, upper=upper), value
 
     reward, value = leaf()
-    for operation in draw(st.lists(st.sampled_from(["add", "subtract", "weigh", "negate"]), max_size=5)):
+    operations = ["add", "subtract", "weigh", "negate", "multiply", "min", "clip", "normalise"]
+    for operation in draw(st.lists(st.sampled_from(operations), max_size=5)):
         if operation == "add":
             other, its_value = leaf()
             reward, value = reward + other, value + its_value
@@ -494,6 +499,17 @@ def compositions(draw: st.DrawFn) -> tuple[Reward, float]:
         elif operation == "weigh":
             weight = draw(number)
             reward, value = weight * reward, weight * value
+        elif operation == "multiply":
+            other, its_value = leaf()
+            reward, value = reward * other, value * its_value
+        elif operation == "min":
+            other, its_value = leaf()
+            reward, value = minimum(reward, other), min(value, its_value)
+        elif operation in ("clip", "normalise"):
+            low = draw(st.floats(-100, 100))
+            high = low + draw(st.floats(0.1, 100))
+            reward = clip(reward, low, high) if operation == "clip" else normalise(reward, low, high)
+            value = min(max(value, low), high) if operation == "clip" else (value - low) / (high - low)
         else:
             reward, value = -reward, -value
     return reward, value
@@ -558,7 +574,6 @@ def test_arithmetic_and_names() -> None:
         lambda a: a + 1.0,
         lambda a: 1 + a,
         lambda a: a - 1,
-        lambda a: a * a,
         lambda a: a * "x",
         lambda a: a + "x",
         lambda a: np.array([1.0, 2.0]) * a,
@@ -808,6 +823,10 @@ def test_what_describes_a_function_goes_with_nothing_else(spec: Any, option: dic
         ("1e-3*a\n  + b", [(0.001, "a"), (1.0, "b")]),
         ("a - (b - 2*(c + a))", [(1.0, "a"), (-1.0, "b"), (2.0, "c"), (2.0, "a")]),
         ("0*a", [(0.0, "a")]),
+        ("2*a*b", [(1.0, Call("product", ([(2.0, "a")], [(1.0, "b")])))]),
+        ("a - 2*min(b, 0.5*c)", [(1.0, "a"), (-2.0, Call("min", ([(1.0, "b")], [(0.5, "c")])))]),
+        ("clip(a + b, -1, 1)", [(1.0, Call("clip", ([(1.0, "a"), (1.0, "b")],), (-1.0, 1.0)))]),
+        ("normalise(a)", [(1.0, Call("normalise", ([(1.0, "a")],)))]),
     ],
 )
 def test_specs(spec: str, terms: list[tuple[float, str]]) -> None:
@@ -822,12 +841,17 @@ def test_specs(spec: str, terms: list[tuple[float, str]]) -> None:
         ("0.6 a", 5, None),
         ("a + 1", 5, "a number alone is no reward"),
         ("3", 1, "a number alone is no reward"),
-        ("b + a*b", 5, "must be a number"),
+        ("a + min(b)", 5, "min is written min(a, b, …)"),
+        ("a + clip(b, 1)", 5, "clip is written clip(a, low, high)"),
+        ("a + clip(0, b, 1)", 5, "clip is written"),
+        ("normalise(a, 0, b)", 1, "normalise is written"),
+        ("min(a, 3)", 1, "min is written"),
+        ("max(a, b)", 1, "only reward names"),
         ("a / 2", 1, "only reward names"),
         ("a + b()", 5, "only reward names"),
         ("a + b.c", 5, "only reward names"),
-        ("a + True*b", 5, "must be a number"),
-        ("a + 2j*b", 5, "must be a number"),
+        ("a + True*b", 5, "only reward names"),
+        ("a + 2j*b", 5, "only reward names"),
         ("a + 1e999*b", 5, "too large"),
         ("a + '0.5'", 5, "only reward names"),
         ("a if b else c", 1, "only reward names"),

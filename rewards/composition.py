@@ -1,0 +1,211 @@
+"""Rewards made of rewards, beyond weighted sums: products, minima, clipping, normalising. Their bounds follow."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigurationError, check_number
+from .base import FloatArray, Reward
+
+__all__ = ["Composition", "clip", "minimum", "normalise", "product"]
+
+
+class Composition(Reward):
+    """A function of other rewards' values; what one of them cannot score, it cannot score either.
+
+    Attributes:
+        parts: The rewards.
+    """
+
+    def __init__(self, parts: Sequence[Reward], name: str, lower: float, upper: float) -> None:
+        """Compose ``parts``."""
+        self.parts = tuple(parts)
+        self.reads_token_ids = any(part.reads_token_ids for part in parts)
+        super().__init__(name=name, lower=lower, upper=upper)
+
+    @abstractmethod
+    def combine(self, values: FloatArray) -> FloatArray:
+        """Return the composed values, float64 [n], of the parts' values, float64 [parts, n]."""
+
+    def bound(self, uppers: FloatArray) -> FloatArray:
+        """Return an upper bound, float64 [n], where the parts are at most ``uppers``, float64 [parts, n]."""
+        return self.combine(uppers)  # most are larger where their parts are
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float | None]:
+        """Combine the parts' scores."""
+        values = self.combine(np.stack([part(prompts, completions, completion_ids, **columns) for part in self.parts]))
+        return [None if math.isnan(value) else value for value in values.tolist()]
+
+    def score_prefixes(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float | None]:
+        """Combine the parts' potentials."""
+        parts = [part.potential(prompts, completions, completion_ids, **columns) for part in self.parts]
+        values: list[float] = self.combine(np.stack(parts)).tolist()
+        return values
+
+    def bound_prefixes(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        remaining: Sequence[int],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float]:
+        """Bound the composition by what its parts can still reach."""
+        parts = [part.upper_bound(prompts, completions, remaining, completion_ids, **columns) for part in self.parts]
+        bounds: list[float] = self.bound(np.stack(parts)).tolist()
+        return bounds
+
+    def components(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> dict[str, FloatArray]:
+        """See `Reward.components`: those of all parts."""
+        return {
+            name: values
+            for part in self.parts
+            for name, values in part.components(prompts, completions, completion_ids, **columns).items()
+        }
+
+    @property
+    def has_prefix_bounds(self) -> bool:
+        """Whether any part has bounds for prefixes."""
+        return any(part.has_prefix_bounds for part in self.parts)
+
+    @property
+    def has_potential(self) -> bool:
+        """Whether every part has a potential: half of a product says nothing."""
+        return all(part.has_potential for part in self.parts)
+
+
+class _Product(Composition):
+    def __init__(self, parts: Sequence[Reward]) -> None:
+        corners = [_times(corner) for corner in itertools.product(*((part.lower, part.upper) for part in parts))]
+        super().__init__(parts, " * ".join(f"({part.name})" for part in parts), min(corners), max(corners))
+
+    def combine(self, values: FloatArray) -> FloatArray:
+        result: FloatArray = values.prod(axis=0)
+        return result
+
+    def bound(self, uppers: FloatArray) -> FloatArray:
+        # The largest product lies in a corner of the box that the bounds span.
+        lowers = [min(part.lower, upper.min(initial=math.inf)) for part, upper in zip(self.parts, uppers, strict=True)]
+        return np.array(
+            [
+                max(_times(corner) for corner in itertools.product(*zip(lowers, column, strict=True)))
+                for column in uppers.T.tolist()
+            ]
+        )
+
+
+class _Minimum(Composition):
+    def __init__(self, parts: Sequence[Reward]) -> None:
+        lower, upper = (min(getattr(part, side) for part in parts) for side in ("lower", "upper"))
+        super().__init__(parts, f"min({', '.join(part.name for part in parts)})", lower, upper)
+
+    def combine(self, values: FloatArray) -> FloatArray:
+        result: FloatArray = values.min(axis=0)
+        return result
+
+
+class _Clipped(Composition):
+    def __init__(self, part: Reward, low: float, high: float) -> None:
+        self.low, self.high = low, high
+        lower, upper = (float(np.clip(bound, low, high)) for bound in (part.lower, part.upper))
+        super().__init__([part], f"clip({part.name}, {low:g}, {high:g})", lower, upper)
+
+    def combine(self, values: FloatArray) -> FloatArray:
+        result: FloatArray = np.clip(values[0], self.low, self.high)
+        return result
+
+
+class _Normalised(Composition):
+    def __init__(self, part: Reward, low: float, high: float) -> None:
+        self.low, self.high = low, high
+        lower, upper = ((bound - low) / (high - low) for bound in (part.lower, part.upper))
+        super().__init__([part], f"normalise({part.name}, {low:g}, {high:g})", lower, upper)
+
+    def combine(self, values: FloatArray) -> FloatArray:
+        result: FloatArray = (values[0] - self.low) / (self.high - self.low)
+        return result
+
+
+def product(*rewards: Reward) -> Reward:
+    """Return the product of rewards; ``a * b`` does it more readably.
+
+    Raises:
+        ConfigurationError: There is none, or something else than a reward is among them.
+    """
+    return _Product(_checked("product", rewards))
+
+
+def minimum(*rewards: Reward) -> Reward:
+    """Return the least of rewards: none can be bought with another. ``"min(a, b)"`` in a spec.
+
+    Raises:
+        ConfigurationError: There is none, or something else than a reward is among them.
+    """
+    return _Minimum(_checked("minimum", rewards))
+
+
+def clip(reward: Reward, low: float, high: float) -> Reward:
+    """Return a reward that is at least ``low`` and at most ``high``; what lies beyond earns nothing more.
+
+    Raises:
+        ConfigurationError: It is no reward, or not ``low < high``.
+    """
+    return _Clipped(_checked("clip", [reward])[0], *_interval(low, high))
+
+
+def normalise(reward: Reward, low: float | None = None, high: float | None = None) -> Reward:
+    """Return a reward that is 0 where ``reward`` is ``low`` and 1 where it is ``high``, by default its bounds.
+
+    Raises:
+        ConfigurationError: It is no reward, or not ``low < high``, or a bound is needed that is not known.
+    """
+    [checked] = _checked("normalise", [reward])
+    low, high = checked.lower if low is None else low, checked.upper if high is None else high
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ConfigurationError(
+            f"reward {checked.name!r} has the bounds [{low:g}, {high:g}]; say what is to become 0 and 1: "
+            "normalise(reward, low, high)"
+        )
+    return _Normalised(checked, *_interval(low, high))
+
+
+def _checked(what: str, rewards: Sequence[Any]) -> list[Reward]:
+    if not rewards or not all(isinstance(reward, Reward) for reward in rewards):
+        raise ConfigurationError(f"{what} needs rewards (as_reward makes one), got {list(rewards)!r}")
+    return list(rewards)
+
+
+def _interval(low: Any, high: Any) -> tuple[float, float]:
+    low, high = check_number("low", low), check_number("high", high)
+    if not low < high:
+        raise ConfigurationError(f"low < high is needed, got {low:g} and {high:g}")
+    return low, high
+
+
+def _times(factors: Sequence[float]) -> float:
+    """Multiply bounds, with 0 · inf = 0: 0 times anything finite is 0, however large."""
+    return 0.0 if 0.0 in factors else math.prod(factors)
