@@ -49,7 +49,8 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
 
     ## Information
     Every step: ``action_mask`` int8 [k], ``token``, ``token_text``, ``logprob`` (nats). The last one also
-    ``completion``, ``reward`` (r), ``rewards`` (by name, what it is made of), ``objective`` (J), ``stop`` (``"eos"``, ``"stop"`` or ``"length"``).
+    ``completion``, ``reward`` (r), ``rewards`` (what r is made of, by name), ``objective`` (J), ``stop`` (``"eos"``,
+    ``"stop"`` or ``"length"``).
     ``reset`` gives ``action_mask`` and ``prompt``.
 
     ## Arguments
