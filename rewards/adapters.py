@@ -171,9 +171,9 @@ def from_verifiers(
         scores: list[Any] = []
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             row = {"answer": "", "info": {}, "task": "default"} | {name: values[i] for name, values in columns.items()}
-            texts = {"prompt": prompt, "completion": completion}
+            texts: dict[str, Any] = {"prompt": prompt, "completion": completion}
             if conversational:
-                texts = {"prompt": _message("user", prompt), "completion": _message("assistant", completion)}  # type: ignore[dict-item]
+                texts = {"prompt": _message("user", prompt), "completion": _message("assistant", completion)}
             scores.append(function(**_taken({**row, **texts, "state": {**row, **texts}}, names)))
         if scores and inspect.isawaitable(scores[0]):
             return _gathered(scores)

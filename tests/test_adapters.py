@@ -64,9 +64,8 @@ class Overlap(RewardFunction):
 class Batched:
     def __call__(self, prompt_texts, gen_texts, ref_texts, dones, meta_infos=None):
         assert all(dones)
-        return [
-            len(p) + len(g) + len(r) + meta_infos[0]["bonus"] for p, g, r in zip(prompt_texts, gen_texts, ref_texts)
-        ]
+        texts = zip(prompt_texts, gen_texts, ref_texts, strict=True)
+        return [len(p) + len(g) + len(r) + meta_infos[0]["bonus"] for p, g, r in texts]
 
 
 def test_rl4lms():
