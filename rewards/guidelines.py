@@ -11,10 +11,20 @@ from typing import Any
 from ..errors import ConfigurationError, check_integer
 from .base import OnError, Reward
 
-__all__ = ["AllKeywords", "CompleteSentence", "Keywords", "Length", "Pangram"]
+__all__ = [
+    "AllKeywords",
+    "CompleteSentence",
+    "ForbiddenWords",
+    "Keywords",
+    "Length",
+    "MatchesRegex",
+    "Pangram",
+    "ShortSentences",
+]
 
 _WORD = re.compile(r"[^\W\d_]+")
 _SUFFIXES = ("", "s", "es", "d", "ed", "ing")
+_SENTENCES = re.compile(r"(?<=[.!?])\s+")
 _SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*$")
 
 
@@ -102,6 +112,116 @@ class CompleteSentence(Reward):
     ) -> Sequence[float | None]:
         """Return 1 or 0 for each completion."""
         return [float(bool(_SENTENCE_END.search(completion.rstrip()))) for completion in completions]
+
+
+class ForbiddenWords(Reward):
+    """1 if none of the words occurs in the completion, whatever the case, else 0.
+
+    As a reward it weighs against others; to rule words out altogether there is
+    :class:`~qstar_decoding.envs.BannedStrings`. Once a forbidden word stands there with something after it, no
+    continuation helps: the bound of such a prefix is 0.
+    """
+
+    name, lower, upper = "forbidden_words", 0.0, 1.0
+    reads_token_ids = False
+
+    def __init__(self, *words: str, on_error: OnError = "raise", penalty: float | None = None) -> None:
+        """Forbid ``words``; the other arguments are those of `Reward`.
+
+        Raises:
+            ConfigurationError: There is none, or one is not a word of letters.
+        """
+        super().__init__(on_error=on_error, penalty=penalty)
+        if not words or not all(_WORD.fullmatch(str(word)) for word in words):
+            raise ConfigurationError(f"words of letters are needed, each as an argument of its own; got {words!r}")
+        self._words = {word.lower() for word in words}
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float | None]:
+        """Return 1 or 0 for each completion."""
+        return [float(not self._words & set(_WORD.findall(text.lower()))) for text in completions]
+
+    score_prefixes = score
+
+    def bound_prefixes(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        remaining: Sequence[int],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float]:
+        """Return 0 where a forbidden word is complete, else 1; the last word may still become another."""
+        return [
+            float(not any(m.group() in self._words and m.end() < len(text) for m in _WORD.finditer(text)))
+            for text in (completion.lower() for completion in completions)
+        ]
+
+
+class MatchesRegex(Reward):
+    """1 if the whole completion, surrounding white space aside, matches a regular expression, else 0.
+
+    To write nothing else there is :class:`~qstar_decoding.envs.RegexConstraint`.
+    """
+
+    name, lower, upper = "matches_regex", 0.0, 1.0
+    reads_token_ids = False
+
+    def __init__(self, pattern: str, *, on_error: OnError = "raise", penalty: float | None = None) -> None:
+        """Compile ``pattern``; the other arguments are those of `Reward`.
+
+        Raises:
+            ConfigurationError: It is no regular expression.
+        """
+        super().__init__(on_error=on_error, penalty=penalty)
+        try:
+            self._pattern = re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ConfigurationError(f"{pattern!r} is no regular expression: {error}") from error
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float | None]:
+        """Return 1 or 0 for each completion."""
+        return [float(bool(self._pattern.fullmatch(text.strip()))) for text in completions]
+
+
+class ShortSentences(Reward):
+    """The share of the completion's sentences that have at most ``most`` words, 0 to 1; a text without any has 1."""
+
+    name, lower, upper = "short_sentences", 0.0, 1.0
+    reads_token_ids = False
+
+    def __init__(self, most: int = 20, *, on_error: OnError = "raise", penalty: float | None = None) -> None:
+        """Allow ``most`` words; the other arguments are those of `Reward`.
+
+        Raises:
+            ConfigurationError: ``most`` is not a positive integer.
+        """
+        super().__init__(on_error=on_error, penalty=penalty)
+        self.most = check_integer("most", most)
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float | None]:
+        """Return the share for each completion."""
+        counts = [[len(part.split()) for part in _SENTENCES.split(text) if part.strip()] for text in completions]
+        return [sum(count <= self.most for count in of) / len(of) if of else 1.0 for of in counts]
+
+    score_prefixes = score
 
 
 class Length(Reward):

@@ -23,10 +23,12 @@ _factories: dict[str, str | RewardFactory] = {
     "afinn": ".sentiment:Afinn",
     "all_keywords": ".guidelines:AllKeywords",
     "complete_sentence": ".guidelines:CompleteSentence",
+    "distinct": ".creativity:Distinct",
     "exact_answer": ".reasoning:ExactAnswer",
     "keywords": ".guidelines:Keywords",
     "length": ".guidelines:Length",
     "pangram": ".guidelines:Pangram",
+    "repetition": ".creativity:Repetition",
     "sentiment": ".sentiment:Sentiment",
 }
 

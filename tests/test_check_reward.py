@@ -6,7 +6,9 @@ import math
 import pytest
 
 from qstar_decoding.errors import ConfigurationError, RewardCheckError
-from qstar_decoding.rewards import Reward, as_reward, reward_names
+from qstar_decoding.rewards import Reward, as_reward, clip, minimum, normalise, reward_names
+from qstar_decoding.rewards.creativity import Distinct, Novelty, Repetition, self_bleu
+from qstar_decoding.rewards.guidelines import ForbiddenWords, MatchesRegex, ShortSentences
 from qstar_decoding.rewards.testing import check_reward
 
 
@@ -20,6 +22,61 @@ def test_every_registered_reward_keeps_the_laws(name):
 @pytest.mark.parametrize("spec", ["0.5 * sentiment - 0.25 * length", "keywords + complete_sentence - afinn"])
 def test_sums_keep_them_too(spec):
     check_reward(spec)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "reward",
+    [
+        Novelty(["The dog caught a ball"]),
+        Distinct(1),
+        ForbiddenWords("dog", "hate"),
+        MatchesRegex(r"\d+"),
+        ShortSentences(3),
+        0.5 * ForbiddenWords("ball") * as_reward("length"),
+        minimum(as_reward("sentiment"), as_reward("pangram")) - clip(as_reward("afinn"), 0, 0.5),
+    ],
+    ids=lambda reward: reward.name,
+)
+def test_so_do_those_with_arguments_and_compositions(reward):
+    check_reward(reward)
+
+
+def test_what_the_rewards_of_texts_say():
+    def score(reward, *texts):
+        return reward([""] * len(texts), list(texts)).tolist()
+
+    assert score(Distinct(2), "a b a b", "a b c", "a", "") == [pytest.approx(2 / 3), 1.0, 0.0, 0.0]
+    assert score(Repetition(2), "a b a b", "a b c", "") == [pytest.approx(1 / 3), 0.0, 0.0]
+    assert score(Novelty(["the cat sat"], 2), "the cat ran", "the cat sat", "dogs") == [0.5, 0.0, 0.0]
+    assert score(ForbiddenWords("cat"), "A CAT.", "a catalogue", "") == [0.0, 1.0, 1.0]
+    assert score(MatchesRegex(r"\d+ (cats|dogs)"), " 3 cats ", "three cats") == [1.0, 0.0]
+    assert score(ShortSentences(2), "One two. One two three! Yes", "") == [pytest.approx(2 / 3), 1.0]
+    forbidden = ForbiddenWords("cat")
+    assert forbidden.upper_bound([""] * 3, ["cat", "cat.", "a"], [5] * 3).tolist() == [1.0, 0.0, 1.0]
+    assert self_bleu(["a b c d", "a b c d"]) == 1.0
+    assert self_bleu(["a b c d", "e f g h"]) == self_bleu(["alone"]) == 0.0
+    assert 0 < self_bleu(["a b c d e", "a b c x y"]) < 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Novelty("one text"), "several texts"),
+        (lambda: Distinct(0), "n is"),
+        (lambda: ForbiddenWords(), "words of letters"),
+        (lambda: ForbiddenWords("two words"), "words of letters"),
+        (lambda: MatchesRegex("(a"), "is no regular expression"),
+        (lambda: ShortSentences(0), "most"),
+        (lambda: clip(as_reward("sentiment"), 1, 0), "low < high"),
+        (lambda: normalise(as_reward(lambda p, c: 0.0)), "say what is to become 0 and 1"),
+        (lambda: minimum(), "minimum needs rewards"),
+        (lambda: minimum(as_reward("sentiment"), 3), "minimum needs rewards"),
+    ],
+)
+def test_arguments_that_make_no_reward(make, message):
+    with pytest.raises(ConfigurationError, match=message):
+        make()
 
 
 class Wrong(Reward):
