@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import pickle
+import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
@@ -23,15 +24,31 @@ import numpy.typing as npt
 
 from ..errors import ConfigurationError, RewardError
 
-__all__ = ["OnError", "Reward", "WeightedSum"]
+__all__ = ["Counters", "OnError", "Reward", "WeightedSum"]
 
 logger = logging.getLogger(__name__)
 
 OnError = Literal["raise", "skip", "penalty"]
 FloatArray = npt.NDArray[np.float64]
 
+_NOT_PICKLED = ("_scores", "_potentials", "_warned", "counters")
 _TOLERANCE = 1e-6  # how far rounding may carry a score past its bounds before it is an error
 _SHOWN = 200  # characters of a text, or of a value, that an error shows
+
+
+@dataclass
+class Counters:
+    """How much a reward has worked; finished and unfinished texts together.
+
+    Attributes:
+        asked: Texts that somebody wanted the score of.
+        scored: Those that the reward looked at; the others were remembered.
+        seconds: Wall-clock time that it took.
+    """
+
+    asked: int = 0
+    scored: int = 0
+    seconds: float = 0.0
 
 
 class Reward(ABC):
@@ -326,7 +343,7 @@ class Reward(ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle everything but what has been remembered."""
-        return {key: value for key, value in vars(self).items() if key not in ("_scores", "_potentials", "_warned")}
+        return {key: value for key, value in vars(self).items() if key not in _NOT_PICKLED}
 
     def __repr__(self) -> str:
         """Show the name and the bounds."""
@@ -343,6 +360,11 @@ class Reward(ABC):
     def _potentials(self) -> OrderedDict[Hashable, float]:
         return OrderedDict()
 
+    @cached_property
+    def counters(self) -> Counters:
+        """What was asked of this reward so far, by this process."""
+        return Counters()
+
     _warned = False
 
     def _remembered(self, measure: _Measure, texts: _Texts, cache: OrderedDict[Hashable, float]) -> FloatArray:
@@ -353,8 +375,12 @@ class Reward(ABC):
         for row, key in enumerate(keys):
             if key not in values:
                 first_rows.setdefault(key, row)
+        self.counters.asked += len(keys)
         if first_rows:
+            start = time.perf_counter()
             measured = self._measured(measure, texts.take(list(first_rows.values())))
+            self.counters.seconds += time.perf_counter() - start
+            self.counters.scored += len(first_rows)
             values.update(zip(first_rows, measured, strict=True))
         for key, value in values.items():
             cache[key] = value

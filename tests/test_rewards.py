@@ -308,6 +308,15 @@ def test_equal_texts_are_scored_once_within_and_across_calls() -> None:
     assert reward.asked == [["aa", "b"], ["ccc"]]
 
 
+def test_what_was_asked_and_what_was_remembered_is_counted() -> None:
+    reward = Recorder()
+    call(reward, "a", "b", "a")
+    call(reward, "b", "c")
+    assert (reward.counters.asked, reward.counters.scored) == (5, 3)
+    assert reward.counters.seconds > 0
+    assert pickle.loads(pickle.dumps(Picky())).counters.asked == 0
+
+
 def test_texts_differ_by_prompt_columns_and_token_ids() -> None:
     reward = Recorder()
     for arguments in (
