@@ -25,9 +25,11 @@ _factories: dict[str, str | RewardFactory] = {
     "complete_sentence": ".guidelines:CompleteSentence",
     "distinct": ".creativity:Distinct",
     "exact_answer": ".reasoning:ExactAnswer",
+    "keyword_overlap": ".relevance:KeywordOverlap",
     "keywords": ".guidelines:Keywords",
     "length": ".guidelines:Length",
     "pangram": ".guidelines:Pangram",
+    "relevance": ".relevance:Relevance",
     "repetition": ".creativity:Repetition",
     "sentiment": ".sentiment:Sentiment",
 }

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from qstar_decoding.errors import ConfigurationError, RewardCheckError
-from qstar_decoding.rewards import Reward, as_reward, clip, minimum, normalise, reward_names
+from qstar_decoding.rewards import Reward, as_reward, clip, make_reward, minimum, normalise, reward_names
 from qstar_decoding.rewards.creativity import Distinct, Novelty, Repetition, self_bleu
 from qstar_decoding.rewards.guidelines import ForbiddenWords, MatchesRegex, ShortSentences
 from qstar_decoding.rewards.testing import check_reward
@@ -57,6 +57,17 @@ def test_what_the_rewards_of_texts_say():
     assert self_bleu(["a b c d", "a b c d"]) == 1.0
     assert self_bleu(["a b c d", "e f g h"]) == self_bleu(["alone"]) == 0.0
     assert 0 < self_bleu(["a b c d e", "a b c x y"]) < 1
+
+
+def test_relevance_knows_what_a_text_is_about():
+    for name in ("relevance", "keyword_overlap"):
+        reward = make_reward(name)
+        prompt = "Tell me about the sea and its ships."
+        near, far = reward([prompt] * 2, [" Ships sail on the sea.", " My taxes are due in April."])
+        assert near > far + 0.2
+    assert make_reward("relevance")(["The sea"], [""])[0] == 0
+    with pytest.raises(ConfigurationError, match="no embedding model can be loaded from"):
+        make_reward("relevance", model="/nowhere/at/all")
 
 
 @pytest.mark.parametrize(
