@@ -20,15 +20,19 @@ RewardFactory = Callable[..., Reward]  # a subclass of Reward is one
 Factory = TypeVar("Factory", bound=RewardFactory)
 
 _factories: dict[str, str | RewardFactory] = {
+    "address": ".engagement:Address",
     "afinn": ".sentiment:Afinn",
     "all_keywords": ".guidelines:AllKeywords",
     "complete_sentence": ".guidelines:CompleteSentence",
     "distinct": ".creativity:Distinct",
+    "engagement": ".engagement:engagement",
     "exact_answer": ".reasoning:ExactAnswer",
+    "intensity": ".engagement:Intensity",
     "keyword_overlap": ".relevance:KeywordOverlap",
     "keywords": ".guidelines:Keywords",
     "length": ".guidelines:Length",
     "pangram": ".guidelines:Pangram",
+    "readability": ".engagement:Readability",
     "relevance": ".relevance:Relevance",
     "repetition": ".creativity:Repetition",
     "sentiment": ".sentiment:Sentiment",

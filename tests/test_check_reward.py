@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 
 from qstar_decoding.errors import ConfigurationError, RewardCheckError
@@ -57,6 +58,21 @@ def test_what_the_rewards_of_texts_say():
     assert self_bleu(["a b c d", "a b c d"]) == 1.0
     assert self_bleu(["a b c d", "e f g h"]) == self_bleu(["alone"]) == 0.0
     assert 0 < self_bleu(["a b c d e", "a b c x y"]) < 1
+
+
+def test_engagement_is_the_mean_of_its_parts():
+    reward = make_reward("engagement")
+    text = " Do you love your dog? It is a good dog."
+    parts = reward.components([""], [text])
+    assert set(parts) == {"readability", "address", "distinct", "intensity"}
+    assert reward([""], [text])[0] == pytest.approx(np.mean([values[0] for values in parts.values()]))
+    assert parts["address"][0] == 1.0
+    dull = " Notwithstanding jurisprudential considerations, institutional heterogeneity predominates."
+    assert reward([""], [dull])[0] < reward([""], [text])[0]
+    ease = make_reward("readability")
+    # 12 words, 2 sentences; 14 syllables by hand: cat, warm, … one each, "very" and "sunny" two.
+    easy = "The cat sat on a mat. It was a very sunny day."
+    assert ease([""], [easy])[0] == pytest.approx(min((206.835 - 1.015 * 6 - 84.6 * 14 / 12) / 100, 1.0))
 
 
 def test_relevance_knows_what_a_text_is_about():
