@@ -102,6 +102,7 @@ def decode(
     max_new_tokens: Annotated[int | None, typer.Option(help="The horizon, in tokens.")] = None,
     logprob_weight: Annotated[float | None, typer.Option(help="α, the weight of fluency.")] = None,
     seed: Annotated[int, typer.Option(help="Of the decoders that draw.")] = 0,
+    tree: Annotated[Path | None, typer.Option(help="Also write the searched tree there, as one HTML page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Continue a prompt and say how good the result is and how close to the optimum.
@@ -136,6 +137,8 @@ def decode(
     planner = make_decoder(decoder, mdp, **options)
     with _progress(limits.lm_tokens) as show:
         plan = planner.plan(start, limits, progress=show)
+    if tree is not None:
+        plan.tree.to_html(tree)
     if as_json:
         sys.stdout.write(json.dumps(_plan_as_dict(plan, n, decoder), ensure_ascii=False) + "\n")
         return

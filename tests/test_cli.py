@@ -50,6 +50,11 @@ def test_decode_prints_the_text_its_objective_and_the_bounds():
     assert "60 LM tokens" in output
 
 
+def test_decode_writes_the_searched_tree(tmp_path):
+    qstar("decode", "The sea", "--budget", 30, "--tree", tmp_path / "tree.html")
+    assert "The sea" in (tmp_path / "tree.html").read_text(encoding="utf-8")
+
+
 def test_decode_shows_each_part_of_a_composed_reward():
     output = qstar("decode", "The sea", "--budget", 40, "--reward", "0.5*min(sentiment, length) - 0*pangram").stdout
     assert re.search(r"sentiment -?0\.\d+, length 0\.\d+, pangram 0\.\d+", output)
