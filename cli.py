@@ -128,7 +128,8 @@ def decode(
         "logprob_weight": logprob_weight,
     }
     with _status("loading the language model"):
-        mdp = _make_mdp({**spec.env, **{key: value for key, value in changes.items() if value is not None}})
+        _quiet()
+        mdp = spec.mdp(**{key: value for key, value in changes.items() if value is not None})
     options: dict[str, Any] = {"seed": seed} if decoder in DRAWING else {}
     if decoder in Q_GUIDED:
         options["heuristic"] = _heuristic(mdp, spec, q, adapted=reward is not None)
@@ -262,7 +263,8 @@ def demo(
 
     limits, spec = Budget.of(budget), load_task(task)
     with _status("loading the language model (the first time it is converted: about 20 s)"):
-        mdp = _make_mdp(spec.env)
+        _quiet()
+        mdp = spec.mdp()
     heuristic = _heuristic(mdp, spec, None)
     decoders: dict[str, Callable[[DecodingMDP], Decoder]] = {
         "greedy": GreedyDecoder,
@@ -361,14 +363,6 @@ def evaluate(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def _make_mdp(arguments: dict[str, Any]) -> DecodingMDP:
-    from .envs import DecodingMDP
-
-    _quiet()
-    # Shaping concerns the environment's step rewards, not what is searched.
-    return DecodingMDP(**{k: v for k, v in arguments.items() if k not in ("shaping", "gamma", "candidate_dims")})
 
 
 def _heuristic(mdp: DecodingMDP, task: Task, q: str | None, *, adapted: bool = False) -> Any:

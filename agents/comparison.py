@@ -85,7 +85,7 @@ class Comparison:
         if not self.budgets:
             raise ConfigurationError("at least one budget is needed")
         self.heuristics = [QHeuristic(q) for q in self.qs]
-        self.mdp = self._new_mdp()
+        self.mdp = self.task.mdp()
         for heuristic in self.heuristics:
             heuristic.q.check(self.mdp)
         self.gold: Reward | None = None if self.task.gold is None else as_reward(self.task.gold)
@@ -163,10 +163,6 @@ class Comparison:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     # -----------------------------------------------------------------------------------------------------------------
-
-    def _new_mdp(self) -> DecodingMDP:
-        apart = ("shaping", "gamma", "candidate_dims")  # these concern the environment, not what is searched
-        return DecodingMDP(**{key: value for key, value in self.task.env.items() if key not in apart})
 
     def _barred(self, name: str) -> str:
         """Return why a decoder cannot take part, or nothing."""

@@ -21,7 +21,6 @@ from rich.table import Table
 
 from qstar_decoding.agents import AStarPlanner, BeamSearch, GreedyDecoder, QHeuristic, SamplingDecoder
 from qstar_decoding.agents.evaluation import evaluate, paired_bootstrap
-from qstar_decoding.envs import DecodingMDP
 from qstar_decoding.tasks import load_task
 
 BUDGETS = [50, 100, 200, 400, 800]
@@ -61,7 +60,7 @@ def make(name, mdp, q, task, seed):
 
 def measure(task, runs, seeds, budgets, names, prompts):
     """Return outcomes by (decoder, budget), one per seed."""
-    mdp, qs = DecodingMDP(**task.env), [QHeuristic(folder) for folder in runs]
+    mdp, qs = task.mdp(), [QHeuristic(folder) for folder in runs]
     cells = [(name, None) for name in names if name in UNBUDGETED]
     cells += [(name, budget) for budget in budgets for name in names if name not in UNBUDGETED]
     if "best-of-n" in names:

@@ -167,14 +167,14 @@ def overhead(repeats=5):
         "16 pops a batch, 400 LM tokens, the embedded model: medians of seconds",
         "search", "language model", "reward", "Q", "planner", "planner's share",
     )  # fmt: skip
-    model = DecodingMDP(**task.env).model
+    model = task.mdp().model
     for name, planner in {
         "level": {"search": "level", "width": 16, "taper": None},
         "anytime": {"search": "anytime", "weight": 1.0, "batch_size": 16},
     }.items():
         parts = []
         for prompt in progress(task.prompts.of("test")[: repeats + 1], f"timing {name}"):
-            mdp, watch = DecodingMDP(**{**task.env, "model": model}), Stopwatch()
+            mdp, watch = task.mdp(model=model), Stopwatch()
             watch.watch("lm", mdp.tree, "grow")
             watch.watch("reward", mdp.reward, "score")
             decoder = AStarPlanner(mdp, heuristic=q, **planner)
@@ -228,7 +228,7 @@ def duel(names=("sentiment", "keywords"), budgets=BUDGETS):
     rows = []
     for name in names:
         task = load_task(name)
-        mdp, q = DecodingMDP(**task.env), QHeuristic(name)
+        mdp, q = task.mdp(), QHeuristic(name)
         dev, test = task.prompts.of("dev"), task.prompts.of("test")
         rivals = ["beam on g + Q", "VAS", "MCTS", "Q*"]
 
@@ -288,14 +288,14 @@ def duel(names=("sentiment", "keywords"), budgets=BUDGETS):
 
 def certificates(prompts=20, budgets=(100, 400, 1600), alphas=(0.02, 0.1, 0.3, 1.0)):
     rows, task = [], load_task("sentiment")
-    model, q = DecodingMDP(**task.env).model, QHeuristic("sentiment")
+    model, q = task.mdp().model, QHeuristic("sentiment")
     test = task.prompts.of("test")[:prompts]
     table = table_of(
         f"{prompts} held-out prompts: mean gap (how many are certified), top-k tree",
         "α", "h", *map(str, budgets),
     )  # fmt: skip
     for alpha in alphas:
-        mdp = DecodingMDP(**{**task.env, "model": model, "logprob_weight": alpha})
+        mdp = task.mdp(model=model, logprob_weight=alpha)
         for name, heuristic in (("bound", None), ("Q", q)):
             cells = []
             for budget in progress(budgets, f"α = {alpha}, {name}"):

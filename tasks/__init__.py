@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -13,9 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ..errors import ConfigurationError, UnknownNameError
 from .generators import GENERATORS
 
+if TYPE_CHECKING:
+    from ..envs import DecodingMDP
+
 __all__ = ["PromptSet", "Task", "load_task", "task_names"]
 
 SPLITS = ("train", "dev", "test")
+
+_NOT_OF_THE_MDP = {"shaping", "gamma", "candidate_dims"}
 
 _FOLDER = Path(__file__).parent
 
@@ -117,6 +122,16 @@ class Task(_Strict):
     planner: dict[str, Any] = {}
     gold: str | None = None
     budgets: list[Annotated[int, Field(ge=1)]] = Field([50, 200], min_length=1)
+
+    def mdp(self, **changes: Any) -> DecodingMDP:
+        """Return the process that this task's texts are decoded in; ``changes`` replace arguments of its environment.
+
+        What concerns the environment's step rewards and observations only, such as shaping, is left out.
+        """
+        from ..envs import DecodingMDP
+
+        arguments = {**self.env, **changes}
+        return DecodingMDP(**{key: value for key, value in arguments.items() if key not in _NOT_OF_THE_MDP})
 
 
 def task_names() -> list[str]:

@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 
 from qstar_decoding import cli
 from qstar_decoding.agents import AStarPlanner, QHeuristic
-from qstar_decoding.envs import DecodingMDP
 from qstar_decoding.errors import ConfigurationError, RewardError, UnknownNameError
 from qstar_decoding.rewards import as_reward, register_reward, registry
 from qstar_decoding.tasks import Task, load_task, task_names
@@ -71,7 +70,7 @@ def test_decode_as_json_is_what_the_library_returns(decoder):
     assert result["gap"] == pytest.approx(result["upper_bound"] - result["lower_bound"])
     if decoder == "astar":
         task = load_task("sentiment")
-        planner = AStarPlanner(DecodingMDP(**task.env), heuristic=QHeuristic("sentiment"), **task.planner)
+        planner = AStarPlanner(task.mdp(), heuristic=QHeuristic("sentiment"), **task.planner)
         assert planner.plan("The play was", 40).text == result["text"]
 
 
@@ -216,7 +215,7 @@ def test_the_answers_are_right_and_the_keywords_asked_for():
 
 def test_the_toys_optimum_is_known_by_enumeration():
     task = load_task("toy")
-    plan = AStarPlanner(DecodingMDP(**task.env)).plan(task.prompts.of("test")[0])
+    plan = AStarPlanner(task.mdp()).plan(task.prompts.of("test")[0])
     assert plan.certified
 
 
