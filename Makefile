@@ -2,7 +2,8 @@
 # `make demo` and `make test` do all the set-up themselves; a second call installs nothing.
 
 PYTHON ?= python3
-PYTEST_ARGS ?=
+# Two processes: the tests use one thread each.
+PYTEST_ARGS ?= -n 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +21,7 @@ RUN := build/run
 .PHONY: help demo test lint type format wheel clean FORCE
 
 help: ## list the targets
-	@echo "usage: make TARGET [PYTHON=python3] [PYTEST_ARGS='-k astar -n 2']"
+	@echo "usage: make TARGET [PYTHON=python3] [PYTEST_ARGS='-k astar']"
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP) ## set up, then decode with the embedded model and show what search adds
@@ -69,7 +70,7 @@ $(STAMP): pyproject.toml constraints.txt $(FILES)
 
 # Looked at every time, rewritten only when the list has changed.
 $(FILES): FORCE | $(BIN)/pip
-	@{ ls *.py py.typed; find agents envs rewards tasks -type f ! -name '*.pyc'; } | LC_ALL=C sort > $@.new
+	@{ ls *.py py.typed; find agents envs explorer rewards tasks -type f ! -name '*.pyc'; } | LC_ALL=C sort > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
 define CHECK_VERSION

@@ -248,6 +248,43 @@ def train(
     out.print(f"use it: qstar decode PROMPT --task {task} --q {folder}", soft_wrap=True)
 
 
+@app.command("train-reward")
+def train_reward(
+    pairs: Annotated[Path, typer.Argument(help='JSONL: {"prompt": …, "chosen": …, "rejected": …}, one pair a line.')],
+    folder: Annotated[Path, typer.Option("--out", help="Where to write the reward.")] = Path("runs/reward"),
+    model: Annotated[str, typer.Option(help="Known name, hub id or local folder of a causal LM.")] = (
+        "smollm2-135m-instruct"
+    ),
+    seed: Annotated[int, typer.Option(help="Of the drawing of the held-out pairs.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Learn a reward from preferences: a Bradley-Terry head on a frozen language model's hidden states."""
+    from rich.progress import Progress
+
+    from .rewards.language import read_pairs, train_preference
+
+    read = read_pairs(pairs)
+    _quiet()
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
+        line = bar.add_task("reading the texts")
+        found = train_preference(
+            read,
+            folder,
+            model=model,
+            seed=seed,
+            command=shlex.join(["qstar", *sys.argv[1:]]),
+            progress=lambda done, total: bar.update(line, completed=done, total=total),
+        )
+    if as_json:
+        out.print_json(data=found)
+        return
+    out.print(
+        f"{found['pairs']} pairs; right about {found['held_out_accuracy']:.0%} of {found['held_out_pairs']} held-out "
+        f"ones ({found['held_out_log_likelihood']:.3f} nats a pair, chance has -0.693)"
+    )
+    out.print(f'use it: qstar decode PROMPT --reward "preference({str(folder)!r})"', soft_wrap=True)
+
+
 @app.command()
 def demo(
     task: TaskOption = "sentiment",
@@ -360,6 +397,109 @@ def evaluate(
         pages.append(path.read_text(encoding="utf-8").replace("![](", f"![]({spec.name}/"))
     (folder / "RESULTS.md").write_text("# Results\n\n" + "\n".join(pages), encoding="utf-8")
     out.print(f"all: {folder / 'RESULTS.md'}", soft_wrap=True)
+
+
+@app.command()
+def explore(
+    host: Annotated[
+        str, typer.Option(help="Where to listen; other than loopback lets others decode here.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8321,
+) -> None:
+    """Serve a page to watch searches with your own eyes, compare decoders, look into trees, and go on from nodes."""
+    from .errors import ConfigurationError
+
+    try:
+        from .explorer.server import serve
+    except ImportError as error:
+        raise ConfigurationError(
+            f"the explorer needs FastAPI and uvicorn ({error}): run pip install fastapi uvicorn"
+        ) from error
+    _quiet()
+    serve(host, port)
+
+
+@app.command()
+def tasks(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False) -> None:
+    """List the tasks that come along."""
+    from .agents import pretrained_names
+    from .tasks import load_task, task_names
+
+    rows: list[dict[str, Any]] = []
+    for name in task_names():
+        try:
+            task = load_task(name)
+        except QStarError as error:  # of a generator whose library is not installed
+            rows.append({"name": name, "error": str(error)})
+            continue
+        counts = {split: len(task.prompts.of(split)) for split in ("train", "dev", "test")}
+        shipped = name in pretrained_names()
+        rows.append({"name": name, "description": task.description, "prompts": counts, "shipped_q": shipped})
+    if as_json:
+        out.print_json(data=rows)
+        return
+    table = Table("task", "what", "train / dev / test", "Q shipped")
+    for row in rows:
+        if "error" in row:
+            table.add_row(row["name"], Text(row["error"], style="dim"), "", "")
+        else:
+            prompts = " / ".join(map(str, row["prompts"].values()))
+            table.add_row(row["name"], row["description"], prompts, "yes" if row["shipped_q"] else "")
+    out.print(table)
+
+
+@app.command()
+def models(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False) -> None:
+    """List the language models known by name, and the Q-functions that come along; hub ids and folders work too."""
+    from .agents import pretrained_names
+    from .agents.q_function import QFunction
+    from .envs.embedded_model import EMBEDDED_MODELS, cache_folder, gguf_path, is_intact
+
+    known = []
+    for name, model in EMBEDDED_MODELS.items():
+        folder = cache_folder() / "models" / name
+        state = "ready" if is_intact(folder) else "in its wheel" if gguf_path(model) else "on the hub"
+        known.append({"name": name, "hub_id": model.hub_id, "state": state, "folder": str(folder)})
+    learned = []
+    for name in pretrained_names():
+        q = QFunction.from_pretrained(name)
+        made_for = {"model": q.spec.model, "top_k": q.spec.top_k} if q.spec else {}
+        learned.append({"name": name, **made_for, **q.description})
+    if as_json:
+        out.print_json(data={"language_models": known, "q_functions": learned})
+        return
+    table = Table("language model", "hub id", "state")
+    for row in known:
+        table.add_row(row["name"], row["hub_id"], row["state"])
+    out.print(table)
+    table = Table("Q-function", "of the model", "k", "made by")
+    for row in learned:
+        table.add_row(row["name"], row["model"], str(row["top_k"]), row.get("command", ""))
+    out.print(table)
+
+
+@app.command()
+def doctor(
+    self_test: Annotated[bool, typer.Option(help="Also decode, some ten seconds.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+) -> None:
+    """Say what is installed, whether it works, and what to do where it does not; exit code 1 if something is broken."""
+    from .doctor import examine
+
+    _quiet()
+    findings = []
+    style = {"good": "green", "note": "yellow", "bad": "bold red"}
+    for finding in examine(self_test):
+        findings.append(finding._asdict())
+        if not as_json:
+            line = Text.assemble((f"{finding.status:<5}", style[finding.status]), f"{finding.check}: {finding.detail}")
+            out.print(line, soft_wrap=True)
+            if finding.remedy:
+                out.print(Text(f"      → {finding.remedy}"), soft_wrap=True)
+    broken = any(finding["status"] == "bad" for finding in findings)
+    if as_json:
+        out.print_json(data={"healthy": not broken, "findings": findings})
+    raise typer.Exit(int(broken))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,9 @@ from ..envs.prompts import columns_of
 from ..errors import ConfigurationError, UnknownNameError, check_integer
 from ..rewards import Reward, as_reward
 from ..tasks import Task
+from .astar import AStarPlanner
 from .contenders import CONTENDERS
+from .diagnostics import Calibration, calibrate
 from .evaluation import Outcomes, evaluate
 from .heuristics import QHeuristic
 
@@ -117,7 +119,7 @@ class Comparison:
             KeyboardInterrupt: At an interrupt; what was finished is kept.
         """
         cells = [cell for cell in self.cells() if not self._path(cell).is_file()]
-        total = len(cells) + 2 * len(self.names)
+        total = len(cells) + 2 * len(self.names) + len(self.heuristics[:1])
         for done, name in enumerate(self.names):
             progress(f"tuning {name}", done, total)
             self.setting(name)
@@ -127,6 +129,9 @@ class Comparison:
         for done, name in enumerate(self.names, start=len(self.names) + len(cells)):
             progress(f"timing {name}", done, total)
             self._time(name)
+        if self.heuristics:
+            progress("calibration of Q", total - 1, total)
+            self.calibration()
 
     def rows(self) -> list[dict[str, Any]]:
         """Return what was measured: one dict per prompt and finished cell."""
@@ -161,6 +166,20 @@ class Comparison:
         """Return seconds and bytes of keys and values a prompt of each decoder at the largest budget."""
         path = self.folder / "timings.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def calibration(self) -> Calibration | None:
+        """Return Q beside the best J found, of the first seed, on the test prompts at the largest budget."""
+        if not self.heuristics:
+            return None
+        path = self.folder / "calibration.npz"
+        if not path.is_file():
+            planner = AStarPlanner(self.mdp, heuristic=self.heuristics[0], **self.task.planner)
+            compared = calibrate(planner, self.task.prompts.of("test"), self.budgets[-1])
+            new = path.with_name(f".new-{path.name}")
+            np.savez_compressed(new, **compared._asdict())
+            new.replace(path)
+        with np.load(path) as stored:
+            return Calibration(**stored)
 
     # -----------------------------------------------------------------------------------------------------------------
 

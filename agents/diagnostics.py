@@ -20,7 +20,7 @@ from .heuristics import QHeuristic
 from .planning import mdp_of, run_searches, score_completions
 from .search import Budget, Search, Values
 
-__all__ = ["Calibration", "Diagnostics", "calibration", "plot_diagnostics"]
+__all__ = ["Calibration", "Diagnostics", "calibrate", "calibration", "draw_calibration", "plot_diagnostics"]
 
 
 class Calibration(NamedTuple):
@@ -74,6 +74,18 @@ def calibration(searches: Sequence[Search]) -> Calibration:
     if not sum(map(len, found)):
         raise ConfigurationError("no search has finished a text; give a larger budget")
     return Calibration(np.concatenate(estimate), np.concatenate(found), np.concatenate(depth))
+
+
+def calibrate(planner: AStarPlanner, prompts: Any, budget: int) -> Calibration:
+    """Search each prompt with ``budget`` LM tokens and compare the planner's heuristic with what was found.
+
+    Raises:
+        ConfigurationError: No search has finished a text.
+    """
+    searches = run_searches(planner, load_prompts(prompts), Budget(budget))
+    if planner.score == "q":
+        score_completions(searches)
+    return calibration(searches)
 
 
 class Diagnostics(BaseCallback):
@@ -141,10 +153,7 @@ class Diagnostics(BaseCallback):
             point[f"held_out/objective_{budget}"] = float(
                 np.nanmean(evaluate(planner, self.prompts, budget).objectives)
             )
-        searches = run_searches(planner, self.prompts, Budget(self.budgets[-1]))
-        if planner.score == "q":
-            score_completions(searches)
-        compared = calibration(searches)
+        compared = calibrate(planner, self.prompts, self.budgets[-1])
         point |= {f"calibration/{name}": value for name, value in compared.summary().items()}
         for name, value in point.items():
             self.logger.record(name, value, exclude="stdout" if name == "time_steps" else None)
@@ -175,20 +184,28 @@ def plot_diagnostics(history: Sequence[dict[str, float]], compared: Calibration,
         over_time.plot(steps, [p.get(name, np.nan) for p in history], marker="o", label=name.rsplit("_", 1)[1])
     over_time.legend(title="LM tokens a prompt", fontsize="small", title_fontsize="small")
     over_time.set(title="A* on held-out prompts", xlabel="LM tokens of training", ylabel="mean J")
-    summary = compared.summary()
-    low, high = np.percentile(np.concatenate((compared.estimate, compared.found)), [0.5, 99.5])
-    scatter.hexbin(
-        compared.estimate, compared.found, gridsize=40, extent=(low, high, low, high), bins="log", cmap="cividis"
-    )
-    scatter.plot([low, high], [low, high], color="black", linewidth=0.8)
-    scatter.set(
-        title=f"calibration, r = {summary['correlation']:.2f}", xlabel="g + Q", ylabel="best J found below the edge"
-    )
+    draw_calibration(scatter, compared)
     for name, style in (("mean_violation", "v-"), ("mean_overestimation", "^-"), ("bias", "s--")):
         errors.plot(steps, [p[f"calibration/{name}"] for p in history], style, label=name.replace("_", " "))
     errors.axhline(0, color="black", linewidth=0.8)
     errors.legend(fontsize="small")
     errors.set(
-        title=f"errors of Q; {summary['violations']:.0%} of edges too low", xlabel="LM tokens of training", ylabel="J"
+        title=f"errors of Q; {compared.summary()['violations']:.0%} of edges too low",
+        xlabel="LM tokens of training",
+        ylabel="J",
     )
     figure.savefig(path)
+
+
+def draw_calibration(axes: Any, compared: Calibration) -> None:
+    """Draw estimates against what was found into matplotlib axes: on the diagonal Q is right, above it too low."""
+    low, high = np.percentile(np.concatenate((compared.estimate, compared.found)), [0.5, 99.5])
+    axes.hexbin(
+        compared.estimate, compared.found, gridsize=40, extent=(low, high, low, high), bins="log", cmap="cividis"
+    )
+    axes.plot([low, high], [low, high], color="black", linewidth=0.8)
+    axes.set(
+        title=f"calibration, r = {compared.summary()['correlation']:.2f}",
+        xlabel="g + Q",
+        ylabel="best J found below the edge",
+    )

@@ -18,6 +18,7 @@ import numpy as np
 
 from .comparison import Comparison
 from .contenders import CONTENDERS
+from .diagnostics import Calibration, draw_calibration
 from .evaluation import paired_bootstrap
 from .search import Values
 
@@ -89,6 +90,11 @@ class Results:
         shares = [len(set(grams)) / len(grams) for grams in by_seed.values() if grams]
         return float(np.mean(shares)) if shares else math.nan
 
+    def spent(self, name: str, budget: int) -> tuple[float, float, float]:
+        """Return the LM tokens that were used: mean, least and most over prompts and seeds."""
+        tokens = [row["lm_tokens"] for row in self._cells[name, self._budget(name, budget)]]
+        return float(np.mean(tokens)), min(tokens), max(tokens)
+
     def tokens_for(self, name: str, objective: float) -> float:
         """Return the LM tokens at which a decoder reaches a mean J, between its budgets; infinite if it never does."""
         points = sorted(
@@ -130,6 +136,8 @@ def write_report(comparison: Comparison, command: str, training: Sequence[dict[s
         plots.append(_plot(results, folder / "objective.svg", "objective", "mean J"))
         if comparison.score == "reward":
             plots.append(_plot(results, folder / "gap.svg", "gap", "mean gap, UB - LB"))
+        if compared := comparison.calibration():
+            plots.append(_plot_calibration(compared, folder / "calibration.svg"))
     page = [*_heading(results, command), *_main_table(results), *[f"![]({plot})\n" for plot in plots]]
     if _OURS in results.names:
         page += [*_differences(results), *_pay_back(results, training)]
@@ -165,7 +173,7 @@ def _main_table(results: Results) -> Iterable[str]:
     gold = results.comparison.gold is not None
     yield f"J by budget of LM tokens a prompt; the columns after it are of the largest budget, {most}.\n"
     columns = [*map(str, budgets), "reward", *(["gold"] if gold else []), "perplexity", "distinct-2", "tokens"]
-    columns += ["LM tokens", "reward calls"]
+    columns += ["LM tokens (least to most)", "reward calls"]
     yield _row(["decoder", *columns])
     yield _row(["---", *["---:"] * len(columns)])
     for name in results.names:
@@ -176,8 +184,11 @@ def _main_table(results: Results) -> Iterable[str]:
         if results.has(name, most):
             cells.append(f"{results.mean(name, most, 'reward'):.3f}")
             cells += [f"{results.mean(name, most, 'gold'):.3f}"] if gold else []
-            cells += [f"{results.perplexity(name, most):.2f}", f"{results.distinct(name, most):.2f}"]
-            cells += [f"{results.mean(name, most, what):.0f}" for what in ("tokens", "lm_tokens", "reward_calls")]
+            distinct = results.distinct(name, most)
+            cells += [f"{results.perplexity(name, most):.2f}", "" if math.isnan(distinct) else f"{distinct:.2f}"]
+            cells.append(f"{results.mean(name, most, 'tokens'):.0f}")
+            cells.append("{:.0f} ({:.0f} to {:.0f})".format(*results.spent(name, most)))
+            cells.append(f"{results.mean(name, most, 'reward_calls'):.0f}")
         yield _row([f"{bold}{name}{bold}", *(f"{bold}{cell}{bold}" if cell else "" for cell in cells)])
     yield ""
 
@@ -267,6 +278,16 @@ def _settings(results: Results) -> Iterable[str]:
 
 def _row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+def _plot_calibration(compared: Calibration, path: Path) -> str:
+    """Draw Q against what was found; return the file's name."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 4.5), layout="constrained")
+    draw_calibration(figure.subplots(), compared)
+    figure.savefig(path)
+    return path.name
 
 
 def _plot(results: Results, path: Path, what: str, label: str) -> str:

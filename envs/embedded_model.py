@@ -21,7 +21,7 @@ from typing import Any
 
 from ..errors import CacheError
 
-__all__ = ["EMBEDDED_MODELS", "EmbeddedModel", "cache_folder", "embedded_model_folder"]
+__all__ = ["EMBEDDED_MODELS", "EmbeddedModel", "cache_folder", "embedded_model_folder", "gguf_path", "is_intact"]
 
 logger = logging.getLogger(__name__)
 
@@ -73,15 +73,15 @@ def embedded_model_folder(name: str) -> Path | None:
     """
     from filelock import FileLock
 
-    gguf = _gguf_path(EMBEDDED_MODELS[name])
+    gguf = gguf_path(EMBEDDED_MODELS[name])
     folder = cache_folder() / "models" / name
-    if _is_intact(folder):  # before any lock: the cache may be read-only
+    if is_intact(folder):  # before any lock: the cache may be read-only
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Two processes started together convert once: the second waits and finds the folder.
         with FileLock(folder.parent / f".{name}.lock"):
-            if _is_intact(folder):
+            if is_intact(folder):
                 return folder
             if gguf is None:
                 return None
@@ -101,7 +101,8 @@ def embedded_model_folder(name: str) -> Path | None:
     return folder
 
 
-def _gguf_path(model: EmbeddedModel) -> Path | None:
+def gguf_path(model: EmbeddedModel) -> Path | None:
+    """Return the file in the installed wheel, or None where there is none."""
     try:
         path = Path(str(distribution(model.wheel).locate_file(model.gguf)))
     except PackageNotFoundError:
@@ -130,7 +131,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _is_intact(folder: Path) -> bool:
+def is_intact(folder: Path) -> bool:
     """Tell whether every file of the manifest is there with its checksum (a third of a second for 540 MB)."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())

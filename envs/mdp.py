@@ -140,7 +140,7 @@ class DecodingMDP:
             max_prefixes = max(free_memory() // 8 // self.tree.node_bytes, 1)
         self.max_prefixes = check_integer("max_prefixes", max_prefixes)
         self._eos = np.array(sorted(self.model.eos_token_ids), dtype=np.int64)
-        self._encoded: dict[tuple[bool, str], list[int]] = {}
+        self._encoded: dict[tuple[Any, ...], list[int]] = {}
         self._texts: dict[int, str] = {}
         self._potentials = np.empty(0)  # per node, NaN where not yet asked for
         self._prompts: dict[int, Prompt] = {}  # whose potentials these are, by root
@@ -170,9 +170,9 @@ class DecodingMDP:
             PromptError: With the horizon it is longer than the model's context.
         """
         is_chat = not isinstance(prompt.content, str)
-        key = is_chat, str(prompt.content)
+        key = prompt.token_ids or (is_chat, str(prompt.content))
         if key not in self._encoded:
-            ids = self.model.encode(prompt.content)
+            ids = self.model.encode(prompt.content) if prompt.token_ids is None else list(prompt.token_ids)
             room = self.model.context_length - self.max_new_tokens
             if not 0 < len(ids) <= room:
                 raise PromptError(

@@ -33,10 +33,12 @@ class Prompt:
     Attributes:
         content: What the model is given: a plain string, or chat messages for its chat template.
         columns: Further fields of the data set's row; a reward receives them as keyword arguments.
+        token_ids: What the model is given instead of its own encoding of the content, where somebody else encoded it.
     """
 
     content: str | Sequence[Mapping[str, str]]
     columns: Mapping[str, Any] = field(default_factory=dict)
+    token_ids: tuple[int, ...] | None = None
 
     @property
     def text(self) -> str:

@@ -13,7 +13,7 @@ from ..errors import ConfigurationError
 from .base import OnError, Reward, WeightedSum
 from .composition import clip, minimum, normalise, product
 from .registry import make_reward, required_parameters, reward_names
-from .specs import Call, Terms, parse_spec
+from .specs import Call, Made, Terms, parse_spec
 
 __all__ = ["FunctionReward", "RewardSpec", "as_reward"]
 
@@ -42,6 +42,7 @@ def as_reward(
 
         as_reward("sentiment")                                      # a registered name
         as_reward("0.7 * sentiment - 0.3 * length")                 # a weighted sum of them
+        as_reward("sentiment - forbidden_words('very')")            # with arguments
         as_reward({"sentiment": 0.7, "length": -0.3})               # the same
         as_reward(lambda prompt, completion: len(completion), lower=0)
         as_reward(trl_reward_function)                              # batched, in TRL's shape
@@ -227,6 +228,12 @@ def _name(function: Any) -> str:
     return str(getattr(function, "__name__", type(function).__name__)).strip("<>")
 
 
+def _built(it: str | Call | Made) -> Reward:
+    if isinstance(it, Made):
+        return make_reward(it.name, *it.arguments, **dict(it.options))
+    return make_reward(it) if isinstance(it, str) else _composed(it)
+
+
 def _composed(call: Call) -> Reward:
     functions: dict[str, Callable[..., Reward]] = {
         "clip": clip,
@@ -250,7 +257,7 @@ def _checked_weights(weights: Mapping[Any, Any]) -> Terms:
 
 def _weighted_sum(terms: Terms) -> Reward:
     """Build a weighted sum of registered rewards and functions of them; a single one of weight 1 stays what it is."""
-    rewards = [(weight, make_reward(it) if isinstance(it, str) else _composed(it)) for weight, it in terms]
+    rewards = [(weight, _built(it)) for weight, it in terms]
     match rewards:
         case [(1.0, reward)]:
             return reward

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 import string
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ __all__ = [
     "ForbiddenWords",
     "Keywords",
     "Length",
+    "MatchesJSON",
     "MatchesRegex",
     "Pangram",
     "ShortSentences",
@@ -195,6 +197,44 @@ class MatchesRegex(Reward):
         return [float(bool(self._pattern.fullmatch(text.strip()))) for text in completions]
 
 
+class MatchesJSON(Reward):
+    """1 if the completion, surrounding white space aside, is JSON that keeps to a schema, else 0.
+
+    To write nothing else there is :class:`~qstar_decoding.envs.JSONConstraint`.
+    """
+
+    name, lower, upper = "matches_json", 0.0, 1.0
+    reads_token_ids = False
+
+    def __init__(
+        self, schema: dict[str, Any] | str, *, on_error: OnError = "raise", penalty: float | None = None
+    ) -> None:
+        """Read ``schema``, a JSON Schema as a dict or as text; ``{}`` for any JSON. The others are those of `Reward`.
+
+        Raises:
+            ConfigurationError: It is no JSON Schema, or the library jsonschema is not installed.
+        """
+        super().__init__(on_error=on_error, penalty=penalty)
+        self._schema = schema if isinstance(schema, str) else json.dumps(schema)
+        _validator(self._schema)
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float | None]:
+        """Return 1 or 0 for each completion."""
+        return [float(self._accepts(text)) for text in completions]
+
+    def _accepts(self, text: str) -> bool:
+        try:
+            return bool(_validator(self._schema).is_valid(json.loads(text)))
+        except (ValueError, RecursionError):  # of 20,000 opening brackets
+            return False
+
+
 class ShortSentences(Reward):
     """The share of the completion's sentences that have at most ``most`` words, 0 to 1; a text without any has 1."""
 
@@ -284,6 +324,24 @@ class Pangram(Reward):
         return [len(set(string.ascii_lowercase) & set(completion.lower())) / 26 for completion in completions]
 
     score_prefixes = score
+
+
+@functools.lru_cache(64)
+def _validator(schema: str) -> Any:
+    """Return the process's validator of a schema; it is not kept in the reward, so that this pickles."""
+    try:
+        import jsonschema
+    except ImportError as error:
+        raise ConfigurationError(
+            "the reward 'matches_json' needs jsonschema, which is not installed: run pip install jsonschema"
+        ) from error
+    try:
+        content = json.loads(schema)
+        validator = jsonschema.validators.validator_for(content)
+        validator.check_schema(content)
+    except (ValueError, TypeError, AttributeError, jsonschema.SchemaError) as error:
+        raise ConfigurationError(f"this is no JSON Schema: {str(error).splitlines()[0]}; got {schema}") from error
+    return validator(content)
 
 
 def _coverage(text: str, keywords: Any) -> float | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import ConfigurationError
 from .base import OnError, Reward
+from .guidelines import MatchesRegex
 
-__all__ = ["ExactAnswer"]
+__all__ = ["AnswerFormat", "ExactAnswer", "NumericAnswer", "ReasoningGym"]
 
 
 class ExactAnswer(Reward):
@@ -37,12 +39,170 @@ class ExactAnswer(Reward):
         Raises:
             ConfigurationError: No prompt has the column ``answer``.
         """
-        if "answer" not in columns:
-            raise ConfigurationError(
-                "the reward 'exact_answer' needs prompts with the column 'answer', such as "
-                "{'prompt': '2+2=', 'answer': '4'}"
-            )
+        answers = _column(columns, "answer", self.name, "{'prompt': '2+2=', 'answer': '4'}")
         return [
             None if answer is None else float(completion.strip() == str(answer).strip())
-            for completion, answer in zip(completions, columns["answer"], strict=True)
+            for completion, answer in zip(completions, answers, strict=True)
         ]
+
+
+class NumericAnswer(Reward):
+    r"""1 if the completion's answer equals the column ``answer`` as mathematics, else 0.
+
+    math-verify (Kydlíček 2025) finds the answer in the text and compares: "so it is \\(\\frac{1}{2}\\)" and 0.5 are
+    equal. The last expression in the text counts as its answer. There is no potential.
+    """
+
+    name, lower, upper = "numeric_answer", 0.0, 1.0
+    reads_token_ids = False
+
+    def __init__(self, *, on_error: OnError = "raise", penalty: float | None = None) -> None:
+        """Compare answers; the arguments are those of `Reward`.
+
+        Raises:
+            ConfigurationError: The library math-verify is not installed.
+        """
+        super().__init__(on_error=on_error, penalty=penalty)
+        _math("1")
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float | None]:
+        """Return 1 for each right answer, 0 for a wrong one, None where the prompt has no answer.
+
+        Raises:
+            ConfigurationError: No prompt has the column ``answer``, or one has an answer that is no mathematics.
+        """
+        answers = _column(columns, "answer", self.name, "{'prompt': 'A half of 3 is', 'answer': '1.5'}")
+        return [
+            None if answer is None else float(_equal(str(answer), completion))
+            for completion, answer in zip(completions, answers, strict=True)
+        ]
+
+
+class AnswerFormat(MatchesRegex):
+    """1 if the completion thinks and then answers, ``<think>…</think><answer>…</answer>``, else 0.
+
+    The format reward of DeepSeek-R1 (DeepSeek-AI 2025, section 2.2.2); another format is another ``pattern``.
+    """
+
+    name = "answer_format"
+
+    def __init__(
+        self,
+        pattern: str = r"(?s)<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>",
+        *,
+        on_error: OnError = "raise",
+        penalty: float | None = None,
+    ) -> None:
+        """Compile ``pattern``; see :class:`~qstar_decoding.rewards.guidelines.MatchesRegex`."""
+        super().__init__(pattern, on_error=on_error, penalty=penalty)
+
+
+class ReasoningGym(Reward):
+    """What a data set of reasoning-gym says of the answer, 0 to 1, by the column ``entry``.
+
+    Stojanovski et al. 2025, "Reasoning Gym". An entry is what its data sets yield, with ``metadata.source_dataset``, so
+    that prompts of many data sets can be mixed; for a data set object of your own there is
+    :func:`~qstar_decoding.rewards.adapters.from_reasoning_gym`. There is no potential.
+    """
+
+    name, lower, upper = "reasoning_gym", 0.0, 1.0
+    reads_token_ids = False
+
+    def __init__(self, *, on_error: OnError = "raise", penalty: float | None = None) -> None:
+        """Score answers; the arguments are those of `Reward`.
+
+        Raises:
+            ConfigurationError: The library reasoning-gym is not installed.
+        """
+        super().__init__(on_error=on_error, penalty=penalty)
+        gym_module()
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float | None]:
+        """Return the data set's score of each answer, None where the prompt has no entry.
+
+        Raises:
+            ConfigurationError: No prompt has the column ``entry``, or one is of no data set that there is.
+        """
+        example = "{'prompt': entry['question'], 'entry': entry}"
+        entries = _column(columns, "entry", self.name, example)
+        return [
+            None if entry is None else float(_scorer(_source(entry))(completion.strip(), entry))
+            for completion, entry in zip(completions, entries, strict=True)
+        ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def gym_module() -> Any:
+    """Return the package reasoning_gym.
+
+    Raises:
+        ConfigurationError: It is not installed.
+    """
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise ConfigurationError(
+            "reasoning-gym is needed, which is not installed: run pip install reasoning-gym"
+        ) from error
+    return reasoning_gym
+
+
+def _column(columns: dict[str, Sequence[Any]], name: str, reward: str, example: str) -> Sequence[Any]:
+    if name not in columns:
+        raise ConfigurationError(f"the reward {reward!r} needs prompts with the column {name!r}, such as {example}")
+    return columns[name]
+
+
+def _source(entry: Any) -> str:
+    try:
+        return str(entry["metadata"]["source_dataset"])
+    except (TypeError, KeyError):
+        raise ConfigurationError(
+            "the column 'entry' holds what a data set of reasoning-gym yields, with metadata.source_dataset; "
+            f"got {entry!r}"
+        ) from None
+
+
+@functools.lru_cache(256)
+def _scorer(name: str) -> Callable[..., float]:
+    try:
+        scorer: Callable[..., float] = gym_module().get_score_answer_fn(name)
+    except ValueError as error:
+        raise ConfigurationError(f"reasoning-gym has no data set {name!r}: {error}") from error
+    return scorer
+
+
+@functools.lru_cache(1 << 14)
+def _math(text: str) -> Any:
+    """Return the mathematics that a text ends in; empty if there is none."""
+    try:
+        from math_verify import parse
+    except ImportError as error:
+        raise ConfigurationError(
+            "the reward 'numeric_answer' needs math-verify, which is not installed: run pip install math-verify"
+        ) from error
+    # Its own time limits are signals, which only a main thread can have; PooledReward has one for any reward.
+    return tuple(parse(text, parsing_timeout=None))
+
+
+def _equal(answer: str, completion: str) -> bool:
+    from math_verify import verify
+
+    gold = _math(answer)
+    if not gold:
+        raise ConfigurationError(f"the column 'answer' holds {answer!r}, in which math-verify finds no mathematics")
+    return bool(verify(list(gold), list(_math(completion)), timeout_seconds=None))

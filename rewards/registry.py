@@ -23,6 +23,8 @@ _factories: dict[str, str | RewardFactory] = {
     "address": ".engagement:Address",
     "afinn": ".sentiment:Afinn",
     "all_keywords": ".guidelines:AllKeywords",
+    "answer_format": ".reasoning:AnswerFormat",
+    "coherence": ".language:Coherence",
     "complete_sentence": ".guidelines:CompleteSentence",
     "distinct": ".creativity:Distinct",
     "engagement": ".engagement:engagement",
@@ -31,11 +33,26 @@ _factories: dict[str, str | RewardFactory] = {
     "keyword_overlap": ".relevance:KeywordOverlap",
     "keywords": ".guidelines:Keywords",
     "length": ".guidelines:Length",
+    "numeric_answer": ".reasoning:NumericAnswer",
     "pangram": ".guidelines:Pangram",
+    "profanity": ".profanity:Profanity",
     "readability": ".engagement:Readability",
+    "reasoning_gym": ".reasoning:ReasoningGym",
     "relevance": ".relevance:Relevance",
     "repetition": ".creativity:Repetition",
+    "semantic_repetition": ".relevance:SemanticRepetition",
     "sentiment": ".sentiment:Sentiment",
+    "static_relevance": ".relevance:StaticRelevance",
+    "short_sentences": ".guidelines:ShortSentences",
+}
+# Those that mean nothing without arguments, such as forbidden_words("very").
+WITH_ARGUMENTS: dict[str, str | RewardFactory] = {
+    "classifier": ".classifier:Classifier",
+    "forbidden_words": ".guidelines:ForbiddenWords",
+    "matches_json": ".guidelines:MatchesJSON",
+    "matches_regex": ".guidelines:MatchesRegex",
+    "novelty": ".creativity:Novelty",
+    "preference": ".language:Preference",
 }
 
 
@@ -63,7 +80,7 @@ def register_reward(name: str) -> Callable[[Factory], Factory]:
     """
     if not name.isidentifier() or keyword.iskeyword(name):
         raise ConfigurationError(f"a reward cannot be named {name!r}; expected an identifier such as 'my_reward'.")
-    if name in _factories:
+    if name in _factories or name in WITH_ARGUMENTS:
         raise ConfigurationError(f"there is a reward named {name!r} already; register this one under another name.")
 
     def register(factory: Factory) -> Factory:
@@ -82,24 +99,33 @@ def register_reward(name: str) -> Callable[[Factory], Factory]:
 
 def reward_names() -> list[str]:
     """Return the names of all registered rewards, sorted."""
-    return sorted(_factories)
+    return sorted(_factories | WITH_ARGUMENTS)
 
 
-def make_reward(name: str, **kwargs: Any) -> Reward:
+def make_reward(name: str, *args: Any, **kwargs: Any) -> Reward:
     """Build the reward registered as `name`.
 
     Args:
         name: One of `reward_names`.
+        *args: Passed to its class or factory.
         **kwargs: Passed to its class or factory.
 
     Raises:
         UnknownNameError: There is no such reward.
-        ConfigurationError: What is registered returned something other than a `Reward`, or cannot be built.
+        ConfigurationError: What is registered returned something other than a `Reward`, or does not take these
+            arguments, or cannot be built.
     """
-    if name not in _factories:
+    entry = _factories.get(name) or WITH_ARGUMENTS.get(name)
+    if entry is None:
         raise UnknownNameError("reward", name, reward_names(), hint="register_reward adds one.")
-    entry = _factories[name]
-    reward = (_load(entry) if isinstance(entry, str) else entry)(**kwargs)
+    factory = _load(entry) if isinstance(entry, str) else entry
+    try:
+        signature = inspect.signature(factory)
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        shown = ", ".join(str(p.replace(annotation=p.empty)) for p in signature.parameters.values())
+        raise ConfigurationError(f"the reward {name!r}: {error}; it is made as {name}({shown})") from None
+    reward = factory(*args, **kwargs)
     if not isinstance(reward, Reward):
         raise ConfigurationError(
             f"what is registered as the reward {name!r} returned {reward!r}; expected a Reward: as_reward makes one."

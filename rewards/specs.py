@@ -1,7 +1,8 @@
 """The little language in which rewards are composed: ``"0.6 * sentiment + 0.3 * min(keywords, length) - pangram"``.
 
 A spec is a Python expression of names, numbers, ``+``, ``-``, ``*``, parentheses, and the functions ``min``, ``clip``
-and ``normalise``. It is parsed, never evaluated.
+and ``normalise``. Rewards that take arguments are written as calls: ``"sentiment + forbidden_words('very')"``. It is
+parsed, never evaluated.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import ConfigurationError, UnknownNameError
 
-__all__ = ["Call", "Terms", "parse_spec"]
+__all__ = ["Call", "Made", "Terms", "parse_spec"]
 
 
 class Call(NamedTuple):
@@ -30,7 +31,21 @@ class Call(NamedTuple):
     numbers: tuple[float, ...] = ()
 
 
-Terms = list[tuple[float, str | Call]]
+class Made(NamedTuple):
+    """A reward made with arguments in a spec.
+
+    Attributes:
+        name: Of the reward.
+        arguments: Strings, numbers, booleans, None, and lists and dicts of these.
+        options: The same, by name.
+    """
+
+    name: str
+    arguments: tuple[Any, ...]
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+Terms = list[tuple[float, str | Call | Made]]
 
 # How many rewards and how many numbers each function takes.
 _FUNCTIONS = {"min": (range(2, 100), (0,)), "clip": (range(1, 2), (2,)), "normalise": (range(1, 2), (0, 2))}
@@ -75,10 +90,7 @@ class _Parser:
         """Read an expression that stands for rewards."""
         match node:
             case ast.Name(id=name):
-                if name not in self.known:
-                    where = f"It stands at column {self.column(node) + 1} of {self.spec!r}."
-                    raise UnknownNameError("reward", name, self.known, hint=where)
-                return [(1.0, name)]
+                return [(1.0, self.known_name(name, node))]
             case ast.UnaryOp(op=ast.UAdd(), operand=operand):
                 return self.terms(operand)
             case ast.UnaryOp(op=ast.USub(), operand=operand):
@@ -95,6 +107,11 @@ class _Parser:
                 return [(1.0, Call("product", (self.terms(left), self.terms(right))))]
             case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _FUNCTIONS:
                 return [(1.0, self.call(name, arguments, self.column(node)))]
+            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=options) if name not in _FUNCTIONS:
+                self.known_name(name, node)
+                positional = tuple(self.literal(argument) for argument in arguments)
+                named = tuple((str(option.arg), self.literal(option.value)) for option in options)
+                return [(1.0, Made(name, positional, named))]
         if self.number(node) is not None:
             raise self.error("a number alone is no reward", self.column(node))
         raise self.error(
@@ -116,6 +133,20 @@ class _Parser:
             }
             raise self.error(f"{name} is written {shapes[name]}", column)
         return Call(name, tuple(self.terms(reward) for reward in rewards), tuple(further))
+
+    def known_name(self, name: str, node: ast.expr) -> str:
+        if name not in self.known:
+            where = f"It stands at column {self.column(node) + 1} of {self.spec!r}."
+            raise UnknownNameError("reward", name, self.known, hint=where)
+        return name
+
+    def literal(self, node: ast.expr) -> Any:
+        """Read a reward's argument."""
+        try:
+            return ast.literal_eval(node)
+        except ValueError:
+            reason = "a reward's arguments are strings, numbers, and lists and dicts of these"
+            raise self.error(reason, self.column(node)) from None
 
     def number(self, node: ast.expr) -> float | None:
         """Read a finite number, or return None if the expression is something else."""

@@ -35,18 +35,22 @@ class Templates(_Strict):
     Attributes:
         templates: Strings with ``{slot}`` in them.
         slots: The words for each slot.
+        chat: Whether each is a chat message of the user instead of plain text.
     """
 
     templates: list[str] = Field(min_length=1)
     slots: dict[str, list[str]] = {}
+    chat: bool = False
 
-    def expand(self) -> list[str]:
+    def expand(self) -> list[Any]:
         """Return every filling of every template, in order."""
-        filled: list[str] = []
+        filled: list[Any] = []
         for template in self.templates:
             names = [name for name in self.slots if "{" + name + "}" in template]
             fillings = itertools.product(*(self.slots[name] for name in names))
             filled.extend(template.format(**dict(zip(names, words, strict=True))) for words in fillings)
+        if self.chat:
+            return [{"prompt": [{"role": "user", "content": request}]} for request in filled]
         return filled
 
 

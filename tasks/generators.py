@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import check_integer
+from ..errors import ConfigurationError, check_integer
 
-__all__ = ["GENERATORS", "Splits", "addition", "keyword_sets", "letters"]
+__all__ = ["GENERATORS", "Splits", "addition", "keyword_sets", "letters", "reasoning_gym"]
 
 Splits = dict[str, list[Any]]  # train, dev, test; strings, or dicts with the key "prompt"
 
@@ -73,6 +73,44 @@ def letters(*, vocabulary: str, train: int, dev: int, test: int, length: int = 4
     return _split(list(strings), dev, test, train)
 
 
+def reasoning_gym(
+    *, datasets: dict[str, dict[str, Any]], dev: int, test: int, train: int, shots: int = 3, seed: int = 0
+) -> Splits:
+    """Return few-shot questions of data sets of the library reasoning-gym, with the columns ``entry`` and ``answer``.
+
+    Args:
+        datasets: Their names, each with its configuration.
+        dev: Number of dev prompts of each data set.
+        test: Number of test prompts of each.
+        train: The most training prompts of each; small data sets have fewer different questions.
+        shots: Solved examples before each question, the same for all of a data set.
+        seed: Of the data sets.
+
+    Raises:
+        ConfigurationError: The library is not installed, or a data set has not enough different questions.
+    """
+    from ..rewards.reasoning import gym_module
+
+    splits: Splits = {"train": [], "dev": [], "test": []}
+    for name, config in datasets.items():
+        wanted = shots + dev + test + train
+        entries = gym_module().create_dataset(name, seed=seed, size=4 * wanted, **config)
+        by_question = list({entry["question"].strip(): entry for entry in entries}.items())[:wanted]
+        if len(by_question) <= shots + dev + test:
+            raise ConfigurationError(
+                f"{name} with {config} has {len(by_question)} different questions in {4 * wanted}, too few for {shots} "
+                f"solved ones, {dev} to tune and {test} to test; widen its configuration or ask for fewer"
+            )
+        given = "".join(f"Q: {question}\nA: {entry['answer']}\n\n" for question, entry in by_question[:shots])
+        prompts = [
+            {"prompt": f"{given}Q: {question}\nA:", "entry": entry, "answer": entry["answer"]}
+            for question, entry in by_question[shots:]
+        ]
+        for part, some in _split(prompts, dev, test, train).items():
+            splits[part] += some
+    return splits
+
+
 def _split(prompts: list[Any], dev: int, test: int, train: int | None) -> Splits:
     check_integer("dev", dev)
     check_integer("test", test)
@@ -80,4 +118,9 @@ def _split(prompts: list[Any], dev: int, test: int, train: int | None) -> Splits
     return {"test": prompts[:test], "dev": prompts[test : test + dev], "train": prompts[test + dev : end]}
 
 
-GENERATORS: dict[str, Callable[..., Splits]] = {"addition": addition, "keywords": keyword_sets, "letters": letters}
+GENERATORS: dict[str, Callable[..., Splits]] = {
+    "addition": addition,
+    "keywords": keyword_sets,
+    "letters": letters,
+    "reasoning_gym": reasoning_gym,
+}

@@ -197,7 +197,7 @@ def test_the_real_tasks_have_enough_disjoint_prompts(name):
 
 
 def test_every_task_is_listed_and_loads():
-    assert task_names() == ["arithmetic", "arithmetic-99", "keywords", "sentiment", "toy"]
+    assert task_names() == ["arithmetic", "arithmetic-99", "keywords", "reasoning-gym", "relevance", "sentiment", "toy"]
     for name in task_names():
         assert load_task(name).prompts.of("test")
 

@@ -262,7 +262,7 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
 def folder(tiny_gguf: tuple[Path, Any], nothing_loaded: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the tiny model would be kept, in a cache that is empty."""
     monkeypatch.setenv("QSTAR_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(embedded_model, "_gguf_path", lambda model: tiny_gguf[0])
+    monkeypatch.setattr(embedded_model, "gguf_path", lambda model: tiny_gguf[0])
     return tmp_path / "cache" / "models" / NAME
 
 
@@ -328,16 +328,16 @@ def test_a_damaged_folder_is_made_again(
     folder: Path, conversions: list[Path], caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     embedded_model_folder(NAME)
-    assert embedded_model._is_intact(folder)
+    assert embedded_model.is_intact(folder)
     before = snapshot(folder)
     (folder / "left over").write_text("from a file that nobody knows")
     DAMAGES[damage](folder)
-    assert not embedded_model._is_intact(folder)
+    assert not embedded_model.is_intact(folder)
     with caplog.at_level(logging.WARNING, logger="qstar_decoding"):
         assert embedded_model_folder(NAME) == folder
     assert "is damaged or incomplete: it is made again" in caplog.text
     assert len(conversions) == 2
-    assert embedded_model._is_intact(folder)
+    assert embedded_model.is_intact(folder)
     assert snapshot(folder) == before
 
 
@@ -376,7 +376,7 @@ def test_a_conversion_that_is_stopped_in_the_middle_leaves_nothing(
     assert type(caught.value) is seen_as
     assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == []
     assert embedded_model_folder(NAME) == folder
-    assert embedded_model._is_intact(folder)
+    assert embedded_model.is_intact(folder)
 
 
 def test_what_a_killed_conversion_left_is_cleared_away(folder: Path) -> None:
@@ -442,17 +442,17 @@ def test_the_file_in_the_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
     model = EMBEDDED_MODELS[NAME]
     monkeypatch.setattr(embedded_model, "distribution", absent)
-    assert embedded_model._gguf_path(model) is None
+    assert embedded_model.gguf_path(model) is None
     monkeypatch.setattr(embedded_model, "distribution", lambda name: Wheel())
-    assert embedded_model._gguf_path(model) is None  # installed, and the file not there
+    assert embedded_model.gguf_path(model) is None  # installed, and the file not there
     (tmp_path / model.gguf).parent.mkdir()
     (tmp_path / model.gguf).write_bytes(b"GGUF")
-    assert embedded_model._gguf_path(model) == tmp_path / model.gguf
+    assert embedded_model.gguf_path(model) == tmp_path / model.gguf
 
 
 def test_without_the_wheel_the_cache_serves_or_else_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     embedded_model_folder(NAME)
-    monkeypatch.setattr(embedded_model, "_gguf_path", lambda model: None)
+    monkeypatch.setattr(embedded_model, "gguf_path", lambda model: None)
     assert embedded_model_folder(NAME) == folder
     (folder / "model.safetensors").unlink()
     assert embedded_model_folder(NAME) is None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
+import json
 import logging
 import math
 import pickle
@@ -17,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qstar_decoding.errors import ConfigurationError, RewardError, UnknownNameError
+from qstar_decoding.errors import ConfigurationError, RewardCheckError, RewardError, UnknownNameError
 from qstar_decoding.rewards import (
     FunctionReward,
     Reward,
@@ -33,7 +35,11 @@ from qstar_decoding.rewards import (
     reward_names,
     sentiment,
 )
-from qstar_decoding.rewards.specs import Call
+from qstar_decoding.rewards.creativity import Distinct, Novelty, Repetition, self_bleu
+from qstar_decoding.rewards.guidelines import ForbiddenWords, MatchesJSON, MatchesRegex, ShortSentences
+from qstar_decoding.rewards.language import Coherence, Pair, Preference, read_pairs, train_preference
+from qstar_decoding.rewards.specs import Call, Made
+from qstar_decoding.rewards.testing import check_reward
 
 inf = math.inf
 
@@ -836,6 +842,8 @@ def test_what_describes_a_function_goes_with_nothing_else(spec: Any, option: dic
         ("a - 2*min(b, 0.5*c)", [(1.0, "a"), (-2.0, Call("min", ([(1.0, "b")], [(0.5, "c")])))]),
         ("clip(a + b, -1, 1)", [(1.0, Call("clip", ([(1.0, "a"), (1.0, "b")],), (-1.0, 1.0)))]),
         ("normalise(a)", [(1.0, Call("normalise", ([(1.0, "a")],)))]),
+        ("2*a('x', -1) - b(n=[1])", [(2.0, Made("a", ("x", -1))), (-1.0, Made("b", (), (("n", [1]),)))]),
+        ("min(a(), b)", [(1.0, Call("min", ([(1.0, Made("a", ()))], [(1.0, "b")])))]),
     ],
 )
 def test_specs(spec: str, terms: list[tuple[float, str]]) -> None:
@@ -855,9 +863,9 @@ def test_specs(spec: str, terms: list[tuple[float, str]]) -> None:
         ("a + clip(0, b, 1)", 5, "clip is written"),
         ("normalise(a, 0, b)", 1, "normalise is written"),
         ("min(a, 3)", 1, "min is written"),
-        ("max(a, b)", 1, "only reward names"),
         ("a / 2", 1, "only reward names"),
-        ("a + b()", 5, "only reward names"),
+        ("a + b(c)", 7, "a reward's arguments are strings, numbers"),
+        ("a + b(1)(2)", 5, "only reward names"),
         ("a + b.c", 5, "only reward names"),
         ("a + True*b", 5, "only reward names"),
         ("a + 2j*b", 5, "only reward names"),
@@ -932,6 +940,7 @@ def test_an_empty_mapping() -> None:
         (lambda: as_reward("sentimnt"), "column 1 of 'sentimnt'"),
         (lambda: as_reward("0.5*one + sentimnt"), r"column 11 of '0.5\*one \+ sentimnt'"),
         (lambda: as_reward({"sentimnt": 1.0}), "register_reward"),
+        (lambda: as_reward("one + sentimnt(3)"), "column 7 of"),
     ],
 )
 def test_an_unknown_name_gets_the_nearest_first(ask: Callable[[], Reward], hint: str) -> None:
@@ -939,7 +948,9 @@ def test_an_unknown_name_gets_the_nearest_first(ask: Callable[[], Reward], hint:
         ask()
     assert caught.value.kind == "reward"
     assert caught.value.known[0] == "sentiment"
-    assert set(caught.value.known) == set(reward_names()) == {"one", "ten", *registry._factories}
+    assert (
+        set(caught.value.known) == set(reward_names()) == {"one", "ten", *registry._factories, *registry.WITH_ARGUMENTS}
+    )
 
 
 @pytest.mark.usefixtures("registered")
@@ -1088,3 +1099,375 @@ def test_pangrams_count_letters() -> None:
     reward = make_reward("pangram")
     assert reward(["x"], ["The quick brown fox jumps over the lazy dog"])[0] == 1.0
     assert reward(["x"], ["Aab, é!"])[0] == pytest.approx(2 / 26)
+
+
+# --------------------------------------------------------------------------------------------------- the library's laws
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", sorted({*reward_names()} - {*registry.WITH_ARGUMENTS, "coherence"}))
+def test_every_registered_reward_keeps_the_laws(name):
+    entry = next(iter(gym_entries().values()))
+    check_reward(name, completions=[" " + entry["answer"]], columns={"entry": entry})
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "forbidden_words('dog', 'hate')",
+        "matches_json({'type': 'object', 'required': ['a']})",
+        "matches_regex('[0-9]+')",
+        "novelty(['The dog caught a ball'], n=2)",
+    ],
+)
+def test_so_does_every_reward_with_arguments(spec):
+    check_reward(spec, completions=['{"a": 1}'])
+
+
+def test_so_do_those_that_ask_a_language_model(tiny_lm, tmp_path):
+    lm = tiny_lm("Llama")
+    train_preference(PAIRS, tmp_path, model=lm)
+    for reward in (Coherence(lm), Preference(tmp_path, model=lm)):
+        check_reward(reward, completions=[" w3 w4", " w5 w6 w7"])
+
+
+def gym_entries():
+    import reasoning_gym
+
+    data = {name: reasoning_gym.create_dataset(name, size=1, seed=0) for name in ("chain_sum", "gcd")}
+    return {name: entries[0] for name, entries in data.items()}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("spec", ["0.5 * sentiment - 0.25 * length", "keywords + complete_sentence - afinn"])
+def test_sums_keep_them_too(spec):
+    check_reward(spec)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "reward",
+    [
+        Novelty(["The dog caught a ball"]),
+        Distinct(1),
+        ShortSentences(3),
+        0.5 * ForbiddenWords("ball") * as_reward("length"),
+        minimum(as_reward("sentiment"), as_reward("pangram")) - clip(as_reward("afinn"), 0, 0.5),
+    ],
+    ids=lambda reward: reward.name,
+)
+def test_so_do_those_with_arguments_and_compositions(reward):
+    check_reward(reward)
+
+
+def test_what_the_rewards_of_texts_say():
+    def score(reward, *texts):
+        return reward([""] * len(texts), list(texts)).tolist()
+
+    assert score(Distinct(2), "a b a b", "a b c", "a", "") == [pytest.approx(2 / 3), 1.0, 0.0, 0.0]
+    assert score(Repetition(2), "a b a b", "a b c", "") == [pytest.approx(1 / 3), 0.0, 0.0]
+    assert score(Novelty(["the cat sat"], 2), "the cat ran", "the cat sat", "dogs") == [0.5, 0.0, 0.0]
+    assert score(ForbiddenWords("cat"), "A CAT.", "a catalogue", "") == [0.0, 1.0, 1.0]
+    assert score(MatchesRegex(r"\d+ (cats|dogs)"), " 3 cats ", "three cats") == [1.0, 0.0]
+    assert score(ShortSentences(2), "One two. One two three! Yes", "") == [pytest.approx(2 / 3), 1.0]
+    forbidden = ForbiddenWords("cat")
+    assert forbidden.upper_bound([""] * 3, ["cat", "cat.", "a"], [5] * 3).tolist() == [1.0, 0.0, 1.0]
+    assert self_bleu(["a b c d", "a b c d"]) == 1.0
+    assert self_bleu(["a b c d", "e f g h"]) == self_bleu(["alone"]) == 0.0
+    assert 0 < self_bleu(["a b c d e", "a b c x y"]) < 1
+
+
+def test_engagement_is_the_mean_of_its_parts():
+    reward = make_reward("engagement")
+    text = " Do you love your dog? It is a good dog."
+    parts = reward.components([""], [text])
+    assert set(parts) == {"readability", "address", "distinct", "intensity"}
+    assert reward([""], [text])[0] == pytest.approx(np.mean([values[0] for values in parts.values()]))
+    assert parts["address"][0] == 1.0
+    dull = " Notwithstanding jurisprudential considerations, institutional heterogeneity predominates."
+    assert reward([""], [dull])[0] < reward([""], [text])[0]
+    ease = make_reward("readability")
+    # 12 words, 2 sentences; 14 syllables by hand: cat, warm, … one each, "very" and "sunny" two.
+    easy = "The cat sat on a mat. It was a very sunny day."
+    assert ease([""], [easy])[0] == pytest.approx(min((206.835 - 1.015 * 6 - 84.6 * 14 / 12) / 100, 1.0))
+
+
+def test_relevance_knows_what_a_text_is_about():
+    for name in ("relevance", "keyword_overlap"):
+        reward = make_reward(name)
+        prompt = "Tell me about the sea and its ships."
+        near, far = reward([prompt] * 2, [" Ships sail on the sea.", " My taxes are due in April."])
+        assert near > far + 0.2
+    assert make_reward("relevance")(["The sea"], [""])[0] == 0
+    with pytest.raises(ConfigurationError, match="no embedding model can be loaded from"):
+        make_reward("relevance", model="/nowhere/at/all")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Novelty("one text"), "several texts"),
+        (lambda: Distinct(0), "n is"),
+        (lambda: ForbiddenWords(), "words of letters"),
+        (lambda: ForbiddenWords("two words"), "words of letters"),
+        (lambda: MatchesRegex("(a"), "is no regular expression"),
+        (lambda: MatchesJSON({"type": "objekt"}), "no JSON Schema"),
+        (lambda: MatchesJSON("{"), "no JSON Schema"),
+        (lambda: Coherence(floor=1.0), "floor is a finite number"),
+        (lambda: Coherence(model=3), "a causal language model of transformers"),
+        (lambda: Preference("/nowhere"), "no trained preference .* qstar train-reward"),
+        (
+            lambda: make_reward("novelty"),
+            r"missing a required argument: 'references'; it is made as novelty\(references",
+        ),
+        (lambda: as_reward("classifier"), r"it is made as classifier\(model"),
+        (lambda: ShortSentences(0), "most"),
+        (lambda: clip(as_reward("sentiment"), 1, 0), "low < high"),
+        (lambda: normalise(as_reward(lambda p, c: 0.0)), "say what is to become 0 and 1"),
+        (lambda: minimum(), "minimum needs rewards"),
+        (lambda: minimum(as_reward("sentiment"), 3), "minimum needs rewards"),
+    ],
+)
+def test_arguments_that_make_no_reward(make, message):
+    with pytest.raises(ConfigurationError, match=message):
+        make()
+
+
+class Wrong(Reward):
+    """A fair reward, to be spoilt."""
+
+    name, lower, upper = "wrong", 0.0, 1.0
+
+    def score(self, prompts, completions, completion_ids=None, **columns):
+        return [min(len(text) / 100, 1.0) for text in completions]
+
+
+class Counting(Wrong):
+    def __init__(self):
+        super().__init__()
+        self.calls = itertools.count()
+
+    def score(self, prompts, completions, completion_ids=None, **columns):
+        return [(next(self.calls) % 11) / 11 for _ in completions]
+
+
+class Relative(Wrong):
+    def score(self, prompts, completions, completion_ids=None, **columns):
+        longest = max(len(text) for text in completions) or 1
+        return [len(text) / longest for text in completions]
+
+
+class Ranked(Wrong):
+    def score(self, prompts, completions, completion_ids=None, **columns):
+        return [i / len(completions) for i, _ in enumerate(completions)]
+
+
+class Altering(Wrong):
+    def score(self, prompts, completions, completion_ids=None, **columns):
+        completions.sort()
+        return super().score(prompts, completions)
+
+
+class Hasty(Wrong):
+    """Its bound forgets that there is more to come."""
+
+    def bound_prefixes(self, prompts, completions, remaining, completion_ids=None, **columns):
+        return self.score(prompts, completions)
+
+
+class Unbounded(Wrong):
+    def bound_prefixes(self, prompts, completions, remaining, completion_ids=None, **columns):
+        return [math.nan] * len(completions)
+
+
+class Wild(Wrong):
+    """Its potential is infinite where nothing is written."""
+
+    def score_prefixes(self, prompts, completions, completion_ids=None, **columns):
+        return [1.0 if text else math.inf for text in completions]
+
+
+class OnlyBatches(Wrong):
+    def score(self, prompts, completions, completion_ids=None, **columns):
+        if len(completions) > 20:
+            raise MemoryError("too many")
+        return super().score(prompts, completions)
+
+
+class Unlimited(Wrong):
+    """Right, but for nobody who wants a certificate."""
+
+    upper = math.inf
+
+
+def spoilt(function):
+    """A batched function as a reward in [0, 1]."""
+    return as_reward(function, lower=0.0, upper=1.0)
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (Counting(), "another value the second time: .* depend on its arguments alone"),
+        (Relative(), "alone than in a batch: .* do not normalise over the batch"),
+        (Ranked(), "depends on the order of the batch: .* in the order of the completions"),
+        (Altering(), "changed its argument 'completions'; work on a copy"),
+        (Hasty(), "scores at most .*, but .* scores .*; bound_prefixes must never be below"),
+        (Unbounded(), "is nan for the unfinished text .*; correct bound_prefixes"),
+        (Wild(), "returned inf as the potential of ''; return a finite number"),
+        (OnlyBatches(), "raised MemoryError for 42 texts at once, for none alone: too many; let it score any batch"),
+        (spoilt(lambda completions: [len(c) / 100 for c in completions]), r"outside its bounds \[0, 1\]; widen lower"),
+        (spoilt(lambda completions: [math.nan for _ in completions]), "returned nan .*; return a finite number"),
+        (spoilt(lambda completions: ["good" for _ in completions]), "returned 'good' .*; return a number, or None"),
+        (spoilt(lambda completions: 0.5), "returned a float as score; return a list of 42 values"),
+        (spoilt(lambda completions: [0.5]), "returned 1 values for 42 completions; return one per completion"),
+        (
+            spoilt(lambda prompt, completion: 1 / len(completion.split())),
+            "raised ZeroDivisionError for the completion '': .*; return None for a text that cannot be scored",
+        ),
+        (
+            spoilt(lambda prompt, completion: float(len(completion.encode()) > 3)),
+            r"raised UnicodeEncodeError for the completion ' broken \\ud83d",
+        ),
+    ],
+    ids=lambda value: value.name if isinstance(value, Reward) else "",
+)
+def test_each_way_of_being_wrong_is_told(reward, message):
+    with pytest.raises(RewardCheckError, match=message):
+        check_reward(reward)
+
+
+def test_what_is_merely_unwise_is_a_warning():
+    with pytest.warns(UserWarning, match="has no upper bound"):
+        check_reward(-1.0 * as_reward("length") + Unlimited())
+    with pytest.warns(UserWarning, match="cannot be pickled"):
+        check_reward(as_reward(lambda prompt, completion: 0.0, lower=0, upper=1))
+
+
+def test_columns_and_texts_of_ones_own_are_tried_as_well():
+    def score(completions, target):
+        return [float(c == t) for c, t in zip(completions, target, strict=True)]
+
+    with pytest.raises(ConfigurationError, match="needs 'target'"):
+        check_reward(as_reward(score, lower=0, upper=1))
+    with pytest.warns(UserWarning, match="pickled"):
+        check_reward(as_reward(score, lower=0, upper=1), columns={"target": "x"})
+    with pytest.raises(RewardCheckError, match="raised KeyError for the completion 'q'"):
+        check_reward(spoilt(lambda prompt, completion: {"q": {}}.get(completion, {"z": 0.0})["z"]), completions=["q"])
+
+
+# ------------------------------------------------------------------------------------------------- models and checkers
+
+
+GOOD, BAD = ["w3", "w4", "w5", "w6", "w7"], ["w13", "w14", "w15", "w16", "w17"]
+PAIRS = [Pair(f"w{i} w2", f" {good}", f" {bad}") for i in (20, 21, 22) for good, bad in zip(GOOD, BAD, strict=True)]
+
+
+def test_coherence_is_the_mean_logprob_of_the_completions_tokens(tiny_lm):
+    lm = tiny_lm("Llama")
+    prompts, completions = ["w2 w3", "w9"], [" w4 w5 w6", " w7"]
+    expected = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        before, after = lm.encode(prompt), lm.encode(completion)
+        _, logprobs = lm.forward([before + after[:i] for i in range(len(after))])
+        expected.append(np.mean([row[token] for row, token in zip(logprobs, after, strict=True)]))
+    reward = Coherence(lm, floor=-50.0)
+    assert reward(prompts, completions) == pytest.approx(expected, abs=1e-4)
+    assert reward(["w2"], [""])[0] == -50.0
+    assert Coherence(lm, floor=-0.5)(prompts, completions).tolist() == [-0.5, -0.5]
+
+
+def test_a_preference_is_learned_from_pairs(tiny_lm, tmp_path):
+    lm = tiny_lm("Llama")
+    found = train_preference(PAIRS, tmp_path, model=lm, seed=1)
+    assert found["held_out_pairs"] == 3
+    assert -5 < found["held_out_log_likelihood"] <= 0
+    reward = Preference(tmp_path, model=lm)
+    scores = reward([pair.prompt for pair in PAIRS] * 2, [p.chosen for p in PAIRS] + [p.rejected for p in PAIRS])
+    assert (scores[: len(PAIRS)] > scores[len(PAIRS) :]).mean() > 0.8
+    with pytest.raises(ConfigurationError, match="trained on 'tiny-Llama'; it says nothing about 'tiny-GPT2'"):
+        Preference(tmp_path, model=tiny_lm("GPT2"))
+    with pytest.raises(ConfigurationError, match="at least 10 pairs, got 2"):
+        train_preference(PAIRS[:2], tmp_path, model=lm)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b"}',
+            "line 2: .*'rejected' .*missing",
+        ),
+        ('\n{"prompt": "a", "chosen": 1, "rejected": "c"}', "line 2: .*'chosen' is a string, but it is 1"),
+        ("{", "line 1 is no JSON"),
+        ("[]", "line 1 is no JSON object with prompt, chosen, rejected"),
+        ("\n", "holds no pairs"),
+    ],
+)
+def test_a_wrong_file_of_pairs_names_the_line(tmp_path, text, message):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(text)
+    with pytest.raises(ConfigurationError, match=message):
+        read_pairs(path)
+
+
+def test_a_file_of_pairs(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps({**pair._asdict(), "by": "us"}) for pair in PAIRS))
+    assert read_pairs(path) == PAIRS
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        read_pairs(tmp_path / "absent.jsonl")
+
+
+def test_numbers_are_compared_as_mathematics():
+    reward, texts = make_reward("numeric_answer"), [r"so it is \(\frac{1}{2}\)", "0.50", "1/2", "2", "", "no idea"]
+    assert reward([""] * 6, texts, answer=["0.5"] * 6).tolist() == [1, 1, 1, 0, 0, 0]
+    assert np.isnan(reward([""], ["1"], answer=[None])[0])
+    with pytest.raises(ConfigurationError, match="in which math-verify finds no mathematics"):
+        reward([""], ["1"], answer=["none at all"])
+    with pytest.raises(ConfigurationError, match="the column 'answer'"):
+        reward([""], ["1"])
+
+
+def test_data_sets_of_reasoning_gym_are_scored_by_themselves():
+    reward, entries = make_reward("reasoning_gym"), gym_entries()
+    for entry in entries.values():
+        assert reward([entry["question"]] * 2, [f" {entry['answer']}\n", "x"], entry=[entry] * 2).tolist() == [1, 0]
+    assert np.isnan(reward([""], ["1"], entry=[None])[0])
+    for entry, message in (
+        ({"answer": "1"}, "with metadata.source_dataset; got"),
+        ({"metadata": {"source_dataset": "chainsum"}}, "reasoning-gym has no data set 'chainsum'"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            reward([""], ["1"], entry=[entry])
+
+
+def test_formats():
+    score = make_reward("answer_format").score
+    good = "<think>2 and 2</think>\n<answer>4</answer>"
+    assert score([""] * 4, [good, f" {good} ", good + "!", f"{good}{good}"]) == [1, 1, 0, 0]
+    schema = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+    for reward in (MatchesJSON(schema), MatchesJSON(json.dumps(schema))):
+        assert reward([""] * 4, [' {"age": 3}', '{"age": "3"}', "{}", '{"age": 3']).tolist() == [1, 0, 0, 0]
+    assert MatchesJSON({})([""] * 2, ["[1]", "[" * 20_000]).tolist() == [1, 0]
+
+
+def test_what_is_said_twice_in_other_words():
+    reward = make_reward("semantic_repetition")
+    again, new = " I love dogs. I like dogs a lot.", " I love dogs. The tax law changed in May."
+    assert reward([""] * 2, [again, new])[0] > 0.5 > reward([""], [new])[0]
+    assert reward([""] * 2, ["One sentence.", ""]).tolist() == [0, 0]
+
+
+def test_profanity_knows_rude_words():
+    rude, polite = make_reward("profanity")([""] * 2, ["you stupid asshole", "what a nice day"])
+    assert rude > 0.9
+    assert polite < 0.2
+
+
+def test_static_relevance_agrees_with_the_other_on_what_is_far():
+    reward, prompt = make_reward("static_relevance"), "Tell me about the sea."
+    near, far, empty = reward([prompt] * 3, [" Sailors cross the water in ships.", " My computer is broken.", ""])
+    assert near > far
+    assert empty == 0
