@@ -98,7 +98,8 @@ class BeamSearch(Decoder):
 
         Args:
             env: An environment or a :class:`DecodingMDP`.
-            width: Prefixes of each length, by default as many as the budget surely pays for.
+            width: Prefixes of each length, by default as many as what is left of the budget surely pays for: what texts
+                that end early do not need makes the rest of the beam wider.
             rerank: Whether the reward is asked to choose among the finished texts; if not, the one of highest f is
                 proposed, without a heuristic the likeliest.
             heuristic: See the class.
@@ -116,8 +117,9 @@ class BeamSearch(Decoder):
 
     def search(self, search: Search) -> Iterator[Edges]:
         """Yield the edges of one level at a time."""
-        width = self.width or affordable_width(search)
+        width = self.width or 1
         for depth in range(search.mdp.max_new_tokens):
+            width = self.width or max(width, affordable_width(search, depth))
             rows = search.at_depth(depth)
             row, action = np.nonzero(search.status[rows] == Status.OPEN)
             best = np.argsort(-search.f[rows[row], action], kind="stable")[:width]
@@ -145,9 +147,10 @@ class DiverseBeamSearch(Decoder):
         """Yield the edges of one level at a time, of all groups together."""
         width = self.width or affordable_width(search)
         groups = min(self.groups, width)
-        sizes = [len(part) for part in np.array_split(np.arange(width), groups)]
         members: list[IntArray] = [np.zeros(1, dtype=np.int64)] * groups
-        for _ in range(search.mdp.max_new_tokens):
+        for depth in range(search.mdp.max_new_tokens):
+            width = self.width or max(width, affordable_width(search, depth))
+            sizes = [len(part) for part in np.array_split(np.arange(width), groups)]
             chosen: list[Edges] = []
             said: Counter[int] = Counter()
             taken: set[tuple[int, int]] = set()
@@ -335,11 +338,11 @@ class BlockwiseDecoder(SamplingDecoder):
         return logits
 
 
-def affordable_width(search: Search) -> int:
-    """Return how many prefixes of each length the budget surely pays for."""
+def affordable_width(search: Search, depth: int = 0) -> int:
+    """Return how many prefixes of each length, from this depth on, the rest of the budget surely pays for."""
     if math.isinf(search.room):
         return _UNBUDGETED_BEAM
-    return max(int(search.room) // max(search.mdp.max_new_tokens - 1, 1), 1)
+    return max(int(search.room) // max(search.mdp.max_new_tokens - 1 - depth, 1), 1)
 
 
 def generator(seed: int, search: Search) -> np.random.Generator:
