@@ -18,7 +18,7 @@ RUN := build/run
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint type format wheel clean FORCE
+.PHONY: help demo test lint type format wheel docs clean FORCE
 
 help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3] [PYTEST_ARGS='-k astar']"
@@ -52,6 +52,10 @@ wheel: $(STAMP) ## build the wheel into dist/
 	@rm -rf dist build/lib build/bdist.*
 	$(BIN)/python -m build --wheel --no-isolation > build/wheel.log 2>&1 || { cat build/wheel.log; exit 1; }
 	@ls dist/*.whl
+
+docs: $(STAMP) ## build the documentation into build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "open build/docs/index.html"
 
 clean: ## remove what was built and every cache; .venv stays, and the next target lays the editable install anew
 	rm -rf build dist *.egg-info $(STAMP) .mypy_cache .pytest_cache .ruff_cache .hypothesis
