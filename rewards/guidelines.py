@@ -50,7 +50,7 @@ class Keywords(Reward):
             ConfigurationError: The library simplemma is not installed.
         """
         super().__init__(on_error=on_error, penalty=penalty)
-        _lemma("words")
+        lemma_of("words")
 
     def score(
         self,
@@ -350,7 +350,7 @@ def _coverage(text: str, keywords: Any) -> float | None:
     if isinstance(keywords, str) or not isinstance(keywords, Sequence) or not keywords:
         raise ConfigurationError(f"the column 'keywords' holds a list of words for each prompt, got {keywords!r}")
     words = [_bases(word) for word in _words(text)]
-    return sum(_covers(words, [_lemma(word) for word in _words(keyword)]) for keyword in keywords) / len(keywords)
+    return sum(_covers(words, [lemma_of(word) for word in _words(keyword)]) for keyword in keywords) / len(keywords)
 
 
 def _covers(words: list[frozenset[str]], keyword: list[str]) -> bool:
@@ -367,11 +367,11 @@ def _words(text: str) -> list[str]:
 @functools.lru_cache(maxsize=1 << 16)
 def _bases(word: str) -> frozenset[str]:
     """Return the lemmas that ``word`` may be a form of."""
-    return frozenset(_lemma(stem) for suffix in _SUFFIXES if (stem := word.removesuffix(suffix)))
+    return frozenset(lemma_of(stem) for suffix in _SUFFIXES if (stem := word.removesuffix(suffix)))
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _lemma(word: str) -> str:
+def lemma_of(word: str) -> str:
     try:
         import simplemma
     except ImportError as error:

@@ -37,6 +37,7 @@ _factories: dict[str, str | RewardFactory] = {
     "pangram": ".guidelines:Pangram",
     "profanity": ".profanity:Profanity",
     "readability": ".engagement:Readability",
+    "concreteness": ".engagement:Concreteness",
     "reasoning_gym": ".reasoning:ReasoningGym",
     "relevance": ".relevance:Relevance",
     "repetition": ".creativity:Repetition",
