@@ -226,7 +226,7 @@ class SamplingDecoder(Decoder):
             before, rows = search.lm_tokens, np.zeros(max(int(wave), 1), dtype=np.int64)
             drawn += len(rows)
             while len(rows):
-                actions = np.array([self.draw(search, int(row), rng) for row in rows])
+                actions = self.draw(search, rows, rng)
                 new = np.unique(np.stack((rows, actions))[:, search.status[rows, actions] == Status.OPEN], axis=1)
                 if new.size:
                     yield Edges(*new)
@@ -239,22 +239,24 @@ class SamplingDecoder(Decoder):
             if fruitless == 20:
                 return
 
-    def draw(self, search: Search, row: int, rng: np.random.Generator) -> int:
-        """Return the action to take at a row."""
-        logits = self.logits(search, row)
-        logits[search.status[row] == Status.MASKED] = -np.inf
+    def draw(self, search: Search, rows: IntArray, rng: np.random.Generator) -> IntArray:
+        """Return the action to take at each of these rows, int64 [n]."""
+        logits = self.logits(search, rows)
+        logits[search.status[rows] == Status.MASKED] = -np.inf
         if self.top_p < 1:
-            order = np.argsort(-logits, kind="stable")
-            p = np.exp(logits[order] - logits[order[0]])
-            logits[order[p.cumsum() - p >= self.top_p * p.sum()]] = -np.inf
+            order = np.argsort(-logits, axis=1, kind="stable")
+            ranked = np.take_along_axis(logits, order, axis=1)
+            p = np.exp(ranked - ranked[:, :1])
+            ranked[p.cumsum(axis=1) - p >= self.top_p * p.sum(axis=1, keepdims=True)] = -np.inf
+            np.put_along_axis(logits, order, ranked, axis=1)
         # The Gumbel-max trick: an exact draw from the softmax, whatever the scale.
-        return int((logits + rng.gumbel(size=len(logits))).argmax())
+        return (logits + rng.gumbel(size=logits.shape)).argmax(axis=1)
 
-    def logits(self, search: Search, row: int) -> Values:
-        """Return the logits of the actions of a row, float64 [k]."""
-        logits: Values = search.mdp.tree.logprobs[search.node[row]].astype(np.float64) / self.temperature
+    def logits(self, search: Search, rows: IntArray) -> Values:
+        """Return the logits of the actions of these rows, float64 [n, k]."""
+        logits: Values = search.mdp.tree.logprobs[search.node[rows]].astype(np.float64) / self.temperature
         if self.heuristic is not None:
-            logits += (search.f[row] - search.g[row]) / self.beta
+            logits += (search.f[rows] - search.g[rows, None]) / self.beta
         return logits
 
 
@@ -265,12 +267,12 @@ class ILQLDecoder(SamplingDecoder):
     differs from :class:`SamplingDecoder` is that the temperature sharpens the sum, not the language model alone.
     """
 
-    def logits(self, search: Search, row: int) -> Values:
+    def logits(self, search: Search, rows: IntArray) -> Values:
         """See :class:`SamplingDecoder`."""
-        h = search.f[row] - search.g[row]
-        legal = search.status[row] != Status.MASKED
-        advantage = h - h.max(where=legal, initial=-np.inf)
-        logprobs = search.mdp.tree.logprobs[search.node[row]].astype(np.float64)
+        h = search.f[rows] - search.g[rows, None]
+        legal = search.status[rows] != Status.MASKED
+        advantage = h - h.max(axis=1, where=legal, initial=-np.inf, keepdims=True)
+        logprobs = search.mdp.tree.logprobs[search.node[rows]].astype(np.float64)
         logits: Values = (logprobs + advantage / self.beta) / self.temperature
         return logits
 
@@ -317,7 +319,7 @@ class BlockwiseDecoder(SamplingDecoder):
             while start >= 0:
                 rows, ended = np.full(n, start), []
                 for _ in range(self.block):
-                    actions = np.array([self.draw(search, int(row), rng) for row in rows])
+                    actions = self.draw(search, rows, rng)
                     new = np.unique(np.stack((rows, actions))[:, search.status[rows, actions] == Status.OPEN], axis=1)
                     if new.size:
                         yield Edges(*new)
@@ -332,9 +334,9 @@ class BlockwiseDecoder(SamplingDecoder):
                 start = int(rows[going_on.argmax()]) if going_on.max(initial=-np.inf) > best_done else -1
             fruitless = fruitless + 1 if search.size + len(search.completions) == before else 0
 
-    def logits(self, search: Search, row: int) -> Values:
+    def logits(self, search: Search, rows: IntArray) -> Values:
         """Return log π / temperature: the blocks are drawn from the language model."""
-        logits: Values = search.mdp.tree.logprobs[search.node[row]].astype(np.float64) / self.temperature
+        logits: Values = search.mdp.tree.logprobs[search.node[rows]].astype(np.float64) / self.temperature
         return logits
 
 
