@@ -18,12 +18,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from .errors import QStarError
+from .errors import ConfigurationError, PromptError, QStarError, UnknownNameError, check_writable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from .agents import Decoder, Outcomes, Plan, QStar, Search
+    from .agents.plots import Curves
+    from .agents.search import TracePoint
     from .envs import Completion, DecodingMDP
     from .tasks import Task
 
@@ -118,7 +120,7 @@ def decode(
 
     if decoder not in DECODERS:
         raise UnknownNameError("decoder", decoder, DECODERS)
-    limits, start = Budget.of(budget), as_prompt(sys.stdin.read().strip() if prompt == "-" else prompt)
+    limits, start = Budget.of(budget), as_prompt(_stdin().strip() if prompt == "-" else prompt)
     spec = load_task(task)
     changes = {
         "model": model,
@@ -141,8 +143,8 @@ def decode(
     if tree is not None:
         plan.tree.to_html(tree)
     if as_json:
-        sys.stdout.write(json.dumps(_plan_as_dict(plan, n, decoder), ensure_ascii=False) + "\n")
-        return
+        _say_json(_plan_as_dict(plan, n, decoder))
+        raise typer.Exit(130 if plan.stop_reason == "interrupted" else 0)
     shown: list[Completion | Plan] = [*plan.completions[:n]] or [plan]
     for rank, completion in enumerate(shown, start=1):
         out.print(Text.assemble(f"{rank}. " if n > 1 else "", (plan.prompt, "dim"), (completion.text, "bold")))
@@ -276,7 +278,7 @@ def train_reward(
             progress=lambda done, total: bar.update(line, completed=done, total=total),
         )
     if as_json:
-        out.print_json(data=found)
+        _say_json(found)
         return
     out.print(
         f"{found['pairs']} pairs; right about {found['held_out_accuracy']:.0%} of {found['held_out_pairs']} held-out "
@@ -399,6 +401,67 @@ def evaluate(
     out.print(f"all: {folder / 'RESULTS.md'}", soft_wrap=True)
 
 
+PICTURES = ("learning", "errors", "objective", "gap", "calibration", "trace")
+
+
+@app.command()
+def plot(
+    kind: Annotated[str, typer.Argument(help=f"{', '.join(PICTURES[:-1])} or {PICTURES[-1]}.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(help="Folders of qstar train or evaluate; of a trace, files of qstar decode --json, or '-'."),
+    ],
+    path: Annotated[Path | None, typer.Option("--out", help="An .svg, .pdf or .png; default: KIND.svg.")] = None,
+    curves: Annotated[
+        list[str] | None, typer.Option("--curve", help="Any quantity that the training logged; can be repeated.")
+    ] = None,
+    highlight: Annotated[
+        list[str] | None, typer.Option("--highlight", help="A decoder that is to stand out; can be repeated.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Also print what is drawn, as one JSON object.")] = False,
+) -> None:
+    """Draw what was measured, good enough for a paper: vector graphics, and lines that everybody can tell apart.
+
+    learning and errors draw trainings: J on the dev prompts, and how far Q was off. Folders whose names differ only in
+    a number at the end (runs/toy-0, runs/toy-1) are seeds of one setting: their mean is drawn, and range. A source
+    LABEL=FOLDER is called LABEL. objective, gap and calibration draw evaluations, one panel per task; trace draws how
+    the LB and UB of searches closed in on each other.
+    """
+    from .agents import plots
+    from .agents.diagnostics import Calibration, read_curves
+    from .agents.results import Results
+
+    if kind not in PICTURES:
+        raise UnknownNameError("picture", kind, PICTURES)
+    path = path or Path(f"{kind}.svg")
+    plots.check_path(path)
+    check_writable(path.parent)
+    drawn: Any
+    if kind == "trace":
+        traces = _traces(sources)
+        figure, drawn = plots.plot_traces(traces), plots.trace_lines(traces)
+    elif kind in ("learning", "errors"):
+        groups: dict[str, list[Curves]] = {}
+        for label, folder in map(_labelled, sources):
+            groups.setdefault(label, []).append(read_curves(folder))
+        names = curves or _curves(kind, groups)
+        figure, drawn = plots.plot_curves(groups, names), {name: plots.run_lines(groups, name) for name in names}
+    elif kind == "calibration":
+        compared = {found.parent.name: Calibration.read(found) for found in _find("calibration.npz", sources)}
+        figure = plots.plot_calibration(compared)
+        drawn = {name: one.summary() for name, one in compared.items()}
+    else:
+        results = [Results.read(found) for found in _find("results.csv", sources)]
+        chosen = highlight or plots.standing_out(kind)
+        figure = plots.plot_results(results, kind, chosen)
+        drawn = {result.task: plots.result_lines(result, kind, chosen) for result in results}
+    plots.save(figure, path)
+    if as_json:
+        _say_json({"file": str(path), "kind": kind, "drawn": drawn})
+    else:
+        out.print(str(path), soft_wrap=True)
+
+
 @app.command()
 def explore(
     host: Annotated[
@@ -436,7 +499,7 @@ def tasks(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON o
         shipped = name in pretrained_names()
         rows.append({"name": name, "description": task.description, "prompts": counts, "shipped_q": shipped})
     if as_json:
-        out.print_json(data=rows)
+        _say_json(rows)
         return
     table = Table("task", "what", "train / dev / test", "Q shipped")
     for row in rows:
@@ -466,7 +529,7 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
         made_for = {"model": q.spec.model, "top_k": q.spec.top_k} if q.spec else {}
         learned.append({"name": name, **made_for, **q.description})
     if as_json:
-        out.print_json(data={"language_models": known, "q_functions": learned})
+        _say_json({"language_models": known, "q_functions": learned})
         return
     table = Table("language model", "hub id", "state")
     for row in known:
@@ -498,7 +561,7 @@ def doctor(
                 out.print(Text(f"      → {finding.remedy}"), soft_wrap=True)
     broken = any(finding["status"] == "bad" for finding in findings)
     if as_json:
-        out.print_json(data={"healthy": not broken, "findings": findings})
+        _say_json({"healthy": not broken, "findings": findings})
     raise typer.Exit(int(broken))
 
 
@@ -525,6 +588,107 @@ def _heuristic(mdp: DecodingMDP, task: Task, q: str | None, *, adapted: bool = F
         err.print(f"note: the shipped Q does not fit, using the bound instead ({error})", soft_wrap=True)
         return BoundHeuristic()
     return heuristic
+
+
+def _labelled(source: str) -> tuple[str, Path]:
+    """Return what a run is called, and its folder: LABEL=FOLDER, or the folder's name without a seed at its end."""
+    label, _, rest = source.rpartition("=")
+    folder = Path(source if Path(source).exists() or not label else rest)
+    if not folder.is_dir():
+        raise ConfigurationError(f"there is no folder {str(folder)!r}; give what qstar train wrote")
+    name = folder.resolve().name
+    return label or re.sub(r"[-_]\d+$", "", name) or name, folder
+
+
+def _curves(kind: str, groups: Mapping[str, Sequence[Curves]]) -> list[str]:
+    """Return which quantities are drawn where none was asked for."""
+    known = sorted({name for runs in groups.values() for run in runs for name in run}, key=_by_number)
+    if kind == "errors":
+        names = [name for name in known if name.startswith("calibration/")]
+    else:
+        names = [name for name in known if name.startswith("held_out/")] or [
+            n for n in known if n.startswith("rollout/")
+        ]
+    if not names:
+        raise ConfigurationError(f"nothing to draw by default; choose with --curve from {', '.join(known)}")
+    return names
+
+
+def _by_number(name: str) -> tuple[str, int]:
+    """Order objective_50 before objective_200."""
+    word, number = re.fullmatch(r"(.*?)(\d*)", name).groups()  # type: ignore[union-attr]
+    return word, int(number or 0)
+
+
+def _find(name: str, folders: Iterable[str]) -> list[Path]:
+    """Return the files of that name in the folders of ``qstar evaluate``, or one step below them."""
+    found = []
+    for folder in map(Path, folders):
+        here = [folder / name] if (folder / name).is_file() else sorted(folder.glob(f"*/{name}"))
+        if not here:
+            raise ConfigurationError(
+                f"there is no {name} in {str(folder)!r} nor one step below; give what qstar evaluate wrote"
+            )
+        found += here
+    return found
+
+
+def _traces(sources: Iterable[str]) -> dict[str, list[TracePoint]]:
+    """Read the traces of plans that ``qstar decode --json`` has printed, one JSON object a line."""
+    from .agents.search import TracePoint
+
+    plans = []
+    for source in sources:
+        text = _stdin() if source == "-" else Path(source).read_text(encoding="utf-8")
+        for number, line in enumerate(text.splitlines(), start=1):
+            try:
+                plan = json.loads(line)
+                trace = [
+                    TracePoint(tokens, seconds, *(math.nan if bound is None else bound for bound in bounds))
+                    for tokens, seconds, *bounds in plan["trace"]
+                ]
+            except (ValueError, KeyError, TypeError) as error:
+                where = "standard input" if source == "-" else source
+                raise ConfigurationError(
+                    f"{where}, line {number} is not a plan of qstar decode --json: {error!r}"
+                ) from error
+            plans.append((plan, trace))
+    # Told apart by what they differ in.
+    keys = [key for key in ("decoder", "prompt") if len({plan.get(key) for plan, _ in plans}) > 1]
+    traces: dict[str, list[TracePoint]] = {}
+    for number, (plan, trace) in enumerate(plans, start=1):
+        label = ": ".join(str(plan.get(key)) for key in keys) or plan.get("decoder", "")
+        traces[f"{label} ({number})" if label in traces else label] = trace
+    if not traces:
+        raise ConfigurationError("there is no plan to draw the trace of; give files of qstar decode --json")
+    return traces
+
+
+def _stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise PromptError(f"standard input is not {sys.stdin.encoding}: {error}") from error
+
+
+def _say_json(content: Any) -> None:
+    """Print one JSON object; what is not finite is null, as JSON has no infinity."""
+    out.print_json(
+        json.dumps(_plain(content), ensure_ascii=False, allow_nan=False), indent=2 if out.is_terminal else None
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as what JSON knows."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    elif hasattr(value, "tolist"):  # numpy
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _watch(checkpoint: Path, every: int, command: str) -> Any:
@@ -628,22 +792,21 @@ def _number(value: float) -> str:
 
 
 def _plan_as_dict(plan: Plan, n: int, decoder: str) -> dict[str, Any]:
-    """Return what ``--json`` prints; what is not finite is null, as JSON has no infinity."""
-
-    def plain(value: float) -> float | None:
-        return value if math.isfinite(value) else None
+    """Return what ``--json`` prints; of the trace the points at which a bound moved, and the last."""
+    before = [None, *plan.trace]
+    moved = [p for p, q in zip(plan.trace, before, strict=False) if q is None or p[2:] != q[2:] or p is plan.trace[-1]]
 
     return {
         "prompt": plan.prompt,
         "decoder": decoder,
         "text": plan.text,
-        "objective": plain(plan.objective),
-        "reward": plain(plan.reward),
+        "objective": plan.objective,
+        "reward": plan.reward,
         "logprob": plan.logprob,
         "stop": plan.stop,
-        "lower_bound": plain(plan.lower_bound),
-        "upper_bound": plain(plan.upper_bound),
-        "gap": plain(plan.gap),
+        "lower_bound": plan.lower_bound,
+        "upper_bound": plan.upper_bound,
+        "gap": plan.gap,
         "certified": plan.certified,
         "scope": plan.scope,
         "stop_reason": plan.stop_reason,
@@ -652,12 +815,13 @@ def _plan_as_dict(plan: Plan, n: int, decoder: str) -> dict[str, Any]:
             {
                 "text": c.text,
                 "objective": c.objective,
-                "reward": plain(c.reward),
+                "reward": c.reward,
                 "logprob": c.logprob,
                 "stop": c.stop,
             }
             for c in plan.completions[:n]
         ],
+        "trace": [tuple(point) for point in moved],
     }
 
 

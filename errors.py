@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import difflib
 import math
+import tempfile
 from collections.abc import Iterable
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 __all__ = [
@@ -24,8 +26,10 @@ __all__ = [
     "RewardError",
     "TrainingDivergedError",
     "UnknownNameError",
+    "WorkerError",
     "check_integer",
     "check_number",
+    "check_writable",
 ]
 
 
@@ -95,6 +99,10 @@ class CacheError(QStarError, OSError):
     """Raised when the model cache cannot be written."""
 
 
+class WorkerError(QStarError, RuntimeError):
+    """Raised when workers of a cluster die over the same work again and again, or none can be started."""
+
+
 def check_integer(name: str, value: Any, *, low: int = 1, high: int | None = None, meaning: str = "") -> int:
     """Return ``value`` as an int.
 
@@ -123,6 +131,23 @@ def check_number(
             f"{name} is a finite number in {'(' if open_low else '['}{low:g}, {high:g}], got {value!r}"
         )
     return float(value)
+
+
+def check_writable(folder: Path) -> None:
+    """Check that files can be written into a folder, or that it could be made where it does not exist yet.
+
+    Raises:
+        ConfigurationError: They cannot.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        # Tried, not asked: permissions, quotas and read-only mounts all say no in their own ways.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ConfigurationError(
+            f"nothing can be written into {existing}: {error.strerror}; write elsewhere"
+        ) from error
 
 
 def nearest_first(name: str, known: Iterable[str]) -> list[str]:

@@ -178,8 +178,7 @@ class Comparison:
             new = path.with_name(f".new-{path.name}")
             np.savez_compressed(new, **compared._asdict())
             new.replace(path)
-        with np.load(path) as stored:
-            return Calibration(**stored)
+        return Calibration.read(path)
 
     # -----------------------------------------------------------------------------------------------------------------
 

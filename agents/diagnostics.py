@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from ..envs import load_prompts
 from ..errors import ConfigurationError
+from . import plots
 from .astar import AStarPlanner
 from .evaluation import evaluate
 from .experience import best_found
@@ -20,7 +21,7 @@ from .heuristics import QHeuristic
 from .planning import mdp_of, run_searches, score_completions
 from .search import Budget, Search, Values
 
-__all__ = ["Calibration", "Diagnostics", "calibrate", "calibration", "draw_calibration", "plot_diagnostics"]
+__all__ = ["Calibration", "Diagnostics", "calibrate", "calibration", "read_curves"]
 
 
 class Calibration(NamedTuple):
@@ -38,6 +39,19 @@ class Calibration(NamedTuple):
     estimate: Values
     found: Values
     depth: Any
+
+    @classmethod
+    def read(cls, path: Path) -> Calibration:
+        """Read the three arrays from an .npz file.
+
+        Raises:
+            ConfigurationError: They are not in it.
+        """
+        try:
+            with np.load(path) as stored:
+                return cls(*(stored[name] for name in cls._fields))
+        except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+            raise ConfigurationError(f"{path} is not a calibration that qstar evaluate wrote: {error}") from error
 
     def summary(self) -> dict[str, float]:
         """Return the numbers that are logged, in units of J but for shares and correlation."""
@@ -141,8 +155,8 @@ class Diagnostics(BaseCallback):
 
     def _on_training_end(self) -> None:
         compared = self.measure()
-        if importlib.util.find_spec("matplotlib"):
-            plot_diagnostics(self.history, compared, self.folder / "diagnostics.svg")
+        if plots.available():
+            plots.save(plots.plot_diagnostics(self.history, compared), self.folder / "diagnostics.svg")
 
     def measure(self) -> Calibration:
         """Measure now, log it and return the calibration."""
@@ -167,45 +181,33 @@ class Diagnostics(BaseCallback):
         return self.folder / "diagnostics.jsonl"
 
 
-def plot_diagnostics(history: Sequence[dict[str, float]], compared: Calibration, path: Path) -> None:
-    """Draw J by budget, calibration and errors over the training, side by side, into ``path`` (its ending decides).
+def read_curves(folder: Path) -> plots.Curves:
+    """Return what a training has logged into a folder: diagnostics.jsonl, and the scalars of TensorBoard's files below.
 
-    Args:
-        history: What :class:`Diagnostics` measured, in order.
-        compared: The calibration in the end.
-        path: An .svg, .pdf or .png.
+    Returns:
+        Of each quantity its steps and values, the steps ascending. Where a run was resumed, the later value counts.
+
+    Raises:
+        ConfigurationError: Nothing was logged there.
     """
-    from matplotlib.figure import Figure
+    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    over_time, scatter, errors = figure.subplots(1, 3)
-    steps = [point["time_steps"] for point in history]
-    for name in [key for key in history[-1] if key.startswith("held_out/")]:
-        over_time.plot(steps, [p.get(name, np.nan) for p in history], marker="o", label=name.rsplit("_", 1)[1])
-    over_time.legend(title="LM tokens a prompt", fontsize="small", title_fontsize="small")
-    over_time.set(title="A* on held-out prompts", xlabel="LM tokens of training", ylabel="mean J")
-    draw_calibration(scatter, compared)
-    for name, style in (("mean_violation", "v-"), ("mean_overestimation", "^-"), ("bias", "s--")):
-        errors.plot(steps, [p[f"calibration/{name}"] for p in history], style, label=name.replace("_", " "))
-    errors.axhline(0, color="black", linewidth=0.8)
-    errors.legend(fontsize="small")
-    errors.set(
-        title=f"errors of Q; {compared.summary()['violations']:.0%} of edges too low",
-        xlabel="LM tokens of training",
-        ylabel="J",
-    )
-    figure.savefig(path)
-
-
-def draw_calibration(axes: Any, compared: Calibration) -> None:
-    """Draw estimates against what was found into matplotlib axes: on the diagonal Q is right, above it too low."""
-    low, high = np.percentile(np.concatenate((compared.estimate, compared.found)), [0.5, 99.5])
-    axes.hexbin(
-        compared.estimate, compared.found, gridsize=40, extent=(low, high, low, high), bins="log", cmap="cividis"
-    )
-    axes.plot([low, high], [low, high], color="black", linewidth=0.8)
-    axes.set(
-        title=f"calibration, r = {compared.summary()['correlation']:.2f}",
-        xlabel="g + Q",
-        ylabel="best J found below the edge",
-    )
+    curves: dict[str, dict[float, float]] = {}
+    for events in sorted(folder.rglob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime):
+        log = EventAccumulator(str(events), size_guidance={SCALARS: 0}).Reload()
+        for name in log.Tags()[SCALARS]:
+            curves.setdefault(name, {}).update((event.step, event.value) for event in log.Scalars(name))
+    if (path := folder / "diagnostics.jsonl").is_file():
+        points = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                points.append(json.loads(line))
+            except ValueError as error:
+                raise ConfigurationError(f"{path}, line {number} is not JSON: {error}") from error
+        for name in {name for point in points for name in point if name != "time_steps"}:
+            curves[name] = {point["time_steps"]: point[name] for point in points if name in point}
+    if not curves:
+        raise ConfigurationError(
+            f"{folder} has no diagnostics.jsonl and no TensorBoard log; give what qstar train wrote"
+        )
+    return {name: (sorted(found), [found[step] for step in sorted(found)]) for name, found in sorted(curves.items())}

@@ -12,7 +12,8 @@ from qstar_decoding import cli
 from qstar_decoding.agents import CONTENDERS, QStar, TokenQPolicy
 from qstar_decoding.agents import comparison as comparison_module
 from qstar_decoding.agents.comparison import Comparison
-from qstar_decoding.agents.report import Results, write_report
+from qstar_decoding.agents.report import write_report
+from qstar_decoding.agents.results import Results
 from qstar_decoding.envs import TokenDecodingVecEnv
 from qstar_decoding.errors import ConfigurationError, UnknownNameError
 from qstar_decoding.tasks import load_task
@@ -82,7 +83,7 @@ def test_what_is_measured_is_what_the_plans_say(tmp_path, q):
         assert row["objective"] == pytest.approx(row["reward"] + TASK.env["logprob_weight"] * row["logprob"])
         assert row["budget"] is None or row["lm_tokens"] <= row["budget"]
         assert row["certified"] in (0, 1)
-    results = Results(comparison)
+    results = Results(comparison.rows())
     one = [r["objective"] for r in comparison.rows() if r["decoder"] == "best-of-n" and r["budget"] == 10]
     assert results.mean("best-of-n", 10, "objective") == pytest.approx(np.mean(one))
     assert results.mean("greedy", 10, "objective") == results.mean("greedy", 20, "objective")

@@ -16,8 +16,8 @@ from qstar_decoding.agents import (
     evaluate,
     paired_bootstrap,
 )
-from qstar_decoding.agents.diagnostics import plot_diagnostics
 from qstar_decoding.agents.planning import run_searches
+from qstar_decoding.agents.plots import plot_diagnostics, save
 from qstar_decoding.agents.search import Budget
 from qstar_decoding.envs import DecodingMDP, TabularLM, load_prompts
 from qstar_decoding.errors import ConfigurationError
@@ -137,5 +137,5 @@ def test_the_picture_is_drawn_from_one_measurement_too(tmp_path):
     compared = Calibration(rng.normal(size=50), rng.normal(size=50), np.zeros(50, dtype=int))
     history = [{"time_steps": 10, "held_out/objective_50": 0.1}]
     history[0] |= {f"calibration/{name}": value for name, value in compared.summary().items()}
-    plot_diagnostics(history, compared, tmp_path / "picture.png")
+    save(plot_diagnostics(history, compared), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
