@@ -14,7 +14,7 @@ from ..envs.mdp import DecodingMDP
 from ..errors import ConfigurationError
 from .search import Search, Status, Values
 
-__all__ = ["SearchExperience", "backup", "best_found"]
+__all__ = ["SearchExperience", "States", "backup", "best_found", "harvest"]
 
 
 def best_found(search: Search) -> Values:
@@ -54,6 +54,37 @@ def _backed_up(search: Search, values: Values) -> Values:
         came_by = search.parent[row], np.flatnonzero(search.child[search.parent[row]] == row)
         best[came_by] = best[row].max()
     return np.where(np.isneginf(best), np.nan, best)
+
+
+States = dict[str, npt.NDArray[Any]]
+
+
+def harvest(search: Search, observer: Observer, q: Values) -> States:
+    """Return the states of a search whose edges were followed, with their targets: what there is to learn from it.
+
+    Nothing of it refers to the token tree, so it can be stored or sent.
+
+    Args:
+        search: A finished search.
+        observer: Of the search's MDP.
+        q: float64 [rows, k], the current Q of every edge, φ(s) added back.
+
+    Returns:
+        By name, [states, …].
+    """
+    value = backup(search, search.g[: search.size, None] + q)
+    rows = np.flatnonzero(np.isfinite(value).any(axis=1))
+    nodes, prompts = search.node[rows], [search.prompt] * len(rows)
+    potential = search.mdp.potential(prompts, nodes)
+    seen = observer.observe(potential, nodes)
+    return {
+        **{name: seen[name] for name in ("hidden", "logprobs", "potential", "remaining", "action_mask")},
+        "tokens": search.mdp.tree.tokens[nodes],
+        # What is learnt is the return from here on, less the potential: Q of the shaped process.
+        "target": value[rows] - search.g[rows, None] - potential[:, None],
+        "found": np.isfinite(best_found(search)[rows]),
+        "key": _keys(search.prompt, search.mdp.tree.completions(nodes)),
+    }
 
 
 class Batch(NamedTuple):
@@ -111,35 +142,14 @@ class SearchExperience:
         self.size = self.position = 0
         self._row_of: dict[int, int] = {}  # by key
 
-    def add(self, search: Search, observer: Observer, q: Values) -> int:
-        """Store the states of a search whose edges were followed; return how many edges that makes.
-
-        Args:
-            search: A finished search.
-            observer: Of the search's MDP.
-            q: float64 [rows, k], the current Q of every edge, φ(s) added back.
-        """
-        value = backup(search, search.g[: search.size, None] + q)
-        rows = np.flatnonzero(np.isfinite(value).any(axis=1))
-        if not len(rows):
+    def add(self, states: States) -> int:
+        """Store what :func:`harvest` made of a search; return how many followed edges that has."""
+        if not len(states["key"]):
             return 0
-        nodes, prompts = search.node[rows], [search.prompt] * len(rows)
-        potential = search.mdp.potential(prompts, nodes)
-        seen = observer.observe(potential, nodes)
-        # What is learnt is the return from here on, less the potential: Q of the shaped process.
-        target = value[rows] - search.g[rows, None] - potential[:, None]
-        self._write(
-            {
-                **{name: seen[name] for name in ("hidden", "logprobs", "potential", "remaining", "action_mask")},
-                "tokens": search.mdp.tree.tokens[nodes],
-                "target": target,
-                "found": np.isfinite(best_found(search)[rows]),
-                "key": _keys(search.prompt, search.mdp.tree.completions(nodes)),
-                # As urgent as any other: Q has not seen them yet.
-                "priority": np.full(len(rows), self._columns["priority"][: self.size].max(initial=1.0)),
-            }
-        )
-        return int(np.isfinite(target).sum())
+        # As urgent as any other: Q has not seen them yet.
+        urgent = self._columns["priority"][: self.size].max(initial=1.0)
+        self._write({**states, "priority": np.full(len(states["key"]), urgent)})
+        return int(np.isfinite(states["target"]).sum())
 
     def sample(self, batch_size: int, rng: np.random.Generator, exponent: float = 0.0) -> Batch:
         """Draw ``batch_size`` states with probabilities in proportion to priority ** exponent."""

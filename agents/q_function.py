@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -134,6 +135,13 @@ class LearnedFunction:
         self.network.train(False)
         tensors = {key: torch.from_numpy(value).to(device) for key, value in observation.items()}
         return tensors, potential if self.shaped else np.zeros_like(potential)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle everything but the observer, which has this process's MDP; on the CPU, which every machine has."""
+        network = self.network
+        if any(parameter.device.type != "cpu" for parameter in network.parameters()):
+            network = copy.deepcopy(network).cpu()
+        return {**vars(self), "network": network, "_observer": None}
 
     def __repr__(self) -> str:
         """Name the model and the action count."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -20,16 +21,20 @@ from stable_baselines3.common.vec_env import VecEnv
 from ..envs import Completion, DecodingMDP, Observer, Prompt
 from ..errors import ConfigurationError, TrainingDivergedError, check_integer, check_number
 from .astar import AStarPlanner
-from .experience import SearchExperience
+from .distributed import Job, Workers
+from .experience import SearchExperience, States, harvest
 from .heuristics import QHeuristic
 from .planning import Plan, mdp_of, run_searches, score_completions
 from .policies import TokenQPolicy, TokenScorer
 from .q_function import QFunction, QSpec
 from .search import Budget, Edges, IntArray, Score, Search, Status, Values
 
-__all__ = ["QStar"]
+__all__ = ["QStar", "Searcher"]
 
 _DROPOUT = 0.4  # on the hidden state; docs/experiments.md
+# Prompts that a worker searches together. Fixed, so that what is learnt depends on the seed, not on how many workers
+# there are.
+_SEARCHES_PER_JOB = 8
 
 
 class QStar(DQN):
@@ -71,6 +76,7 @@ class QStar(DQN):
         epsilon: float = 0.2,
         priority: float = 0.0,
         buffer_bytes: int = 1 << 29,
+        workers: Workers | None = None,
         policy_kwargs: dict[str, Any] | None = None,
         tensorboard_log: str | None = None,
         verbose: int = 0,
@@ -108,6 +114,9 @@ class QStar(DQN):
                 error to this power, 0 uniformly. No importance weights: the targets are not random, and what is
                 prioritised is to be fitted. Pays where few states matter, as when one answer in many is right.
             buffer_bytes: Memory for experience.
+            workers: Who does the searches; None for this process. Each holds a :class:`Searcher`, as in
+                ``RayWorkers("auto", partial(Searcher, task.mdp))``. What is learnt does not depend on how many there
+                are, nor on those that die.
             policy_kwargs: Handed to the policy: ``width``, ``dropout`` (0.4 unless given: a few hundred prompts are
                 easily learnt by heart), ``dueling``, and ``heads``, the size of an ensemble of which the largest answer
                 counts.
@@ -142,6 +151,7 @@ class QStar(DQN):
         self.q_free_share, self.episode_share, self.epsilon = q_free_share, episode_share, epsilon
         self.priority = priority
         self.buffer_bytes = buffer_bytes
+        self.workers = workers
         self.learning_rate_spec = learning_rate
         if isinstance(learning_rate, (tuple, list)):
             start, end = learning_rate
@@ -183,27 +193,17 @@ class QStar(DQN):
         del train_freq, replay_buffer, action_noise, learning_starts
         callback.on_rollout_start()
         prompts = self._next_prompts(env.get_attr("prompts")[0])
-        # A tree for this round alone: the experience has what is to be kept.
-        mdp = mdp_of(env).fresh()
-        observer = self._observer(mdp)
+        mdp = mdp_of(env)
         if self.experience is None:
-            self.experience = SearchExperience(mdp, observer, self.buffer_bytes)
-        q = self.q_function()
-        planner = _Collector(mdp, q, self, prompts)
-        searches = run_searches(planner, prompts, Budget(self.tokens_per_search))
-        if self.score == "q":
-            score_completions(searches)
-        targets = 0
-        for search in searches:
-            nodes = search.node[: search.size]
-            values = q.values(mdp, [search.prompt] * search.size, nodes)
-            targets += self.experience.add(search, observer, values)
-        tokens = sum(search.lm_tokens for search in searches)
-        self._episode_num += sum(len(search.completions) for search in searches)
-        found = [max(search.completions.values(), key=_objective) for search in searches if search.completions]
-        if found:
-            self.logger.record_mean("search/objective", float(np.mean([c.objective for c in found])))
-            self.logger.record_mean("search/reward", float(np.mean([c.reward for c in found])))
+            self.experience = SearchExperience(mdp, self._observer(mdp), self.buffer_bytes)
+        rounds = self._search(mdp, prompts)
+        targets = sum(self.experience.add(states) for found in rounds for states in found.states)
+        tokens = sum(found.tokens for found in rounds)
+        self._episode_num += sum(found.texts for found in rounds)
+        best = [completion for found in rounds for completion in found.best]
+        if best:
+            self.logger.record_mean("search/objective", float(np.mean([c.objective for c in best])))
+            self.logger.record_mean("search/reward", float(np.mean([c.reward for c in best])))
         self.logger.record_mean("search/targets", targets)
         callback.update_locals(locals())
         # Callbacks and the progress bar count environment steps, so many at a time.
@@ -215,7 +215,7 @@ class QStar(DQN):
         if log_interval is not None and (self._round() % log_interval == 0):
             self.dump_logs()
         callback.on_rollout_end()
-        return RolloutReturn(tokens, len(found), continue_training=go_on)
+        return RolloutReturn(tokens, len(best), continue_training=go_on)
 
     def train(self, gradient_steps: int, batch_size: int = 256) -> None:
         """Regress Q onto the best returns found."""
@@ -373,6 +373,22 @@ class QStar(DQN):
     def _round(self) -> int:
         return self._n_updates // max(self.gradient_steps, 1)
 
+    def _search(self, mdp: DecodingMDP, prompts: Sequence[Prompt]) -> list[Found]:
+        """Search the prompts with the current Q, here or by the workers."""
+        how = Searching(**{field.name: getattr(self, field.name) for field in fields(Searching)})
+        q = self.q_function()
+        if self.workers is None:
+            return [collect(mdp, q, how, prompts, self.rng)]
+        self.workers.share(q)
+        parts = [prompts[i : i + _SEARCHES_PER_JOB] for i in range(0, len(prompts), _SEARCHES_PER_JOB)]
+        seeds = self.rng.integers(2**63, size=len(parts)).tolist()
+        jobs = [
+            Job("search", (part, how, seed), f"the search of {', '.join(repr(prompt.text) for prompt in part)}")
+            for part, seed in zip(parts, seeds, strict=True)
+        ]
+        found = {id(job): result for job, result in self.workers.run(jobs)}
+        return [found[id(job)] for job in jobs]
+
     def _next_prompts(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Take the next prompts of a shuffled pass through all of them."""
         count = min(self.searches_per_round, len(prompts))
@@ -383,16 +399,89 @@ class QStar(DQN):
         return [prompts[i] for i in chosen]
 
 
+@dataclass(frozen=True)
+class Searching:
+    """How experience is searched for; the attributes of :class:`QStar` that say so."""
+
+    tokens_per_search: int
+    width: int
+    margin: float
+    score: Score
+    noise: float
+    q_free_share: float
+    episode_share: float
+    epsilon: float
+
+
+class Found(NamedTuple):
+    """What searches have found.
+
+    Attributes:
+        states: What there is to learn, of each search.
+        tokens: LM tokens used.
+        texts: How many were finished.
+        best: The best text of each search that finished one.
+    """
+
+    states: list[States]
+    tokens: int
+    texts: int
+    best: list[Completion]
+
+
+def collect(
+    mdp: DecodingMDP, q: QFunction, how: Searching, prompts: Sequence[Prompt], rng: np.random.Generator
+) -> Found:
+    """Search the prompts with a Q-function, in a tree of their own, and gather what is to be remembered."""
+    mdp = mdp.fresh()
+    searches = run_searches(_Collector(mdp, q, how, prompts, rng), prompts, Budget(how.tokens_per_search))
+    if how.score == "q":
+        score_completions(searches)
+    observer = Observer(mdp, q.candidate_dims)
+    states = [harvest(s, observer, q.values(mdp, [s.prompt] * s.size, s.node[: s.size])) for s in searches]
+    return Found(
+        states,
+        sum(search.lm_tokens for search in searches),
+        sum(len(search.completions) for search in searches),
+        [max(search.completions.values(), key=_objective) for search in searches if search.completions],
+    )
+
+
+class Searcher:
+    """What a worker holds that searches for :class:`QStar`: a process of its own, and the agent's Q."""
+
+    def __init__(self, make: Callable[[], DecodingMDP]) -> None:
+        """Search in the process that ``make`` returns: the same as the learning environment's."""
+        self.mdp = make()
+        self.q: QFunction | None = None
+
+    def receive(self, q: QFunction) -> None:
+        """Search with this Q from now on.
+
+        Raises:
+            CheckpointError: It was made for another model, k or observation layout.
+        """
+        q.check(self.mdp)
+        self.q = q
+
+    def search(self, prompts: Sequence[Prompt], how: Searching, seed: int) -> Found:
+        """See :func:`collect`; the outcome depends on Q and the arguments only."""
+        assert self.q is not None
+        return collect(self.mdp, self.q, how, prompts, np.random.default_rng(seed))
+
+
 class _Collector(AStarPlanner):
     """The planner while learning: noise on Q, or no Q at all, or ε-greedy episodes, drawn anew for every prompt."""
 
-    def __init__(self, mdp: DecodingMDP, q: QFunction, agent: QStar, prompts: Sequence[Prompt]) -> None:
-        super().__init__(mdp, heuristic=self._explore, width=agent.width, margin=agent.margin, score=agent.score)
-        self.q, self.rng, self.epsilon = q, agent.rng, agent.epsilon
-        free = self.rng.random(len(prompts)) < agent.q_free_share
-        noise = np.where(self.rng.random(len(prompts)) < 0.5, agent.noise, 0.0)
+    def __init__(
+        self, mdp: DecodingMDP, q: QFunction, how: Searching, prompts: Sequence[Prompt], rng: np.random.Generator
+    ) -> None:
+        super().__init__(mdp, heuristic=self._explore, width=how.width, margin=how.margin, score=how.score)
+        self.q, self.rng, self.epsilon = q, rng, how.epsilon
+        free = self.rng.random(len(prompts)) < how.q_free_share
+        noise = np.where(self.rng.random(len(prompts)) < 0.5, how.noise, 0.0)
         self.modes = {id(p): (bool(f), float(scale)) for p, f, scale in zip(prompts, free, noise, strict=True)}
-        in_episodes = self.rng.random(len(prompts)) < agent.episode_share if agent.episode_share else free & False
+        in_episodes = self.rng.random(len(prompts)) < how.episode_share if how.episode_share else free & False
         self.in_episodes = {id(p) for p, chosen in zip(prompts, in_episodes, strict=True) if chosen}
 
     def search(self, search: Search) -> Iterator[Edges]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import PromptError
 
-__all__ = ["DEFAULT_PROMPTS", "Prompt", "as_prompt", "columns_of", "load_prompts"]
+__all__ = ["DEFAULT_PROMPTS", "Prompt", "as_prompt", "columns_of", "load_prompts", "read_lines"]
 
 DEFAULT_PROMPTS = (
     "The movie was",
@@ -114,22 +114,38 @@ def _is_chat(source: Any) -> bool:
     )
 
 
-def _read_file(path: Path) -> list[Prompt]:
+def read_lines(path: Path, text: str | None = None) -> Iterator[tuple[int, Prompt | PromptError]]:
+    """Yield the prompts of a ``.txt`` or ``.jsonl`` file with their line numbers; a broken line yields its error.
+
+    Args:
+        path: Of the file; any other ending than ``.jsonl`` is plain text, one prompt a line.
+        text: Its content, where that was read already, as from standard input.
+
+    Raises:
+        PromptError: The file cannot be read.
+    """
     try:
-        # Not splitlines(), which also splits at characters that JSON allows inside a string, such as U+2028.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        text = path.read_text(encoding="utf-8-sig") if text is None else text
     except OSError as error:
         raise PromptError(f"cannot read the prompts file {str(path)!r}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise PromptError(f"the prompts file {str(path)!r} is not UTF-8: {error}; save it as UTF-8") from error
-    prompts = []
-    for number, line in enumerate(lines, start=1):
+    # Not splitlines(), which also splits at characters that JSON allows inside a string, such as U+2028.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            prompts.append(as_prompt(json.loads(line) if path.suffix == ".jsonl" else line))
+            yield number, as_prompt(json.loads(line) if path.suffix == ".jsonl" else line)
         except (json.JSONDecodeError, PromptError) as error:
-            raise PromptError(f"{path}, line {number}: {error}") from None
+            yield number, PromptError(f"{path}, line {number}: {error}")
+
+
+def _read_file(path: Path) -> list[Prompt]:
+    prompts = []
+    for _, prompt in read_lines(path):
+        if isinstance(prompt, PromptError):
+            raise prompt
+        prompts.append(prompt)
     if not prompts:
         raise PromptError(f"the prompts file {str(path)!r} has no prompts in it")
     return prompts

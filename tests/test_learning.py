@@ -22,7 +22,7 @@ from qstar_decoding.agents import (
     evaluate,
     pretrained_names,
 )
-from qstar_decoding.agents.experience import SearchExperience, best_found
+from qstar_decoding.agents.experience import SearchExperience, best_found, harvest
 from qstar_decoding.agents.planning import run_searches
 from qstar_decoding.agents.policies import TokenScorer
 from qstar_decoding.agents.search import Budget
@@ -420,7 +420,7 @@ def test_the_best_that_was_ever_found_stays_and_a_state_is_stored_once():
     def add(budget, optimism):
         search = run_searches(AStarPlanner(mdp, width=2, margin=np.inf), prompt, Budget(budget))[0]
         q = np.full((search.size, mdp.top_k), optimism)
-        experience.add(search, env.unwrapped.observer, q)
+        experience.add(harvest(search, env.unwrapped.observer, q))
         return best_found(search)[0], search.size
 
     much, _ = add(60, 5.0)
