@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,6 +113,24 @@ class SearchTree:
         for row in zip(*plain.values(), strict=True):
             yield dict(zip(plain, row, strict=True))
 
+    def path(self, node: int) -> list[int]:
+        """Return the indices of the edges that lead to a node, from the prompt on."""
+        edges: list[int] = []
+        while node:
+            edges.append(int(np.flatnonzero(self.child == node)[0]))
+            node = int(self.parent[edges[-1]])
+        return edges[::-1]
+
+    def candidates(self, node: int) -> list[dict[str, Any]]:
+        """Return the actions of a node in order, as :meth:`edges` has them, ``best`` added; not finite is None."""
+        chosen, on_path = np.flatnonzero(self.parent == node), set(self.best)
+        rows = itertools.islice(self.edges(), int(chosen[0]), int(chosen[-1]) + 1)
+        return [
+            {**{key: _plain(value) for key, value in row.items()}, "best": int(index) in on_path}
+            for index, row in zip(chosen, rows, strict=True)
+            if row["status"] != "masked"
+        ]
+
     def to_json(self) -> str:
         """Return everything as one JSON object; what is not finite is null, as JSON has no infinity."""
         edges = [{key: _plain(value) for key, value in edge.items()} for edge in self.edges()]
@@ -160,11 +179,15 @@ class SearchTree:
             lines.append(f'  {edge["parent"]} -> {target} [label="{label}"{style}];')
         return "\n".join([*lines, "}"]) + "\n"
 
-    def to_html(self, path: str | Path | None = None) -> str:
+    def to_html(self, path: str | Path | None = None, *, facts: Mapping[str, str] | None = None) -> str:
         """Return, and write to ``path`` if given, one page that shows the tree: no other file, no network.
 
         Every edge is there with its token, log-prob, h, f, U, order and fate; branches open and close at a click, edges
         tell their numbers under the pointer, a search finds tokens, and LB and UB are drawn beside the tree.
+
+        Args:
+            path: Where to write it.
+            facts: What else a reader should know, by name, such as the decoder; shown above the tree.
         """
         template = (Path(__file__).parent / "search_tree.html").read_text(encoding="utf-8")
         # Columns, not objects, and three decimals: that keeps a search of thousands of edges far below a megabyte.
@@ -181,6 +204,7 @@ class SearchTree:
             "best": self.best,
             "trace": [[point.lm_tokens, *_rounded(np.array(point[1:]))] for point in self.trace],
             "prompt": self.prompt,
+            "facts": dict(facts or {}),
         }
         # "<" is the one character by which a text could end the script element that it stands in.
         data = json.dumps(columns, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")

@@ -8,18 +8,21 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..agents import BoundHeuristic, Plan, QHeuristic, Search, pretrained_names
 from ..agents.contenders import DECODERS, DRAWING, Q_GUIDED, make_decoder
-from ..envs import DecodingMDP, load_prompts
+from ..agents.search_tree import SearchTree
+from ..envs import DecodingMDP, LanguageModel, load_prompts
+from ..envs.constraints import Constraint, Rule
 from ..envs.prompts import Prompt, as_prompt
 from ..errors import CheckpointError, ConfigurationError, QStarError, UnknownNameError
-from ..tasks import load_task
+from ..tasks import load_task, task_names
 
 __all__ = ["LIMITS", "Request", "Run", "Runs", "examples"]
 
@@ -49,7 +52,8 @@ class Request(BaseModel):
 
     prompt: str = ""
     task: str = "sentiment"
-    reward: str | None = None
+    # A weighted sum of names: one with arguments could name a folder of this machine.
+    reward: str | None = Field(None, max_length=1000, pattern=r"^[\w\s.*+-]+$")
     decoder: str = "astar"
     q: Literal["shipped", "none"] = "shipped"
     budget: int = Field(200, ge=1)
@@ -63,7 +67,7 @@ class Request(BaseModel):
         """Raise before any work what a page can get wrong.
 
         Raises:
-            ConfigurationError: Something is longer or larger than the page allows, or there is no such decoder.
+            ConfigurationError: Something is longer or larger than the page allows, or there is no such task or decoder.
         """
         if len(self.prompt) > LIMITS["prompt"]:
             raise ConfigurationError(
@@ -73,8 +77,33 @@ class Request(BaseModel):
             value = getattr(self, name)
             if value is not None and value > LIMITS[name]:
                 raise ConfigurationError(f"{name} is {value:,}; this page allows at most {LIMITS[name]:,}")
+        if self.task not in task_names():  # not the path of a file: whoever sees the page shall not read others
+            raise UnknownNameError("task", self.task, task_names())
         if self.decoder not in DECODERS:
             raise UnknownNameError("decoder", self.decoder, DECODERS)
+
+
+class Beginning(Constraint, Rule):
+    """Every completion begins with these tokens: a search goes on from a node, and J still counts from the prompt."""
+
+    def __init__(self, token_ids: Sequence[int]) -> None:
+        """Take the tokens from the prompt to the node."""
+        self.token_ids, self._size = tuple(token_ids), 0
+
+    def bind(self, model: LanguageModel) -> Rule:
+        """Return itself: token ids need no translation."""
+        self._size = model.vocab_size
+        return self
+
+    def allowed(self, token_ids: Sequence[int]) -> npt.NDArray[np.bool_]:
+        """Return which tokens may follow, bool [V]: the one at this place, or any after the last."""
+        allowed = np.full(self._size, self.may_end(token_ids))
+        allowed[list(self.token_ids[len(token_ids) : len(token_ids) + 1])] = True
+        return allowed
+
+    def may_end(self, token_ids: Sequence[int]) -> bool:
+        """Tell whether all of them are there."""
+        return len(token_ids) >= len(self.token_ids)
 
 
 class Run:
@@ -84,14 +113,17 @@ class Run:
         number: Its place among all.
         request: What was asked.
         prompt: What it continues.
-        plan: What it found; None while it goes on.
+        tree: What it saw; None while it goes on. The search itself, with its keys and values, is given up at its end.
+        facts: What it found, in words; empty while it goes on.
         events: What was told so far, as plain dicts; the last one has ``"kind": "done"`` or ``"failed"``.
+        is_over: Whether nothing more will be told.
     """
 
     def __init__(self, number: int, request: Request, prompt: Prompt) -> None:
         """Begin with nothing told."""
         self.number, self.request, self.prompt = number, request, prompt
-        self.plan: Plan | None = None
+        self.tree: SearchTree | None = None
+        self.facts: dict[str, str] = {}
         self.events: list[dict[str, Any]] = []
         self.is_over = False
         self._stop, self._changed = threading.Event(), threading.Condition()
@@ -107,45 +139,51 @@ class Run:
             self.is_over = last
             self._changed.notify_all()
 
-    def listen(self, patience: float = 15.0) -> Iterator[dict[str, Any] | None]:
-        """Yield all events from the first on until it is over; None now and then while nothing happens."""
-        for index in itertools.count():
-            with self._changed:
-                while len(self.events) <= index:
-                    if self.is_over:
-                        return
-                    if not self._changed.wait(patience):
-                        break
-                known = len(self.events) > index
-            while not known:
-                yield None
+    def listen(self, first: int = 0, patience: float = 15.0) -> Iterator[dict[str, Any] | None]:
+        """Yield the events from ``first`` on until it is over; None after each ``patience`` seconds of silence."""
+        for index in itertools.count(first):
+            while True:
                 with self._changed:
-                    known = len(self.events) > index or self._changed.wait(patience)
-                    if not known and self.is_over:
-                        return
+                    self._changed.wait_for(lambda: len(self.events) > index or self.is_over, patience)  # noqa: B023
+                    known, over = len(self.events) > index, self.is_over
+                if known:
+                    break
+                if over:
+                    return
+                yield None
             yield self.events[index]
 
     def work(self, mdp: DecodingMDP, model_lock: threading.Lock) -> None:
         """Search and tell, giving way to other runs after every step."""
-        told, started, shown = 0.0, time.perf_counter(), ""
+        latest: Search | None = None
+        told, seen, shown = 0.0, (1, 0), ""
+
+        def tell() -> None:
+            nonlocal told, seen, shown
+            if latest is not None:
+                self.tell({"kind": "state", **_state(latest, *seen)})
+                told, seen, shown = time.perf_counter(), (latest.size, len(latest.completions)), _text(latest)
 
         def progress(search: Search) -> None:
-            nonlocal told, shown
+            nonlocal latest
+            latest = search
+            if time.perf_counter() - told >= _EVERY or _text(search) != shown:
+                tell()
             if self._stop.is_set():
                 raise KeyboardInterrupt  # the planner returns what it has
-            now, text = time.perf_counter(), "" if search.best is None else search.best.text
-            if now - told >= _EVERY or text != shown:
-                told, shown = now, text
-                self.tell(_state(search, now - started))
             model_lock.release()
-            time.sleep(0.001)  # a lock is not fair: without a pause this thread would have it again at once
-            model_lock.acquire()
+            try:
+                time.sleep(0.001)  # a lock is not fair: without a pause this thread would have it again at once
+            finally:
+                model_lock.acquire()
 
         try:
             with model_lock:
                 decoder = self._decoder(mdp)
-                self.plan = decoder.plan(self.prompt, self.request.budget, progress=progress)
-            self.tell({"kind": "done", **_result(self.plan)}, last=True)
+                plan = decoder.plan(self.prompt, self.request.budget, progress=progress)
+                tell()
+            self.tree, self.facts = plan.tree, _facts(self.request, mdp, plan)
+            self.tell({"kind": "done", **_result(plan)}, last=True)
         except QStarError as error:
             self.tell({"kind": "failed", "message": str(error)}, last=True)
         except Exception as error:  # the page must not wait for ever for a thread that has died
@@ -196,12 +234,12 @@ class Runs:
         request.check()
         task = load_task(request.task)
         changes = {name: getattr(request, name) for name in ("reward", "logprob_weight", "top_k", "max_new_tokens")}
-        with self._model_lock:  # a tree of its own for each run; the weights are shared
-            mdp = task.mdp(**{name: value for name, value in changes.items() if value is not None})
         if request.start is not None:
-            prompt = self._from(request.start, mdp)
+            prompt, changes["constraint"] = self._from(request)
         else:  # an example brings its columns along, such as the right answer
             prompt = examples(request.task).get(request.prompt) or as_prompt(request.prompt)
+        with self._model_lock:  # a tree of its own for each run; the weights are shared
+            mdp = task.mdp(**{name: value for name, value in changes.items() if value is not None})
         mdp.encode(prompt)  # too long a prompt is said now
         with self._lock:
             run = Run(next(self._numbers), request, prompt)
@@ -211,23 +249,18 @@ class Runs:
         threading.Thread(target=run.work, args=(mdp, self._model_lock), daemon=True).start()
         return run
 
-    def _from(self, start: Start, mdp: DecodingMDP) -> Prompt:
-        """Return the prompt of an earlier run with the tokens up to one of its nodes."""
-        run = self._runs.get(start.run)
-        if run is None or run.plan is None or run.plan.tree is None:
-            raise ConfigurationError(f"run {start.run} has no tree to go on from; run it again")
-        tree = run.plan.tree
-        if start.node > int(tree.child.max(initial=0)):
-            raise ConfigurationError(f"run {start.run} has no node {start.node}")
-        tokens: list[int] = []
-        node = start.node
-        while node:
-            edge = int(np.flatnonzero(tree.child == node)[0])
-            tokens.append(int(tree.token[edge]))
-            node = int(tree.parent[edge])
-        tokens.reverse()
-        ids = [*mdp.encode(run.prompt), *tokens]
-        return Prompt(run.prompt.text + mdp.model.decode(tokens), run.prompt.columns, tuple(ids))
+    def _from(self, request: Request) -> tuple[Prompt, Beginning]:
+        """Return an earlier run's prompt, and that everything must begin as one of its nodes does."""
+        assert request.start is not None
+        number, node = request.start.run, request.start.node
+        run = self._runs.get(number)
+        if run is None or run.tree is None:
+            raise ConfigurationError(f"run {number} has no tree to go on from; run it again")
+        if run.request.task != request.task:
+            raise ConfigurationError(f"run {number} was of task {run.request.task!r}; it goes on with that one only")
+        if node > int(run.tree.child.max(initial=0)):
+            raise ConfigurationError(f"run {number} has no node {node}")
+        return run.prompt, Beginning([int(run.tree.token[edge]) for edge in run.tree.path(node)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,17 +272,32 @@ def examples(task: str) -> dict[str, Prompt]:
     return {prompt.text: prompt for prompt in load_prompts(load_task(task).prompts.of("test"))}
 
 
-def _state(search: Search, seconds: float) -> dict[str, Any]:
-    best = search.best
+def _text(search: Search) -> str:
+    return "" if search.best is None else search.best.text
+
+
+def _state(search: Search, nodes: int, texts: int) -> dict[str, Any]:
+    """Return where a search stands, and what came after its first ``nodes`` nodes and ``texts`` texts."""
+    finished, best = list(search.completions), search.best
+
+    def token(row: int, action: int) -> str:
+        return search.mdp.token_text(int(search.mdp.tree.tokens[search.node[row], action]))
+
+    def edge_to(row: int) -> tuple[int, str]:
+        parent = int(search.parent[row])
+        return parent, token(parent, int(np.flatnonzero(search.child[parent] == row)[0]))
+
+    values = [_plain(completion.objective) for completion in search.completions.values()]
     return {
-        "kind": "state",
         "lm_tokens": search.lm_tokens,
-        "seconds": round(seconds, 2),
-        "nodes": search.size,
+        "seconds": round(search.seconds, 2),
         "lower_bound": _plain(search.trace[-1].lower_bound),
         "upper_bound": _plain(search.trace[-1].upper_bound),
         "text": None if best is None else best.text,
         "objective": None if best is None else _plain(best.objective),
+        "grown": [edge_to(row) for row in range(nodes, search.size)],
+        "ended": [(row, token(row, action), values[i]) for i, (row, action) in enumerate(finished) if i >= texts],
+        "best": None if best is None else next(i for i, e in enumerate(finished) if search.completions[e] is best),
     }
 
 
@@ -264,11 +312,22 @@ def _result(plan: Plan) -> dict[str, Any]:
         "gap": _plain(plan.gap),
         "certified": plan.certified,
         "scope": plan.scope,
+        "stop": plan.stop,
         "stop_reason": plan.stop_reason,
-        "usage": plan.usage._asdict() if hasattr(plan.usage, "_asdict") else vars(plan.usage),
-        "completions": [
-            {"text": c.text, "objective": _plain(c.objective), "reward": _plain(c.reward)} for c in plan.completions[:5]
-        ],
+        "usage": vars(plan.usage),
+        "completions": [{"text": c.text, "objective": _plain(c.objective)} for c in plan.best(6)],
+    }
+
+
+def _facts(request: Request, mdp: DecodingMDP, plan: Plan) -> dict[str, str]:
+    """Return what somebody who is shown the run should know of it."""
+    numbers = {"J": plan.objective, "reward r": plan.reward, "log π": plan.logprob, "gap": plan.gap}
+    return {
+        "task": f"{request.task}, {request.decoder}",
+        "objective": f"J = {mdp.logprob_weight:g} · log π + r",
+        "r": mdp.reward.name,
+        **{name: f"{value:.3f}" if math.isfinite(value) else "none" for name, value in numbers.items()},
+        "stopped": f"{plan.stop_reason}, {plan.usage.lm_tokens} of {request.budget} LM tokens",
     }
 
 

@@ -4,30 +4,42 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import uvicorn
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI, Header, HTTPException
 from fastapi import Request as HttpRequest
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from pydantic import ValidationError
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from ..agents.search_tree import SearchTree
 from ..errors import ConfigurationError, QStarError
 from .runs import LIMITS, Request, Run, Runs, examples
 
 __all__ = ["create_app", "serve"]
 
-_BODY = 1_000_000  # bytes of a request; the prompt's own limit is far lower, and says so
+_BODY = 4_000_000  # bytes of a request; the prompt's own limit is far lower, and says so
 # Everything on the page comes from this server, and nothing may be asked of any other.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_LOOPBACK = ["127.0.0.1", "localhost", "::1", "[::1]"]
 
 
-def create_app() -> FastAPI:
-    """Return the application; each has runs of its own."""
+def create_app(hosts: Sequence[str] = _LOOPBACK) -> FastAPI:
+    """Return the application; each has runs of its own.
+
+    Args:
+        hosts: The names by which it may be called. With these alone, a page from elsewhere whose name was made to point
+            to this machine gets nothing (DNS rebinding). ``["*"]`` allows any.
+    """
     app, runs = FastAPI(title="qstar explore", docs_url=None, redoc_url=None, openapi_url=None), Runs()
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
 
     def known(number: int) -> Run:
         try:
@@ -35,19 +47,28 @@ def create_app() -> FastAPI:
         except KeyError:
             raise HTTPException(404, f"there is no run {number}; it may have been forgotten") from None
 
+    def grown(number: int) -> SearchTree:
+        tree = known(number).tree
+        if tree is None:
+            raise HTTPException(404, f"run {number} has no tree yet")
+        return tree
+
     def page() -> HTMLResponse:
         html = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
         return HTMLResponse(html, headers={"Content-Security-Policy": _POLICY})
 
     async def begin(request: HttpRequest) -> JSONResponse:
-        if int(request.headers.get("content-length") or 0) > _BODY:
-            message = f"that is more than a megabyte; a prompt has at most {LIMITS['prompt']:,} characters"
-            return JSONResponse({"message": message}, 413)
         if request.headers.get("content-type", "").split(";")[0] != "application/json":
             # A form of another site could send text/plain to this address without asking; it cannot send this.
             return JSONResponse({"message": "send application/json"}, 415)
+        body = bytearray()
+        async for chunk in request.stream():  # the length that a request states need not be true
+            body += chunk
+            if len(body) > _BODY:
+                message = f"that is more than {_BODY:,} bytes; a prompt has at most {LIMITS['prompt']:,} characters"
+                return JSONResponse({"message": message}, 413, headers={"Connection": "close"})
         try:
-            asked = Request.model_validate_json(await request.body())
+            asked = Request.model_validate_json(bytes(body))
             run = await run_in_threadpool(runs.begin, asked)
         except ValidationError as error:
             first = error.errors()[0]
@@ -56,12 +77,17 @@ def create_app() -> FastAPI:
             return JSONResponse({"message": str(error)}, 422)
         return JSONResponse({"run": run.number, "prompt": run.prompt.text})
 
-    def events(number: int) -> StreamingResponse:
+    def events(number: int, last_event_id: Annotated[int, Header()] = -1) -> StreamingResponse:
         run = known(number)
 
         def lines() -> Iterator[str]:
-            for event in run.listen():
-                yield ": still here\n\n" if event is None else f"data: {json.dumps(event)}\n\n"
+            index = last_event_id + 1  # a browser that lost the connection has the earlier ones
+            for event in run.listen(index):
+                if event is None:
+                    yield ": still here\n\n"
+                    continue
+                yield f"id: {index}\ndata: {json.dumps(event)}\n\n"
+                index += 1
 
         return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
@@ -69,25 +95,22 @@ def create_app() -> FastAPI:
         known(number).stop()
         return {}
 
-    def tree(number: int) -> Response:
-        plan = known(number).plan
-        if plan is None or plan.tree is None:
-            raise HTTPException(404, f"run {number} has no tree yet")
-        return Response(plan.tree.to_json(), media_type="application/json")
+    def node(number: int, node: int) -> dict[str, Any]:
+        tree = grown(number)
+        if not 0 <= node <= tree.child.max(initial=0):
+            raise HTTPException(404, f"run {number} has no node {node}")
+        return {"tokens": [tree.token_text[edge] for edge in tree.path(node)], "candidates": tree.candidates(node)}
 
     def export(number: int) -> Response:
-        plan = known(number).plan
-        if plan is None or plan.tree is None:
-            raise HTTPException(404, f"run {number} has no tree yet")
         headers = {"Content-Disposition": f'attachment; filename="search-{number}.html"'}
-        return Response(plan.tree.to_html(), media_type="text/html", headers=headers)
+        return HTMLResponse(grown(number).to_html(facts=known(number).facts), headers=headers)
 
     app.add_api_route("/", page, methods=["GET"], include_in_schema=False, response_model=None)
     app.add_api_route("/api/options", _options, methods=["GET"], response_model=None)
     app.add_api_route("/api/runs", begin, methods=["POST"], response_model=None)
     app.add_api_route("/api/runs/{number}/events", events, methods=["GET"], response_model=None)
     app.add_api_route("/api/runs/{number}/stop", stop, methods=["POST"], response_model=None)
-    app.add_api_route("/api/runs/{number}/tree", tree, methods=["GET"], response_model=None)
+    app.add_api_route("/api/runs/{number}/nodes/{node}", node, methods=["GET"], response_model=None)
     app.add_api_route("/api/runs/{number}/export", export, methods=["GET"], response_model=None)
     return app
 
@@ -98,7 +121,7 @@ def serve(host: str = "127.0.0.1", port: int = 8321) -> None:
     Raises:
         ConfigurationError: The port is taken or not to be had.
     """
-    app = create_app()
+    app = create_app(_LOOPBACK if host in _LOOPBACK else ["*"])
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -117,7 +140,7 @@ def serve(host: str = "127.0.0.1", port: int = 8321) -> None:
 def _options() -> dict[str, Any]:
     """Return what the page offers."""
     from ..agents import pretrained_names
-    from ..agents.contenders import DECODERS
+    from ..agents.contenders import DECODERS, Q_GUIDED
     from ..rewards import registry, reward_names
     from ..tasks import load_task, task_names
 
@@ -133,4 +156,5 @@ def _options() -> dict[str, Any]:
         shipped = name in pretrained_names()
         tasks.append({"name": name, "description": task.description, "examples": texts, "shipped_q": shipped, **env})
     rewards = [name for name in reward_names() if name not in registry.WITH_ARGUMENTS]
-    return {"tasks": tasks, "rewards": rewards, "decoders": list(DECODERS), "limits": LIMITS}
+    decoders = {"decoders": list(DECODERS), "guided": sorted(Q_GUIDED)}
+    return {"tasks": tasks, "rewards": rewards, "limits": LIMITS, **decoders}
