@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shlex
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -18,6 +19,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from . import __version__
 from .errors import ConfigurationError, PromptError, QStarError, UnknownNameError, check_writable
 
 if TYPE_CHECKING:
@@ -32,12 +34,12 @@ if TYPE_CHECKING:
 __all__ = ["app", "main"]
 
 # A pipe has no width of its own; tables want more than the 80 columns that would be assumed.
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+out = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
 err = Console(stderr=True, highlight=False)
 
 app = typer.Typer(
     name="qstar",
-    no_args_is_help=True,
+    invoke_without_command=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="""
@@ -64,23 +66,100 @@ meet, the text is certified to be the best.
   qstar train sentiment --seed 0 --out runs/my-q    train a Q (about 11 minutes on 2 cores)
 
   qstar decode "The movie was" --q runs/my-q        search with it
+
+  qstar evaluate toy && qstar plot objective runs/evaluation/toy
+
+[bold]For scripts[/bold]
+
+With --json, standard output is one JSON object and nothing else; whatever is said beside it goes to standard error.
+'-' in place of a prompt or a file reads standard input. Exit codes: 0 all went well; 1 doctor found something broken,
+or some lines of an input failed; 2 a mistake in the call, told in one line; 130 interrupted.
 """,
 )
 
 
 def main() -> None:
-    """Run the command; errors of this package are one line on standard error and exit code 2."""
+    """Run the command; what the user can mend is told in one line on standard error, with exit code 2."""
     try:
-        app(standalone_mode=True)
+        sys.exit(app(standalone_mode=False))
+    except typer.TyperException as error:  # an unknown option, a missing argument, a number out of range
+        context = getattr(error, "ctx", None)
+        _fail(f"{error.format_message().rstrip('.')}. See {context.command_path if context else 'qstar'} --help.")
     except QStarError as error:
-        err.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error))
+    except (KeyboardInterrupt, typer.Abort):
         err.print("interrupted")
         sys.exit(130)
 
 
-TaskOption = Annotated[str, typer.Option("--task", help="A task's name, or the path of a YAML file.")]
+def _fail(message: str) -> NoReturn:
+    err.print(Text.assemble(("error: ", "bold red"), message.replace("\n", " ")), soft_wrap=True)
+    sys.exit(2)
+
+
+@app.callback()
+def start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        out.print(f"qstar-decoding {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
+
+
+# -- completion in the shell: of what is known without loading a model ------------------------------------------------
+
+
+def _complete(names: Callable[[], Iterable[str]], *, listed: bool = False) -> Callable[[str], list[str]]:
+    """Return a completion of names; of the last one where several are ``listed`` with commas."""
+
+    def complete(incomplete: str) -> list[str]:
+        before, comma, word = incomplete.rpartition(",") if listed else ("", "", incomplete)
+        return [f"{before}{comma}{name}" for name in names() if name.startswith(word)]
+
+    return complete
+
+
+def _task_names() -> Iterable[str]:
+    from .tasks import task_names
+
+    return task_names()
+
+
+def _decoder_names() -> Iterable[str]:
+    from .agents.contenders import DECODERS
+
+    return DECODERS
+
+
+def _contender_names() -> Iterable[str]:
+    from .agents.contenders import CONTENDERS
+
+    return CONTENDERS
+
+
+def _reward_names() -> Iterable[str]:
+    from .rewards import reward_names
+
+    return reward_names()
+
+
+def _model_names() -> Iterable[str]:
+    from .envs.embedded_model import EMBEDDED_MODELS
+
+    return EMBEDDED_MODELS
+
+
+TaskOption = Annotated[
+    str,
+    typer.Option("--task", help="A task's name, or the path of a YAML file.", autocompletion=_complete(_task_names)),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
 
 @app.command()
@@ -90,7 +169,8 @@ def decode(
     decoder: Annotated[
         str,
         typer.Option(
-            help="args, astar, beam, blockwise, diverse-beam, greedy, ilql, levin, majority, mcts, rebase or sample."
+            help="args, astar, beam, blockwise, diverse-beam, greedy, ilql, levin, majority, mcts, rebase or sample.",
+            autocompletion=_complete(_decoder_names),
         ),
     ] = "astar",
     budget: Annotated[int, typer.Option(help="LM tokens that the search may process.")] = 200,
@@ -98,14 +178,22 @@ def decode(
     q: Annotated[
         str | None, typer.Option("--q", help="Folder of a trained Q, or 'none'; default: the one shipped for the task.")
     ] = None,
-    reward: Annotated[str | None, typer.Option(help='Replaces the task\'s reward, e.g. "0.5 * sentiment".')] = None,
-    model: Annotated[str | None, typer.Option(help="Known name, hub id or local folder of a causal LM.")] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            help='Replaces the task\'s reward, e.g. "0.5 * sentiment".', autocompletion=_complete(_reward_names)
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Known name, hub id or local folder of a causal LM.", autocompletion=_complete(_model_names)),
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Candidate tokens per step.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="The horizon, in tokens.")] = None,
     logprob_weight: Annotated[float | None, typer.Option(help="α, the weight of fluency.")] = None,
     seed: Annotated[int, typer.Option(help="Of the decoders that draw.")] = 0,
     tree: Annotated[Path | None, typer.Option(help="Also write the searched tree there, as one HTML page.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt and say how good the result is and how close to the optimum.
 
@@ -171,7 +259,10 @@ def decode(
 
 @app.command()
 def train(
-    task: Annotated[str, typer.Argument(help="A task's name, or the path of a YAML file.")],
+    task: Annotated[
+        str,
+        typer.Argument(help="A task's name, or the path of a YAML file.", autocompletion=_complete(_task_names)),
+    ],
     steps: Annotated[int | None, typer.Option(min=1, help="LM tokens to train for; default: the task's.")] = None,
     seed: Annotated[int, typer.Option(help="Of network, prompts and exploration.")] = 0,
     folder: Annotated[Path | None, typer.Option("--out", help="Where to write; default: runs/TASK-SEED.")] = None,
@@ -258,7 +349,7 @@ def train_reward(
         "smollm2-135m-instruct"
     ),
     seed: Annotated[int, typer.Option(help="Of the drawing of the held-out pairs.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Learn a reward from preferences: a Bradley-Terry head on a frozen language model's hidden states."""
     from rich.progress import Progress
@@ -344,8 +435,17 @@ def demo(
 
 @app.command()
 def evaluate(
-    tasks: Annotated[list[str], typer.Argument(help="Names of tasks, or paths of YAML files.")],
-    decoders: Annotated[str, typer.Option(help="Names, separated by commas; default: all that can take part.")] = "",
+    tasks: Annotated[
+        list[str],
+        typer.Argument(help="Names of tasks, or paths of YAML files.", autocompletion=_complete(_task_names)),
+    ],
+    decoders: Annotated[
+        str,
+        typer.Option(
+            help="Names, separated by commas; default: all that can take part.",
+            autocompletion=_complete(_contender_names, listed=True),
+        ),
+    ] = "",
     budgets: Annotated[str, typer.Option(help="LM tokens a prompt, separated by commas.")] = "50,100,200,400,800",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of the decoders that draw.")] = 3,
     q: Annotated[
@@ -406,7 +506,12 @@ PICTURES = ("learning", "errors", "objective", "gap", "calibration", "trace")
 
 @app.command()
 def plot(
-    kind: Annotated[str, typer.Argument(help=f"{', '.join(PICTURES[:-1])} or {PICTURES[-1]}.")],
+    kind: Annotated[
+        str,
+        typer.Argument(
+            help=f"{', '.join(PICTURES[:-1])} or {PICTURES[-1]}.", autocompletion=_complete(lambda: PICTURES)
+        ),
+    ],
     sources: Annotated[
         list[str],
         typer.Argument(help="Folders of qstar train or evaluate; of a trace, files of qstar decode --json, or '-'."),
@@ -416,7 +521,12 @@ def plot(
         list[str] | None, typer.Option("--curve", help="Any quantity that the training logged; can be repeated.")
     ] = None,
     highlight: Annotated[
-        list[str] | None, typer.Option("--highlight", help="A decoder that is to stand out; can be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--highlight",
+            help="A decoder that is to stand out; can be repeated.",
+            autocompletion=_complete(_contender_names),
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Also print what is drawn, as one JSON object.")] = False,
 ) -> None:
@@ -483,7 +593,7 @@ def explore(
 
 
 @app.command()
-def tasks(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False) -> None:
+def tasks(as_json: JsonOption = False) -> None:
     """List the tasks that come along."""
     from .agents import pretrained_names
     from .tasks import load_task, task_names
@@ -512,7 +622,7 @@ def tasks(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON o
 
 
 @app.command()
-def models(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False) -> None:
+def models(as_json: JsonOption = False) -> None:
     """List the language models known by name, and the Q-functions that come along; hub ids and folders work too."""
     from .agents import pretrained_names
     from .agents.q_function import QFunction
@@ -544,7 +654,7 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
 @app.command()
 def doctor(
     self_test: Annotated[bool, typer.Option(help="Also decode, some ten seconds.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Say what is installed, whether it works, and what to do where it does not; exit code 1 if something is broken."""
     from .doctor import examine
