@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from ..tasks import Task
 from .astar import AStarPlanner
 from .contenders import CONTENDERS
 from .diagnostics import Calibration, calibrate
+from .distributed import InProcess, Job, Workers
 from .evaluation import Outcomes, evaluate
 from .heuristics import QHeuristic
 
@@ -46,6 +48,39 @@ class Cell(NamedTuple):
         """The name of the file that its results are kept in."""
         name = re.sub(r"\W+", "-", self.decoder.replace("*", "star")).strip("-").lower()
         return f"{name}-{self.budget or 'any'}-{self.seed}.json"
+
+
+class Contest:
+    """What runs cells: with each worker of a cluster there is one."""
+
+    def __init__(self, task: Task, qs: Sequence[Any]) -> None:
+        """Load what the decoders need.
+
+        Raises:
+            CheckpointError: A Q-function belongs to another model than the task's.
+        """
+        self.task = task
+        self.heuristics = [QHeuristic(q) for q in qs]
+        self.mdp = task.mdp()
+        for heuristic in self.heuristics:
+            heuristic.q.check(self.mdp)
+        self.gold: Reward | None = None if task.gold is None else as_reward(task.gold)
+
+    def make(self, name: str, seed: int, mdp: DecodingMDP | None = None, **setting: Any) -> Any:
+        """Return the decoder of a contender."""
+        q = self.heuristics[seed % len(self.heuristics)] if self.heuristics else None
+        return CONTENDERS[name].make(mdp or self.mdp, q, seed, self.task.planner, **setting)
+
+    def try_setting(self, name: str, trial: int, budget: int) -> float:
+        """Return the mean J on the dev prompts with one setting of a decoder's grid."""
+        decoder = self.make(name, 0, **CONTENDERS[name].grid[trial])
+        return float(np.nanmean(evaluate(decoder, self.task.prompts.of("dev"), budget).objectives))
+
+    def decode(self, cell: Cell, chosen: int | None) -> list[dict[str, Any]]:
+        """Return the measurements of a cell, with the setting at this place in the decoder's grid."""
+        decoder = self.make(cell.decoder, cell.seed, **setting_at(cell.decoder, chosen))
+        prompts = self.task.prompts.of("test")
+        return measurements(evaluate(decoder, prompts, cell.budget), prompts, self.gold)
 
 
 @dataclass
@@ -86,11 +121,8 @@ class Comparison:
                 raise UnknownNameError("decoder", name, CONTENDERS)
         if not self.budgets:
             raise ConfigurationError("at least one budget is needed")
-        self.heuristics = [QHeuristic(q) for q in self.qs]
-        self.mdp = self.task.mdp()
-        for heuristic in self.heuristics:
-            heuristic.q.check(self.mdp)
-        self.gold: Reward | None = None if self.task.gold is None else as_reward(self.task.gold)
+        self.contest = Contest(self.task, self.qs)
+        self.heuristics, self.mdp, self.gold = self.contest.heuristics, self.contest.mdp, self.contest.gold
         for name in self.decoders:
             if why := self._barred(name):
                 raise ConfigurationError(f"{name!r} cannot take part in {self.task.name!r}: {why}")
@@ -109,29 +141,53 @@ class Comparison:
                     count = max(count, len(self.heuristics))
                 yield from (Cell(name, budget, seed) for seed in range(count))
 
-    def run(self, progress: Callable[[str, int, int], None] = lambda text, done, total: None) -> None:
+    def run(
+        self,
+        progress: Callable[[str, int, int], None] = lambda text, done, total: None,
+        workers: Workers | None = None,
+    ) -> None:
         """Tune what is not tuned, decode what is not decoded, and time what is not timed.
 
         Args:
             progress: Told what is being done, how much is done, and of how much.
+            workers: Who tunes and decodes, each holding what ``maker`` makes; None for this process, which times the
+                decoders in any case. A cell is done as a whole, so the results are the same.
 
         Raises:
             KeyboardInterrupt: At an interrupt; what was finished is kept.
         """
+        workers = workers or InProcess(self.contest)
         cells = [cell for cell in self.cells() if not self._path(cell).is_file()]
-        total = len(cells) + 2 * len(self.names) + len(self.heuristics[:1])
-        for done, name in enumerate(self.names):
-            progress(f"tuning {name}", done, total)
-            self.setting(name)
-        for done, cell in enumerate(cells, start=len(self.names)):
-            progress(f"{cell.decoder}, {cell.budget or 'any'} LM tokens, seed {cell.seed}", done, total)
-            write_json(self._path(cell), self._decode(cell))
-        for done, name in enumerate(self.names, start=len(self.names) + len(cells)):
+        total, done = len(cells) + 2 * len(self.names) + len(self.heuristics[:1]), 0
+
+        def started(job: Job) -> None:
+            progress(job.name, done, total)
+
+        for _ in self._tune(self.names, workers, started):
+            done += 1
+        # The dear ones first, lest one of them is left when the other workers have nothing more to do.
+        jobs = [
+            Job(
+                "decode",
+                (cell, self._settings()[cell.decoder]["chosen"]),
+                f"{cell.decoder}, {cell.budget or 'any'} LM tokens, seed {cell.seed}",
+            )
+            for cell in (cells if isinstance(workers, InProcess) else reversed(cells))
+        ]
+        for job, found in workers.run(jobs, started=started):
+            write_json(self._path(job.args[0]), found)
+            done += 1
+        for name in self.names:
             progress(f"timing {name}", done, total)
             self._time(name)
+            done += 1
         if self.heuristics:
-            progress("calibration of Q", total - 1, total)
+            progress("calibration of Q", done, total)
             self.calibration()
+
+    def maker(self) -> Callable[[], Contest]:
+        """Return what makes the contest of a worker, which needs no files of this machine."""
+        return partial(Contest, self.task, [heuristic.q for heuristic in self.heuristics])
 
     def rows(self) -> list[dict[str, Any]]:
         """Return what was measured: one dict per prompt and finished cell."""
@@ -146,21 +202,9 @@ class Comparison:
 
     def setting(self, name: str) -> dict[str, Any]:
         """Return the setting of a decoder's grid that did best on the dev prompts, tried at the middle budget."""
-        contender, path = CONTENDERS[name], self.folder / "settings.json"
-        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if name not in known:
-            trials = list(contender.grid[:TRIALS]) if self.tune else []
-            budget = self.budgets[len(self.budgets) // 2]
-            dev = self.task.prompts.of("dev")
-            means = [
-                float(np.nanmean(evaluate(self._make(name, 0, **trial), dev, budget).objectives)) for trial in trials
-            ]
-            # By its place in the grid: a setting may hold what JSON cannot.
-            best = int(np.argmax(means)) if trials else None
-            known[name] = {"chosen": best, "dev": {repr(t): m for t, m in zip(trials, means, strict=True)}}
-            write_json(path, known)
-        chosen = known[name]["chosen"]
-        return {} if chosen is None else dict(contender.grid[chosen])
+        if name not in self._settings():
+            list(self._tune([name], InProcess(self.contest)))
+        return setting_at(name, self._settings()[name]["chosen"])
 
     def timings(self) -> dict[str, dict[str, float]]:
         """Return seconds and bytes of keys and values a prompt of each decoder at the largest budget."""
@@ -193,14 +237,39 @@ class Comparison:
             return "it scores prefixes, and the reward has no potential that could"
         return ""
 
-    def _make(self, name: str, seed: int, mdp: DecodingMDP | None = None, **setting: Any) -> Any:
-        q = self.heuristics[seed % len(self.heuristics)] if self.heuristics else None
-        return CONTENDERS[name].make(mdp or self.mdp, q, seed, self.task.planner, **setting)
+    def _settings(self) -> dict[str, Any]:
+        path = self.folder / "settings.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
-    def _decode(self, cell: Cell) -> list[dict[str, Any]]:
-        decoder = self._make(cell.decoder, cell.seed, **self.setting(cell.decoder))
-        prompts = self.task.prompts.of("test")
-        return measurements(evaluate(decoder, prompts, cell.budget), prompts, self.gold)
+    def _tune(
+        self, names: Sequence[str], workers: Workers, started: Callable[[Job], None] | None = None
+    ) -> Iterator[str]:
+        """Try the settings of decoders on the dev prompts; yield each name when its best one is written down."""
+        known, budget = self._settings(), self.budgets[len(self.budgets) // 2]
+        trials = {name: len(CONTENDERS[name].grid[:TRIALS]) if self.tune else 0 for name in names}
+        means: dict[str, dict[int, float]] = {name: {} for name in names}
+        jobs = [
+            Job("try_setting", (name, trial, budget), f"tuning {name}")
+            for name in names
+            if name not in known
+            for trial in range(trials[name])
+        ]
+        waiting = {name for name, *_ in (job.args for job in jobs)}
+        for name in names:
+            if name not in waiting:
+                known.setdefault(name, {"chosen": None, "dev": {}})
+                yield name
+        write_json(self.folder / "settings.json", known)
+        for job, mean in workers.run(jobs, started=started):
+            name, trial, _ = job.args
+            means[name][trial] = mean
+            if len(means[name]) == trials[name]:
+                ordered = [means[name][trial] for trial in range(trials[name])]
+                dev = {repr(CONTENDERS[name].grid[trial]): mean for trial, mean in enumerate(ordered)}
+                # By its place in the grid: a setting may hold what JSON cannot.
+                known[name] = {"chosen": int(np.argmax(ordered)), "dev": dev}
+                write_json(self.folder / "settings.json", known)
+                yield name
 
     def _time(self, name: str) -> None:
         """Time a decoder alone, on a tree that no other has filled, with the prompts one after the other."""
@@ -209,7 +278,7 @@ class Comparison:
             return
         seconds, size = [], []
         for prompt in self.task.prompts.of("test")[:_TIMED_PROMPTS]:
-            decoder = self._make(name, 0, self.mdp.fresh(), **self.setting(name))
+            decoder = self.contest.make(name, 0, self.mdp.fresh(), **self.setting(name))
             usage = evaluate(decoder, [prompt], self.budgets[-1]).plans[0].usage
             seconds.append(usage.seconds)
             size.append(usage.kv_bytes)
@@ -236,6 +305,11 @@ class Comparison:
                 )
         (self.folder / "cells").mkdir(parents=True, exist_ok=True)
         write_json(path, mine)
+
+
+def setting_at(name: str, chosen: int | None) -> dict[str, Any]:
+    """Return a setting by its place in a decoder's grid; None stands for its defaults."""
+    return {} if chosen is None else dict(CONTENDERS[name].grid[chosen])
 
 
 def measurements(outcomes: Outcomes, prompts: Sequence[Any], gold: Reward | None) -> list[dict[str, Any]]:
