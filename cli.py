@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -9,13 +10,14 @@ import re
 import shlex
 import sys
 import time
+from collections import deque
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
@@ -25,10 +27,13 @@ from .errors import ConfigurationError, PromptError, QStarError, UnknownNameErro
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from rich.progress import Progress
+
     from .agents import Decoder, Outcomes, Plan, QStar, Search
+    from .agents.distributed import RayWorkers, Workers
     from .agents.plots import Curves
     from .agents.search import TracePoint
-    from .envs import Completion, DecodingMDP
+    from .envs import Completion, DecodingMDP, Prompt
     from .tasks import Task
 
 __all__ = ["app", "main"]
@@ -66,6 +71,8 @@ meet, the text is certified to be the best.
   qstar train sentiment --seed 0 --out runs/my-q    train a Q (about 11 minutes on 2 cores)
 
   qstar decode "The movie was" --q runs/my-q        search with it
+
+  qstar decode --input prompts.jsonl --out results.jsonl --ray local
 
   qstar evaluate toy && qstar plot objective runs/evaluation/toy
 
@@ -161,10 +168,21 @@ TaskOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray", help="Let a Ray cluster do it: 'local' for this machine, 'auto', host:6379, ray://host:10001."
+    ),
+]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", min=1, help="With --ray: how many; default: what the cluster has room for.")
+]
+ThreadsOption = Annotated[int, typer.Option("--threads", min=1, help="With --ray: of each worker.")]
+
 
 @app.command()
 def decode(
-    prompt: Annotated[str, typer.Argument(help="The text to continue; '-' reads standard input.")],
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue; '-' reads standard input.")] = None,
     task: TaskOption = "sentiment",
     decoder: Annotated[
         str,
@@ -194,21 +212,47 @@ def decode(
     seed: Annotated[int, typer.Option(help="Of the decoders that draw.")] = 0,
     tree: Annotated[Path | None, typer.Option(help="Also write the searched tree there, as one HTML page.")] = None,
     as_json: JsonOption = False,
+    source: Annotated[
+        Path | None,
+        typer.Option("--input", help="Many prompts instead: .jsonl, or text with one a line; '-' reads JSONL."),
+    ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option("--out", help="With --input: the JSONL to write; what is done there is not done again."),
+    ] = None,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="With --input: go on after a broken line; exit code 1 at the end.")
+    ] = False,
+    ray: RayOption = None,
+    workers: WorkersOption = None,
+    threads: ThreadsOption = 1,
 ) -> None:
     """Continue a prompt and say how good the result is and how close to the optimum.
 
     Without --q, A* and the others that use Q take the Q-function shipped for the task; where there is none, or the task
     was changed by --model or --top-k, the bound, which needs no training.
+
+    With --input, every line of a file is a prompt (in .jsonl a string, or an object with the key "prompt"), and every
+    result one line of JSON, in the order of the input.
     """
     from .agents.contenders import DECODERS, DRAWING, Q_GUIDED, make_decoder
     from .agents.search import Budget
     from .envs.prompts import as_prompt
-    from .errors import UnknownNameError
     from .tasks import load_task
 
     if decoder not in DECODERS:
         raise UnknownNameError("decoder", decoder, DECODERS)
-    limits, start = Budget.of(budget), as_prompt(_stdin().strip() if prompt == "-" else prompt)
+    if tree is not None:
+        check_writable(tree.parent)
+    if (prompt is None) == (source is None):
+        raise ConfigurationError("give one prompt, or --input with a file of them")
+    if source is None and (ray is not None or results is not None or keep_going):
+        raise ConfigurationError("--ray, --out and --keep-going are for many prompts; give them with --input")
+    if source is not None and tree is not None:
+        raise ConfigurationError("--tree is for one prompt; give the prompt instead of --input")
+    _check_ray(ray, workers, threads)
+    lines, broken = ({}, {}) if source is None else _read_lines(source, keep_going)
+    limits, start = Budget.of(budget), as_prompt(_stdin().strip() if prompt == "-" else prompt) if prompt else None
     spec = load_task(task)
     changes = {
         "model": model,
@@ -217,25 +261,43 @@ def decode(
         "max_new_tokens": max_new_tokens,
         "logprob_weight": logprob_weight,
     }
+    new_mdp = partial(spec.mdp, **{key: value for key, value in changes.items() if value is not None})
     with _status("loading the language model"):
         _quiet()
-        mdp = spec.mdp(**{key: value for key, value in changes.items() if value is not None})
+        mdp = new_mdp()
     options: dict[str, Any] = {"seed": seed} if decoder in DRAWING else {}
     if decoder in Q_GUIDED:
         options["heuristic"] = _heuristic(mdp, spec, q, adapted=reward is not None)
         known = spec.planner if decoder == "astar" else {k: v for k, v in spec.planner.items() if k == "score"}
         options.update(known)
     planner = make_decoder(decoder, mdp, **options)
+    if source is not None:
+        from .agents.batch import BatchDecoder
+        from .agents.distributed import InProcess
+
+        learned = getattr(options.get("heuristic"), "q", None)
+        settings = {
+            "task": spec.model_dump(mode="json", include={"env", "planner"}),
+            "changes": changes,
+            "decoder": [decoder, budget, n, seed, learned and learned.fingerprint()],
+        }
+        make = partial(BatchDecoder.make, new_mdp, decoder, options, limits, n)
+        with _ray_workers(ray, make, workers, threads) as pool:
+            done = pool or InProcess(BatchDecoder(planner, decoder, limits, n))
+            _decode_lines(lines, broken, done, results, settings, keep_going)
+        return
     with _progress(limits.lm_tokens) as show:
         plan = planner.plan(start, limits, progress=show)
     if tree is not None:
         plan.tree.to_html(tree)
     if as_json:
-        _say_json(_plan_as_dict(plan, n, decoder))
+        from .agents.batch import plan_record
+
+        _say_json(plan_record(plan, n, decoder))
         raise typer.Exit(130 if plan.stop_reason == "interrupted" else 0)
     shown: list[Completion | Plan] = [*plan.completions[:n]] or [plan]
     for rank, completion in enumerate(shown, start=1):
-        out.print(Text.assemble(f"{rank}. " if n > 1 else "", (plan.prompt, "dim"), (completion.text, "bold")))
+        _say(Text.assemble(f"{rank}. " if n > 1 else "", (plan.prompt, "dim"), (completion.text, "bold")))
         if completion.stop == "partial":
             needed = mdp.max_new_tokens - 1
             out.print(f"   unfinished: {budget} LM tokens did not pay for a text; --budget {needed} surely does")
@@ -252,7 +314,7 @@ def decode(
         parts = mdp.reward.components([plan.prompt], [completion.text], [completion.token_ids])
         if len(parts) > 1:
             out.print("   " + ", ".join(f"{name} {values[0]:.3f}" for name, values in parts.items()))
-    out.print(_bounds(plan))
+    _say(_bounds(plan))
     if plan.stop_reason == "interrupted":
         sys.exit(130)
 
@@ -272,20 +334,29 @@ def train(
         bool,
         typer.Option("--deterministic", help="One thread, deterministic kernels: equal to the last bit."),
     ] = False,
+    as_json: JsonOption = False,
+    ray: RayOption = None,
+    workers: WorkersOption = None,
+    threads: ThreadsOption = 1,
 ) -> None:
     """Train a Q-function for a task by searching its training prompts, then try it on its held-out prompts.
 
     Writes checkpoints (safetensors and JSON), TensorBoard logs and diagnostics (what Q is worth on the dev prompts, and
     how well it is calibrated, as numbers and as one picture) into --out. However it ends, Ctrl-C and kill included,
     --resume goes on from the last checkpoint. Training for the task 'sentiment' takes about 11 minutes on 2 cores.
+
+    With --ray, workers do the searches, and this process learns from what they find; what is learnt does not depend on
+    how many there are.
     """
+    import click
     import gymnasium as gym
 
     import qstar_decoding  # noqa: F401  registers the environment
 
     from .agents import Diagnostics, QStar
     from .agents.checkpoints import find_checkpoint
-    from .errors import CheckpointError, ConfigurationError, RewardError, TrainingDivergedError
+    from .agents.qstar import Searcher
+    from .errors import CheckpointError, RewardError, TrainingDivergedError
     from .tasks import load_task
 
     spec = load_task(task)
@@ -300,31 +371,37 @@ def train(
         raise CheckpointError(f"nothing to resume: {checkpoint} does not exist; leave out --resume to start anew")
     if not resume and find_checkpoint(checkpoint) is not None:
         raise ConfigurationError(f"{checkpoint} exists; give --resume to go on with it, or another --out")
+    _check_ray(ray, workers, threads)
+    check_writable(checkpoint)
     with _status("loading the language model"):
         _quiet()
         env = gym.make("TokenDecoding-v0", prompts=spec.prompts.of("train"), **spec.env)
     logs = str(folder / "tensorboard")
+    log_lines = int(not (as_json or err.is_terminal))  # which go to standard output, where nobody watches a bar
+    pool = click.get_current_context().with_resource(_ray_workers(ray, partial(Searcher, spec.mdp), workers, threads))
     if resume:
-        agent = QStar.load(checkpoint, env, tensorboard_log=logs, verbose=int(not err.is_terminal))
+        agent = QStar.load(checkpoint, env, workers=pool, tensorboard_log=logs, verbose=log_lines)
         err.print(f"resuming at {agent.num_timesteps:,} of {total:,} LM tokens")
     else:
-        agent = QStar(env=env, seed=seed, tensorboard_log=logs, verbose=int(not err.is_terminal), **spec.training)
-    command = f"qstar train {task} --steps {total} --seed {seed}"
-    watch = _watch(checkpoint, save_every, command)
+        agent = QStar(env=env, seed=seed, workers=pool, tensorboard_log=logs, verbose=log_lines, **spec.training)
+    command = f"qstar train {task} --steps {total} --seed {seed}" + (f" --ray {ray}" if ray else "")
     tried = Diagnostics(
         spec.prompts.of("dev"), folder, budgets=spec.budgets, every=max(total // 5, 1), planner_kwargs=spec.planner
     )
     go_on = f"{command} --out {folder} --resume"
+    bars = _bars("LM tokens")
+    bar = bars.add_task(f"training, seed {seed}", total=total, completed=agent.num_timesteps)
+    watch = _watch(checkpoint, save_every, command, lambda done: bars.update(bar, completed=done))
     try:
         if agent.num_timesteps < total:
-            agent.learn(
-                total - agent.num_timesteps,
-                callback=[watch, tried],
-                reset_num_timesteps=not resume,
-                tb_log_name="qstar",
-                progress_bar=err.is_terminal,
-                log_interval=4,
-            )
+            with bars:
+                agent.learn(
+                    total - agent.num_timesteps,
+                    callback=[watch, tried],
+                    reset_num_timesteps=not resume,
+                    tb_log_name="qstar",
+                    log_interval=4,
+                )
     except TrainingDivergedError:
         err.print(f"stopped; the last good checkpoint is in {checkpoint}", soft_wrap=True)
         raise
@@ -334,16 +411,32 @@ def train(
         raise
     watch.save(agent)
     minutes = round(watch.seconds / 60, 1)
-    out.print(f"{agent.num_timesteps:,} LM tokens in {minutes:.1f} min; checkpoint in {checkpoint}")
     figures = _held_out(agent, spec)
     made = {"command": command, "seed": seed, "minutes": minutes, "time_steps": agent.num_timesteps}
-    agent.save(folder / "q", training_state=False, **made, held_out=figures)
+    # Without the seconds: what is saved depends on the seed alone.
+    kept = {name: {key: value for key, value in row.items() if key != "seconds"} for name, row in figures.items()}
+    agent.save(folder / "q", training_state=False, **made, held_out=kept)
+    if as_json:
+        _say_json({"task": spec.name, "folder": str(folder), **made, "held_out": figures})
+        return
+    out.print(f"{agent.num_timesteps:,} LM tokens in {minutes:.1f} min; checkpoint in {checkpoint}", soft_wrap=True)
+    table = Table("decoder", title=f"{len(spec.prompts.of('test'))} held-out prompts, means")
+    for column in _FIGURES.values():
+        table.add_column(column, justify="right")
+    for name, row in figures.items():
+        table.add_row(name, *_formatted(row))
+    out.print(table)
     out.print(f"use it: qstar decode PROMPT --task {task} --q {folder}", soft_wrap=True)
 
 
 @app.command("train-reward")
 def train_reward(
-    pairs: Annotated[Path, typer.Argument(help='JSONL: {"prompt": …, "chosen": …, "rejected": …}, one pair a line.')],
+    pairs: Annotated[
+        Path,
+        typer.Argument(
+            help='JSONL, one pair a line: {"prompt": …, "chosen": …, "rejected": …}. "-" reads standard input.'
+        ),
+    ],
     folder: Annotated[Path, typer.Option("--out", help="Where to write the reward.")] = Path("runs/reward"),
     model: Annotated[str, typer.Option(help="Known name, hub id or local folder of a causal LM.")] = (
         "smollm2-135m-instruct"
@@ -352,21 +445,20 @@ def train_reward(
     as_json: JsonOption = False,
 ) -> None:
     """Learn a reward from preferences: a Bradley-Terry head on a frozen language model's hidden states."""
-    from rich.progress import Progress
-
     from .rewards.language import read_pairs, train_preference
 
     read = read_pairs(pairs)
+    check_writable(folder)
     _quiet()
-    with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
-        line = bar.add_task("reading the texts")
+    with _bars("texts") as bars:
+        bar = bars.add_task("reading", total=None)
         found = train_preference(
             read,
             folder,
             model=model,
             seed=seed,
             command=shlex.join(["qstar", *sys.argv[1:]]),
-            progress=lambda done, total: bar.update(line, completed=done, total=total),
+            progress=lambda done, total: bars.update(bar, completed=done, total=total),
         )
     if as_json:
         _say_json(found)
@@ -384,14 +476,18 @@ def demo(
     budget: Annotated[int, typer.Option(help="LM tokens a prompt, the same for every decoder.")] = 200,
     prompts: Annotated[int, typer.Option(min=1, help="How many held-out prompts.")] = 3,
     svg: Annotated[Path | None, typer.Option(help="Also write what is printed as a picture.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Decode held-out prompts with greedy, beam search, best-of-n and Q*, side by side at equal LM tokens."""
     from .agents import AStarPlanner, BeamSearch, GreedyDecoder, SamplingDecoder, evaluate
+    from .agents.batch import plan_record
     from .agents.search import Budget
     from .envs.prompts import as_prompt
     from .tasks import load_task
 
     limits, spec = Budget.of(budget), load_task(task)
+    if svg is not None:
+        check_writable(svg.parent)
     with _status("loading the language model (the first time it is converted: about 20 s)"):
         _quiet()
         mdp = spec.mdp()
@@ -402,25 +498,35 @@ def demo(
         "best-of-n": SamplingDecoder,
         "Q*": lambda fresh: AStarPlanner(fresh, heuristic=heuristic, **spec.planner),
     }
+    outcomes: dict[str, list[Outcomes]] = {name: [] for name in decoders}
     test = spec.prompts.of("test")[:prompts]
+    for prompt, name in itertools.product(test, decoders):
+        with _progress(limits.lm_tokens, f"{name}: {as_prompt(prompt).text}") as show:
+            # An empty tree for each: no decoder's seconds profit from what another has computed.
+            outcomes[name].append(evaluate(decoders[name](mdp.fresh()), [prompt], limits, progress=show))
+    if as_json:
+        rows = {
+            name: {
+                "mean": _figures(all_found),
+                "plans": [plan_record(found.plans[0], 1, name) for found in all_found],
+            }
+            for name, all_found in outcomes.items()
+        }
+        _say_json({"task": spec.name, "budget": budget, "decoders": rows})
+        return
     table = Table(title=f"{spec.name}: J = reward + {mdp.logprob_weight:g} · log-prob, at most {budget} LM tokens each")
     for column in ("decoder", "text"):
         table.add_column(column, overflow="fold", min_width=9)
-    for column in ("reward", "log-prob", "J", "LM tokens", "seconds"):
+    for column in _FIGURES.values():
         table.add_column(column, justify="right", no_wrap=True)
-    outcomes: dict[str, list[Outcomes]] = {}
-    for prompt in test:
-        for name, make in decoders.items():
-            with _progress(limits.lm_tokens, f"{name}: {as_prompt(prompt).text}") as show:
-                # An empty tree for each: no decoder's seconds profit from what another has computed.
-                found = evaluate(make(mdp.fresh()), [prompt], limits, progress=show)
-            outcomes.setdefault(name, []).append(found)
-            plan = found.plans[0]
+    for i in range(len(test)):
+        for name, all_found in outcomes.items():
+            plan = all_found[i].plans[0]
             shown = Text.assemble((_one_line(plan.prompt), "dim"), _one_line(plan.text))
-            table.add_row(name, shown, *(f"{value:{form}}" for value, form in _figures([found])))
+            table.add_row(name, shown, *_formatted(_figures(all_found[i : i + 1])))
         table.add_section()
     for name, all_found in outcomes.items():
-        means = (f"{value:{form}}" for value, form in _figures(all_found))
+        means = _formatted(_figures(all_found))
         table.add_row(f"[bold]{name}", "[bold]mean", *means, style="bold" if name == "Q*" else "")
     screen = Console(highlight=False, record=True, width=132) if svg else out
     screen.print(table)
@@ -456,6 +562,10 @@ def evaluate(
         Path, typer.Option("--out", help="Where to write; what is finished there is not run again.")
     ] = Path("runs/evaluation"),
     tune: Annotated[bool, typer.Option(help="Tune the decoders on the dev prompts, with 4 trials each.")] = True,
+    as_json: JsonOption = False,
+    ray: RayOption = None,
+    workers: WorkersOption = None,
+    threads: ThreadsOption = 1,
 ) -> None:
     """Compare decoders at equal LM tokens on a task's held-out prompts, and write a report with plots.
 
@@ -463,12 +573,10 @@ def evaluate(
     tree. Each task gets a folder in --out with results.csv, report.md and plots; --out/RESULTS.md has all reports. It
     can be stopped at any moment: what is finished stays.
     """
-    from rich.progress import Progress
-
     from .agents import pretrained_names
     from .agents.comparison import Comparison
     from .agents.report import write_report
-    from .errors import ConfigurationError
+    from .agents.results import Results
     from .tasks import load_task
 
     try:
@@ -476,9 +584,12 @@ def evaluate(
     except ValueError:
         raise ConfigurationError(f"--budgets is a list such as 50,100,200, got {budgets!r}") from None
     names = [name.strip() for name in decoders.split(",") if name.strip()]
+    _check_ray(ray, workers, threads)
     specs = [load_task(task) for task in tasks]
+    check_writable(folder)
     _quiet()
-    pages: list[str] = []
+    reports: dict[str, Path] = {}
+    means: dict[str, list[dict[str, Any]]] = {}
     command = shlex.join(["qstar", *sys.argv[1:]])
     for spec in specs:
         qs = q or ([spec.name] if spec.name in pretrained_names() else [])
@@ -486,19 +597,26 @@ def evaluate(
             comparison = Comparison(
                 spec, folder / spec.name, decoders=names, budgets=limits, seeds=seeds, qs=qs, tune=tune
             )
-        with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
-            line = bar.add_task(spec.name)
+        with _ray_workers(ray, comparison.maker(), workers, threads) as pool, _bars("steps") as bars:
+            bar = bars.add_task(spec.name, total=None)
             comparison.run(
-                lambda text, done, total, bar=bar, line=line, name=spec.name: bar.update(  # type: ignore[misc]
-                    line, description=f"{name}: {text}", completed=done, total=total
-                )
+                lambda text, done, total, bars=bars, bar=bar, name=spec.name: bars.update(  # type: ignore[misc]
+                    bar, description=f"{name}: {text}", completed=done, total=total
+                ),
+                pool,
             )
-        path = write_report(comparison, command, [h.q.description for h in comparison.heuristics])
-        out.print(f"{spec.name}: {path}", soft_wrap=True)
-        # The plots lie beside each report; from the folder above they are one step down.
-        pages.append(path.read_text(encoding="utf-8").replace("![](", f"![]({spec.name}/"))
-    (folder / "RESULTS.md").write_text("# Results\n\n" + "\n".join(pages), encoding="utf-8")
-    out.print(f"all: {folder / 'RESULTS.md'}", soft_wrap=True)
+        reports[spec.name] = write_report(comparison, command, [h.q.description for h in comparison.heuristics])
+        means[spec.name] = Results(comparison.rows(), comparison.budgets).table()
+        if not as_json:
+            out.print(f"{spec.name}: {reports[spec.name]}", soft_wrap=True)
+    # The plots lie beside each report; from the folder above they are one step down.
+    pages = [path.read_text(encoding="utf-8").replace("![](", f"![]({name}/") for name, path in reports.items()]
+    together = folder / "RESULTS.md"
+    together.write_text("# Results\n\n" + "\n".join(pages), encoding="utf-8")
+    if as_json:
+        _say_json({"report": str(together), "tasks": means})
+    else:
+        out.print(f"all: {together}", soft_wrap=True)
 
 
 PICTURES = ("learning", "errors", "objective", "gap", "calibration", "trace")
@@ -580,8 +698,6 @@ def explore(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8321,
 ) -> None:
     """Serve a page to watch searches with your own eyes, compare decoders, look into trees, and go on from nodes."""
-    from .errors import ConfigurationError
-
     try:
         from .explorer.server import serve
     except ImportError as error:
@@ -609,7 +725,7 @@ def tasks(as_json: JsonOption = False) -> None:
         shipped = name in pretrained_names()
         rows.append({"name": name, "description": task.description, "prompts": counts, "shipped_q": shipped})
     if as_json:
-        _say_json(rows)
+        _say_json({"tasks": rows})
         return
     table = Table("task", "what", "train / dev / test", "Q shipped")
     for row in rows:
@@ -781,28 +897,111 @@ def _stdin() -> str:
         raise PromptError(f"standard input is not {sys.stdin.encoding}: {error}") from error
 
 
+def _say(content: Text | str) -> None:
+    """Print text, folded for a terminal only: whatever reads a pipe wants the lines as they are."""
+    out.print(content, soft_wrap=not out.is_terminal)
+
+
 def _say_json(content: Any) -> None:
     """Print one JSON object; what is not finite is null, as JSON has no infinity."""
+    from .agents.batch import plain
+
     out.print_json(
-        json.dumps(_plain(content), ensure_ascii=False, allow_nan=False), indent=2 if out.is_terminal else None
+        json.dumps(plain(content), ensure_ascii=False, allow_nan=False), indent=2 if out.is_terminal else None
     )
 
 
-def _plain(value: Any) -> Any:
-    """Return a value as what JSON knows."""
-    if hasattr(value, "_asdict"):
-        value = value._asdict()
-    elif hasattr(value, "tolist"):  # numpy
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _read_lines(source: Path, keep_going: bool) -> tuple[dict[int, Prompt], dict[int, str]]:
+    """Return a file's prompts and its broken lines, by line number."""
+    from .envs.prompts import Prompt, read_lines
+
+    found = read_lines(Path("standard input.jsonl"), _stdin()) if str(source) == "-" else read_lines(source)
+    lines: dict[int, Prompt] = {}
+    broken: dict[int, str] = {}
+    for number, prompt in found:
+        if isinstance(prompt, Prompt):
+            lines[number] = prompt
+        elif keep_going:
+            broken[number] = str(prompt)
+        else:
+            raise prompt
+    if not lines:
+        raise PromptError(f"there is no prompt in {source}" + "".join(f"; {error}" for error in broken.values()))
+    return lines, broken
 
 
-def _watch(checkpoint: Path, every: int, command: str) -> Any:
-    """Return a callback that writes checkpoints between rounds and counts the seconds, those before a resume too."""
+def _decode_lines(
+    lines: Mapping[int, Prompt],
+    broken: Mapping[int, str],
+    workers: Workers,
+    results: Path | None,
+    settings: Mapping[str, Any],
+    keep_going: bool,
+) -> None:
+    """Decode the prompts of a file, and leave with exit code 1 if any could not be."""
+    from .agents.batch import ResultsFile, decode_many
+
+    file = None if results is None else ResultsFile(results, lines, settings)
+    failed, waiting, order = dict(broken), {}, deque(sorted(lines))
+    left = {number: prompt for number, prompt in lines.items() if file is None or number not in file.done}
+    try:
+        with _bars("prompts") as bars:
+            bar = bars.add_task("decoding", total=len(lines), completed=len(lines) - len(left))
+            for record in decode_many(left, workers, keep_going=keep_going):
+                bars.advance(bar)
+                if "error" in record:
+                    failed[record["line"]] = f"line {record['line']}: {record['error']}"
+                if file is not None:
+                    file.add(record)
+                    continue
+                waiting[record["line"]] = record
+                while order and order[0] in waiting:
+                    sys.stdout.write(json.dumps(waiting.pop(order.popleft()), ensure_ascii=False) + "\n")
+                    sys.stdout.flush()
+    finally:
+        if file is not None:
+            file.close()
+    for _, error in sorted(failed.items()):
+        err.print(Text.assemble(("failed: ", "bold red"), error), soft_wrap=True)
+    if results is not None:
+        before = len(lines) - len(left)
+        err.print(
+            f"{len(left) + len(broken) - len(failed)} prompts decoded, {before} had been before, {len(failed)} failed: "
+            f"{results}",
+            soft_wrap=True,
+        )
+    if failed:
+        raise typer.Exit(1)
+
+
+def _check_ray(address: str | None, count: int | None, threads: int) -> None:
+    """Find out before any long work whether there is a cluster."""
+    from .agents.distributed import check_address
+
+    if address is not None:
+        check_address(address)
+    elif count is not None or threads != 1:
+        raise ConfigurationError("--workers and --threads are those of a Ray cluster; give --ray too")
+
+
+@contextmanager
+def _ray_workers(
+    address: str | None, make: Callable[[], Any], count: int | None, threads: int
+) -> Iterator[RayWorkers | None]:
+    """Give workers on a Ray cluster, if one is asked for."""
+    from .agents.distributed import RayWorkers
+
+    if address is None:
+        yield None
+        return
+    with _status(f"connecting to Ray at {address}"):
+        workers = RayWorkers(address, make, count=count, threads=threads)
+    with workers:
+        yield workers
+
+
+def _watch(checkpoint: Path, every: int, command: str, progress: Callable[[int], None]) -> Any:
+    """Return a callback that saves checkpoints between rounds, tells ``progress``, and counts all runs' seconds."""
     from stable_baselines3.common.callbacks import BaseCallback
 
     from .agents.checkpoints import find_checkpoint, load_q_function
@@ -824,6 +1023,7 @@ def _watch(checkpoint: Path, every: int, command: str) -> Any:
             agent.save(checkpoint, command=command, seconds=self.seconds)
 
         def _on_step(self) -> bool:
+            progress(self.num_timesteps)
             return True
 
         def _on_rollout_start(self) -> None:
@@ -836,8 +1036,19 @@ def _watch(checkpoint: Path, every: int, command: str) -> Any:
     return Watch()
 
 
-def _held_out(agent: QStar, task: Task) -> dict[str, Any]:
-    """Print and return what Q is worth on the task's test prompts, beside decoders that have none."""
+# What is said of a decoder, by name in JSON and as the head of a column, and how its numbers are written.
+_FIGURES = {
+    "reward": "reward",
+    "logprob": "log-prob",
+    "objective": "J",
+    "lm_tokens": "LM tokens",
+    "seconds": "seconds",
+}
+_FORMATS = (".3f", ".2f", ".3f", ".0f", ".1f")
+
+
+def _held_out(agent: QStar, task: Task) -> dict[str, dict[str, float]]:
+    """Return what Q is worth on the task's test prompts, beside decoders that have none."""
     from .agents import AStarPlanner, GreedyDecoder, QHeuristic, SamplingDecoder, evaluate
     from .agents.planning import mdp_of
 
@@ -854,34 +1065,31 @@ def _held_out(agent: QStar, task: Task) -> dict[str, Any]:
         (f"A* on Q, {budget}", AStarPlanner(mdp, heuristic=heuristic, **task.planner), budget)
         for budget in task.budgets
     ]
-    names = ("reward", "logprob", "objective", "lm_tokens")
-    table = Table("decoder", title=f"{len(prompts)} held-out prompts, means")
-    for column in ("reward", "log-prob", "J", "LM tokens", "seconds"):
-        table.add_column(column, justify="right")
-    figures: dict[str, dict[str, float]] = {}
+    figures = {}
     for name, decoder, budget in decoders:
         with _status(f"held-out prompts: {name}"):
-            found = evaluate(decoder, prompts, budget)
-        row = _figures([found])
-        figures[name] = {key: round(value, 4) for key, (value, _) in zip(names, row, strict=False)}
-        table.add_row(name, *(f"{value:{form}}" for value, form in row))
-    out.print(table)
+            figures[name] = _figures([evaluate(decoder, prompts, budget)])
     return figures
 
 
-def _figures(outcomes: list[Outcomes]) -> list[tuple[float, str]]:
-    """Return the means of reward, log-prob, J, LM tokens and seconds, each with its format."""
+def _figures(outcomes: list[Outcomes]) -> dict[str, float]:
+    """Return the means of what :data:`_FIGURES` names."""
     import numpy as np
 
     plans = [plan for found in outcomes for plan in found.plans]
-    return [
-        (float(np.nanmean(np.concatenate([found.rewards for found in outcomes]))), ".3f"),
-        (float(np.mean([plan.logprob for plan in plans])), ".2f"),
-        (float(np.nanmean(np.concatenate([found.objectives for found in outcomes]))), ".3f"),
-        (float(np.mean([plan.usage.lm_tokens for plan in plans])), ".0f"),
+    means = (
+        np.nanmean(np.concatenate([found.rewards for found in outcomes])),
+        np.mean([plan.logprob for plan in plans]),
+        np.nanmean(np.concatenate([found.objectives for found in outcomes])),
+        np.mean([plan.usage.lm_tokens for plan in plans]),
         # Searches that were run together share their seconds.
-        (sum(found.plans[0].usage.seconds for found in outcomes) / len(plans), ".1f"),
-    ]
+        sum(found.plans[0].usage.seconds for found in outcomes) / len(plans),
+    )
+    return {name: round(float(value), 4) for name, value in zip(_FIGURES, means, strict=True)}
+
+
+def _formatted(figures: Mapping[str, float]) -> list[str]:
+    return [f"{value:{form}}" for value, form in zip(figures.values(), _FORMATS, strict=True)]
 
 
 def _one_line(text: str) -> str:
@@ -901,40 +1109,6 @@ def _number(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "none"
 
 
-def _plan_as_dict(plan: Plan, n: int, decoder: str) -> dict[str, Any]:
-    """Return what ``--json`` prints; of the trace the points at which a bound moved, and the last."""
-    before = [None, *plan.trace]
-    moved = [p for p, q in zip(plan.trace, before, strict=False) if q is None or p[2:] != q[2:] or p is plan.trace[-1]]
-
-    return {
-        "prompt": plan.prompt,
-        "decoder": decoder,
-        "text": plan.text,
-        "objective": plan.objective,
-        "reward": plan.reward,
-        "logprob": plan.logprob,
-        "stop": plan.stop,
-        "lower_bound": plan.lower_bound,
-        "upper_bound": plan.upper_bound,
-        "gap": plan.gap,
-        "certified": plan.certified,
-        "scope": plan.scope,
-        "stop_reason": plan.stop_reason,
-        "usage": vars(plan.usage),
-        "completions": [
-            {
-                "text": c.text,
-                "objective": c.objective,
-                "reward": c.reward,
-                "logprob": c.logprob,
-                "stop": c.stop,
-            }
-            for c in plan.completions[:n]
-        ],
-        "trace": [tuple(point) for point in moved],
-    }
-
-
 @contextmanager
 def _status(message: str) -> Iterator[None]:
     if not err.is_terminal:
@@ -944,20 +1118,37 @@ def _status(message: str) -> Iterator[None]:
         yield
 
 
+def _bars(unit: str) -> Progress:
+    """Return progress bars, on standard error, which show where somebody can see them and vanish in the end."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
+
+    label = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+    return Progress(
+        TextColumn("{task.description}", markup=False, table_column=label),
+        BarColumn(20),
+        MofNCompleteColumn(" of "),
+        TextColumn(unit),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+        expand=True,
+        disable=not err.is_terminal,
+    )
+
+
 @contextmanager
 def _progress(budget: int | None, label: str = "searching") -> Iterator[Callable[[Search], None] | None]:
-    """Show one line that follows a search, where somebody can see it."""
+    """Follow a search, where somebody can see it: its bounds, and how much of the budget is spent."""
     if not err.is_terminal:
         yield None
         return
-    with Live(Text(label), console=err, transient=True, refresh_per_second=10) as live:
+    with _bars("LM tokens") as bars:
+        bar = bars.add_task(label, total=budget)
 
         def show(search: Search) -> None:
-            of = f" of {budget}" if budget else ""
             bounds = f"LB {_number(search.lower_bound)}  UB {_number(search.upper_bound)}"
-            live.update(
-                Text(f"{label}   {bounds}   {search.lm_tokens}{of} LM tokens", overflow="ellipsis", no_wrap=True)
-            )
+            bars.update(bar, completed=search.lm_tokens, description=f"{bounds}   {label}")
 
         yield show
 

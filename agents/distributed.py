@@ -20,7 +20,7 @@ from typing import Any, Protocol, Self
 
 from ..errors import ConfigurationError, QStarError, WorkerError, check_integer, check_number
 
-__all__ = ["InProcess", "Job", "RayWorkers", "Workers"]
+__all__ = ["InProcess", "Job", "RayWorkers", "Workers", "check_address"]
 
 ATTEMPTS = 3  # how many workers may die over one job before it is taken for the cause
 _CONNECT_SECONDS = 5.0
@@ -151,11 +151,11 @@ class RayWorkers:
                     "`ray start --address=…`"
                 )
             self._news: tuple[int, list[Any]] = (0, [])
-            made = ray.put(make)
+            self._make = [ray.put(make)]  # stored once, however many workers fetch it
             # Ray restarts them, but repeats no call: whether a job is done again is decided here.
             options = {"num_cpus": threads, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 0}
             actor = ray.remote(Worker).options(**options)
-            self._slots = [_Slot(actor.remote(made, threads)) for _ in range(self.count)]
+            self._slots = [_Slot(actor.remote(self._make, threads)) for _ in range(self.count)]
             self._waited_for: dict[Any, _Slot] = {}  # calls whose end frees a slot
             for slot in self._slots:
                 self._start(slot)
@@ -286,7 +286,7 @@ class RayWorkers:
                 "address": "local",
             }
         else:
-            _check_answers(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
+            check_address(address)
             options["address"] = address
         try:
             self._ray.init(**options)
@@ -304,18 +304,24 @@ class RayWorkers:
 class Worker:
     """What runs in each process of the cluster."""
 
-    def __init__(self, make: Callable[[], Any], threads: int) -> None:
-        """Remember what to make; that takes long and may fail, so ``start`` does it."""
+    def __init__(self, make: list[Any], threads: int) -> None:
+        """Remember what to make; that takes long and may fail, so ``start`` does it.
+
+        Args:
+            make: A reference to the function, in a list, where Ray does not fetch it unasked.
+            threads: Of torch.
+        """
         self.make, self.threads, self.version = make, threads, 0
         self.held: Any = None
 
     def start(self) -> int:
         """Make what this worker holds, if that is not done yet; return the process's id."""
         if self.held is None:
+            import ray
             import torch
 
             torch.set_num_threads(self.threads)
-            self.held = self.make()
+            self.held = ray.get(self.make[0])()
         return os.getpid()
 
     def work(self, method: str, args: tuple[Any, ...], news: tuple[int, list[Any]]) -> Any:
@@ -324,7 +330,7 @@ class Worker:
         Args:
             method: See :class:`Job`.
             args: See :class:`Job`.
-            news: The version, and a reference to the value in a list, where Ray does not fetch it unasked.
+            news: The version, and a reference to the value in a list.
         """
         self.start()  # Ray may have started it anew between two jobs
         version, box = news
@@ -399,13 +405,16 @@ def _import_ray(alone: bool) -> Any:
     return ray
 
 
-def _check_answers(address: str) -> None:
-    """Knock at a cluster's door, since Ray itself would go on knocking for minutes.
+def check_address(address: str) -> None:
+    """Check that workers could be had there: knock at the door, since Ray itself would go on knocking for minutes.
 
     Raises:
-        ConfigurationError: Nobody answers, or somebody who does not speak Ray's protocol.
+        ConfigurationError: Ray is not installed, nobody answers, or somebody who does not speak Ray's protocol.
     """
+    _import_ray(alone=address == "local")
     if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", address)
+    if address in ("auto", "local"):
         return  # Ray looks for a cluster on this machine, and says at once if there is none
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
