@@ -275,7 +275,7 @@ class DecodingMDP:
         """Return r_max(s), what the reward of no completion of each state exceeds, float64 [n]."""
         if not self.reward.has_prefix_bounds:
             return np.full(len(nodes), self.reward.upper)
-        ids, texts = self.tree.completions(nodes), self.texts(nodes)
+        ids, texts = self.tree.completions(nodes), [self._settled(text) for text in self.texts(nodes)]
         whose, remaining = [p.text for p in prompts], self.remaining(nodes).tolist()
         return self.reward.upper_bound(whose, texts, remaining, ids, **columns_of(prompts))
 
@@ -362,6 +362,16 @@ class DecodingMDP:
         text = self.model.decode(list(token_ids))
         at = self._stop_at(text)
         return text if at is None else text[:at]
+
+    def _settled(self, text: str) -> str:
+        """Return the part of an unfinished text that every completion of it begins with.
+
+        Left out are half a character, which the next token may complete, and what may turn out to be the beginning of a
+        stop string, which would be cut off.
+        """
+        text = text.rstrip("\ufffd")
+        cut = (n for s in self.stop for n in range(min(len(s) - 1, len(text)), 0, -1) if text.endswith(s[:n]))
+        return text[: len(text) - max(cut, default=0)]
 
     def _stop_at(self, text: str) -> int | None:
         return min((text.find(s) for s in self.stop if s in text), default=None)

@@ -9,6 +9,8 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
+import regex
+
 from ..errors import ConfigurationError, check_integer
 from .base import OnError, Reward
 
@@ -27,6 +29,9 @@ __all__ = [
 _WORD = re.compile(r"[^\W\d_]+")
 _SUFFIXES = ("", "s", "es", "d", "ed", "ing")
 _SENTENCES = re.compile(r"(?<=[.!?])\s+")
+# Looking around, referring back, anchors, possessive and fuzzy parts: in these a partial match may take the end of a
+# beginning for the end of the text.
+_AROUND = re.compile(r"\(\?[=!<(>P]|\\[0-9bBAZzGKmM]|(?<!\[)\^|\$|\{(?![0-9,])|[+*?}]\+")
 _SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*$")
 
 
@@ -168,7 +173,9 @@ class ForbiddenWords(Reward):
 class MatchesRegex(Reward):
     """1 if the whole completion, surrounding white space aside, matches a regular expression, else 0.
 
-    To write nothing else there is :class:`~qstar_decoding.envs.RegexConstraint`.
+    The library regex reads the expression: Python's own syntax, and more. It can also tell a beginning from a failure.
+    To write nothing else there is :class:`~qstar_decoding.envs.RegexConstraint`. A text that no continuation can make
+    match has the bound 0, where the pattern is plain: one that looks around, refers back or anchors has no such bounds.
     """
 
     name, lower, upper = "matches_regex", 0.0, 1.0
@@ -182,9 +189,10 @@ class MatchesRegex(Reward):
         """
         super().__init__(on_error=on_error, penalty=penalty)
         try:
-            self._pattern = re.compile(pattern)
-        except (re.error, TypeError) as error:
+            self._pattern = regex.compile(pattern)
+        except (regex.error, TypeError) as error:
             raise ConfigurationError(f"{pattern!r} is no regular expression: {error}") from error
+        self._tells_beginnings = not _AROUND.search(pattern)
 
     def score(
         self,
@@ -195,6 +203,20 @@ class MatchesRegex(Reward):
     ) -> Sequence[float | None]:
         """Return 1 or 0 for each completion."""
         return [float(bool(self._pattern.fullmatch(text.strip()))) for text in completions]
+
+    def bound_prefixes(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        remaining: Sequence[int],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float]:
+        """Return 0 where nothing that begins so matches, else 1."""
+        if not self._tells_beginnings:
+            return [1.0] * len(completions)
+        matches = self._pattern.fullmatch
+        return [float(bool(matches(text.lstrip(), partial=True) or matches(text.strip()))) for text in completions]
 
 
 class MatchesJSON(Reward):

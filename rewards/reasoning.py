@@ -16,8 +16,8 @@ __all__ = ["AnswerFormat", "ExactAnswer", "NumericAnswer", "ReasoningGym"]
 class ExactAnswer(Reward):
     """1 if the completion is the column ``answer``, surrounding white space aside, else 0.
 
-    The score that verifiable rewards give (Lambert et al. 2024, "Tülu 3", section 6). There is no potential: nothing is
-    known of an unfinished answer.
+    The score that verifiable rewards give (Lambert et al. 2024, "Tülu 3", section 6). There is no potential, but what
+    has begun otherwise than the answer does can only be wrong: its bound is 0.
     """
 
     name, lower, upper = "exact_answer", 0.0, 1.0
@@ -43,6 +43,23 @@ class ExactAnswer(Reward):
         return [
             None if answer is None else float(completion.strip() == str(answer).strip())
             for completion, answer in zip(completions, answers, strict=True)
+        ]
+
+    def bound_prefixes(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        remaining: Sequence[int],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float]:
+        """Return 1 where the answer begins so, or stands there with white space after it, else 0."""
+        answers = _column(columns, "answer", self.name, "{'prompt': '2+2=', 'answer': '4'}")
+        return [
+            float(
+                answer is None or str(answer).strip().startswith(begun.lstrip()) or begun.strip() == str(answer).strip()
+            )
+            for begun, answer in zip(completions, answers, strict=True)
         ]
 
 

@@ -870,3 +870,11 @@ def test_sampling_with_a_heuristic_draws_in_proportion():
     weights = np.array([0.5, 0.3, 0.2]) * np.exp([0.0, 1.0, 2.0])
     seen = np.array([texts.count(letter) for letter in "abc"]) / 2000
     np.testing.assert_allclose(seen, weights / weights.sum(), atol=0.04)
+
+
+def test_what_a_stop_string_may_cut_off_does_not_count_against_a_text():
+    model = TabularLM.random(5, 1, seed=0, eos_token_ids=[])  # no end but by the stop string and the horizon
+    mdp = DecodingMDP(model, reward="exact_answer", top_k=5, max_new_tokens=4, stop="bc", logprob_weight=0.01)
+    plan = AStarPlanner(mdp).plan({"prompt": "d", "answer": "a"})
+    assert (plan.text, plan.stop, plan.reward) == ("a", "stop", 1.0)  # by way of "ab", which begins no right answer
+    assert plan.certified

@@ -1178,6 +1178,39 @@ def test_what_the_rewards_of_texts_say():
     assert 0 < self_bleu(["a b c d e", "a b c x y"]) < 1
 
 
+PATTERNS = [
+    r"[a-c]+",
+    r"(ab|cd)*e?",
+    r" ?[A-Z][^.]*\.",
+    r"(?i)a{2,3}b",
+    r"\d+([.,]\d\d)?",
+    r"(?:x|yy)+\s[^x]",
+    r"(?s).*z",
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@given(data=st.data())
+def test_what_may_still_match_has_the_bound_one(pattern, data):
+    reward = MatchesRegex(pattern)
+    assert reward.upper_bound([""], ["\x00"], [9])[0] == 0 or pattern == PATTERNS[-1]  # it has bounds at all
+    whole = data.draw(st.from_regex(pattern, fullmatch=True).map(str.strip))
+    if reward([""], [whole])[0]:
+        begun = [whole[:n] for n in range(len(whole) + 1)] + [" " + whole[: len(whole) // 2], whole + " "]
+        assert reward.upper_bound([""] * len(begun), begun, [9] * len(begun)).min() == 1
+
+
+def test_what_can_no_longer_match_has_the_bound_zero():
+    bounds = MatchesRegex(r"\d+ (cats|dogs)").upper_bound([""] * 5, ["", "12", " 3 ca", "3 cows", "x"], [9] * 5)
+    assert bounds.tolist() == [1, 1, 1, 0, 0]
+    for pattern in (r"a(?!b).*", r"(a)\1", r"a\b.*", r"^a$", r"a{e}", r"a++b"):  # not told from a beginning
+        assert MatchesRegex(pattern).upper_bound([""], ["zzz"], [9])[0] == 1
+    answer = make_reward("exact_answer")
+    begun = ["", " 4", "42 ", "42\n", "43", "4 2", "420"]
+    assert answer.upper_bound([""] * 7, begun, [9] * 7, answer=["42"] * 7).tolist() == [1, 1, 1, 1, 0, 0, 0]
+    assert answer.upper_bound([""], ["x"], [9], answer=[None])[0] == 1
+
+
 def test_engagement_is_the_mean_of_its_calibrated_parts():
     reward = make_reward("engagement")
     text = " Do you love your dog? It is a good dog."
