@@ -127,6 +127,7 @@ def serve(host: str = "127.0.0.1", port: int = 8321) -> None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
+            listener.listen()  # from now on whoever comes waits; the address is printed before the server runs
         except OSError as error:
             raise ConfigurationError(
                 f"cannot listen at {host}:{port}: {error.strerror}; give another --port, or 0 for any that is free"

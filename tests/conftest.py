@@ -9,13 +9,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import functools
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from playwright.sync_api import Browser
     from transformers import PreTrainedTokenizerFast
 
     from qstar_decoding.envs import TokenDecodingEnv, TransformersLM
@@ -133,3 +135,22 @@ def tabular_env() -> Callable[..., TokenDecodingEnv]:
         return TokenDecodingEnv(**{**defaults, **kwargs})
 
     return make
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    """A headless browser that asks nothing of any network by itself; ``QSTAR_CHROMIUM`` may name another.
+
+    Not of the session: while it runs, asyncio has a running loop in this thread.
+    """
+    sync_api = pytest.importorskip("playwright.sync_api")
+    names = (os.environ.get("QSTAR_CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
+    executable = next((found for name in names if name and (found := shutil.which(name))), None)
+    if executable is None:
+        pytest.skip("no Chromium on this machine; QSTAR_CHROMIUM may name one")
+    switches = ["background-networking", "component-update", "sync", "quic", "gpu"]
+    arguments = ["--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{switch}" for switch in switches)]
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=arguments)
+        yield browser
+        browser.close()
