@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import importlib
+import os
 import platform
-import re
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from .errors import ConfigurationError, check_writable
+
 __all__ = ["Finding", "examine"]
 
 Status = Literal["good", "note", "bad"]
 
 MODEL = "smollm2-135m-instruct"
-_NEEDED = (
-    700_000_000  # bytes: the converted model, and as much again for a moment would be 1.1 GB less what it replaces
-)
+# Bytes that converting the embedded model takes: 538 MB of weights and a tokenizer of 3 MB, written once and renamed.
+_NEEDED = 700_000_000
+_MADE_ANEW = "the next use makes it anew (about 20 s), the self-test too; where it happens again, look at the disk"
 # What each extra is for, by a module that only it brings.
 _EXTRAS = {
     "constraints": ("outlines_core", "regular expressions and JSON schemas as constraints"),
-    "evaluate": ("matplotlib", "plots, gold rewards"),
+    "evaluate": ("afinn", "gold rewards"),
+    "explore": ("uvicorn", "qstar explore"),
+    "lm-eval": ("lm_eval", "lm-evaluation-harness"),
+    "plots": ("matplotlib", "qstar plot"),
+    "ray": ("ray", "more than one machine"),
     "rewards": ("sentence_transformers", "relevance, profanity, readability, mathematics, reasoning-gym"),
 }
 
@@ -65,7 +70,7 @@ def examine(self_test: bool = True) -> Iterator[Finding]:
         yield Finding("self-test", "note", "left out: the packages come first")
         return
     yield _guarded("self-test, exact", _search_a_toy)
-    if cache.status == "bad":
+    if cache.status == "bad" and cache.remedy != _MADE_ANEW:
         yield Finding("self-test, embedded model", "note", "left out: the model cache comes first")
         return
     yield _guarded("self-test, embedded model", _decode)
@@ -141,37 +146,37 @@ def _cache() -> Finding:
             return Finding("model cache", "good", f"{folder}, intact")
         detail = f"{folder}, intact; the wheel {model.wheel} it came from is not installed"
         return Finding("model cache", "note", detail)
-    state = "damaged" if folder.exists() else "not converted yet"
+    state = "damaged, its files do not match their checksums" if os.path.exists(folder) else "not converted yet"
     if not has_wheel:
         return Finding("model cache", "bad", f"{folder}: {state}, and the wheel {model.wheel} is not installed", wheel)
     if problem := _unwritable(folder.parent):
-        remedy = "set QSTAR_CACHE to a folder you may write, with 1.2 GB free"
+        remedy = "set QSTAR_CACHE to a folder you may write, with 0.7 GB free"
         return Finding("model cache", "bad", f"{folder}: {state}, and {problem}", remedy)
+    if os.path.exists(folder):
+        return Finding("model cache", "bad", f"{folder}: {state}", _MADE_ANEW)
     return Finding("model cache", "note", f"{folder}: {state}; the next use converts it (about 20 s)")
 
 
 def _unwritable(folder: Path) -> str:
     """Return why nothing can be written there, or nothing."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
     try:
-        # Tried, not asked: permissions, quotas and read-only mounts all say no in their own ways.
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        return f"nothing can be written into {existing}: {error.strerror}"
+        check_writable(folder)
+    except ConfigurationError as error:
+        return str(error)
+    existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if (free := shutil.disk_usage(existing).free) < _NEEDED:
-        return f"{existing} has only {free / 1e6:.0f} MB left"
+        return f"{existing} has only {free / 1e6:.0f} MB left, {_NEEDED / 1e6:.0f} are needed"
     return ""
 
 
 def _extras() -> Iterator[Finding]:
     from importlib.util import find_spec
 
-    missing = [f"{name} ({purpose})" for name, (module, purpose) in _EXTRAS.items() if find_spec(module) is None]
+    missing = {name: purpose for name, (module, purpose) in _EXTRAS.items() if find_spec(module) is None}
     if missing:
-        names = ",".join(re.match(r"\w+", text)[0] for text in missing)  # type: ignore[index]
+        listed = "; ".join(f"{name} ({purpose})" for name, purpose in missing.items())
         yield Finding(
-            "extras", "note", f"not installed: {'; '.join(missing)}", f'pip install "qstar-decoding[{names}]"'
+            "extras", "note", f"not installed: {listed}", f'pip install "qstar-decoding[{",".join(missing)}]"'
         )
     else:
         yield Finding("extras", "good", ", ".join(_EXTRAS))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import tempfile
 from collections.abc import Iterable
 from numbers import Integral, Real
@@ -139,7 +140,8 @@ def check_writable(folder: Path) -> None:
     Raises:
         ConfigurationError: They cannot.
     """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    # os.path.exists, for Path.exists raises where the folders above may not be looked into.
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     try:
         # Tried, not asked: permissions, quotas and read-only mounts all say no in their own ways.
         with tempfile.TemporaryFile(dir=existing):

@@ -24,6 +24,7 @@ __all__ = ["OURS", "Results"]
 OURS = "Q*"
 
 _KEYS = {"task", "decoder", "budget", "seed", "prompt_index", "objective", "gap"}
+_MEANS = ("objective", "reward", "gold", "logprob", "tokens", "lm_tokens", "reward_calls", "gap", "certified")
 _TEXTS = {"task", "decoder", "prompt", "text", "stop"}
 _INTEGERS = {"budget", "seed", "prompt_index"}
 
@@ -157,6 +158,16 @@ class Results:
                 return before[0] + (objective - before[1]) / (value - before[1]) * (tokens - before[0])
             before = tokens, value
         return math.inf
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return the means of every decoder at every budget, with the 95 % interval of J, as plain values."""
+        rows = []
+        for name, budget in self._cells:
+            at = self.budgets[0] if budget is None else budget
+            low, high = self.interval(name, at)
+            means = {what: self.mean(name, at, what) for what in _MEANS}
+            rows.append({"decoder": name, "budget": budget, **means, "objective_95": [low, high]})
+        return rows
 
     def _budget(self, name: str, budget: int) -> int | None:
         return budget if self.budgeted(name) else None

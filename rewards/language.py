@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -232,13 +233,13 @@ class Pair(NamedTuple):
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
-    """Read pairs from a JSONL file with the fields ``prompt``, ``chosen`` and ``rejected``, all strings.
+    """Read pairs from a JSONL file, or standard input (``"-"``): ``prompt``, ``chosen`` and ``rejected``, all strings.
 
     Raises:
         ConfigurationError: The file cannot be read, has no pairs, or a line is not such an object; the line is named.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = (sys.stdin.read() if str(path) == "-" else Path(path).read_text(encoding="utf-8")).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"the pairs {str(path)!r} cannot be read: {error}") from error
     pairs = []

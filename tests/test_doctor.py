@@ -46,8 +46,10 @@ def test_a_damaged_cache_is_made_again(monkeypatch, tmp_path):
     (folder / "model.safetensors").write_text("half of it")
     monkeypatch.setenv("QSTAR_CACHE", str(tmp_path))
     found = look()["model cache"]
-    assert found.status == "note"
-    assert "damaged; the next use converts it" in found.detail
+    assert found.status == "bad"
+    assert "damaged, its files do not match their checksums" in found.detail
+    assert "the next use makes it anew" in found.remedy
+    assert CliRunner().invoke(cli.app, ["doctor", "--no-self-test"]).exit_code == 1
     monkeypatch.setattr(embedded_model, "gguf_path", lambda model: None)
     assert look()["model cache"].status == "bad"
 
@@ -76,8 +78,8 @@ def test_a_disk_that_is_full(monkeypatch, tmp_path):
             "1.13.1",
             "import does_not_matter",
             "packages",
-            "torch is 1.13.1, >=2.4 is needed",
-            'pip install "torch>=2.4"',
+            "torch is 1.13.1, >=2.6 is needed",
+            'pip install "torch>=2.6"',
         ),
     ],
 )
