@@ -23,16 +23,14 @@ Observation = dict[str, npt.NDArray[np.generic]]
 class Observer:
     """Turns states into observations.
 
-    ======================  ===============  ==========================================================================
-    key                     shape, dtype     meaning
-    ======================  ===============  ==========================================================================
-    ``hidden``              [d] float32      the LM's last hidden state, scaled to a root mean square of 1
-    ``candidates``          [k·e] float32    the k candidate tokens' embeddings, reduced to e dimensions each
-    ``logprobs``            [k] float32      their log-probabilities, nats, cut off at -50
-    ``potential``           [1] float32      φ(s), the reward of the unfinished prefix
-    ``remaining``           [1] float32      share of the horizon that is left, 1 at the prompt
-    ``action_mask``         [k] int8         1 = the action may be taken
-    ======================  ===============  ==========================================================================
+    | key | shape, dtype | meaning |
+    |---|---|---|
+    | ``hidden``      | [d] float32   | the LM's last hidden state, scaled to a root mean square of 1 |
+    | ``candidates``  | [k·e] float32 | the k candidate tokens' embeddings, reduced to e dimensions each |
+    | ``logprobs``    | [k] float32   | their log-probabilities, nats, cut off at -50 |
+    | ``potential``   | [1] float32   | φ(s), the reward of the unfinished prefix |
+    | ``remaining``   | [1] float32   | share of the horizon that is left, 1 at the prompt |
+    | ``action_mask`` | [k] int8      | 1 = the action may be taken |
 
     ``candidates`` is flat because stable-baselines3 takes 2-D boxes for broken images; ``reshape(k, e)`` gives rows.
     After the end there is no state: everything is 0 but the mask, which is 1, so that a masked maximum stays finite.
