@@ -321,6 +321,7 @@ def decode(
 
 @app.command()
 def train(
+    context: typer.Context,
     task: Annotated[
         str,
         typer.Argument(help="A task's name, or the path of a YAML file.", autocompletion=_complete(_task_names)),
@@ -348,7 +349,6 @@ def train(
     With --ray, workers do the searches, and this process learns from what they find; what is learnt does not depend on
     how many there are.
     """
-    import click
     import gymnasium as gym
 
     import qstar_decoding  # noqa: F401  registers the environment
@@ -378,7 +378,7 @@ def train(
         env = gym.make("TokenDecoding-v0", prompts=spec.prompts.of("train"), **spec.env)
     logs = str(folder / "tensorboard")
     log_lines = int(not (as_json or err.is_terminal))  # which go to standard output, where nobody watches a bar
-    pool = click.get_current_context().with_resource(_ray_workers(ray, partial(Searcher, spec.mdp), workers, threads))
+    pool = context.with_resource(_ray_workers(ray, partial(Searcher, spec.mdp), workers, threads))
     if resume:
         agent = QStar.load(checkpoint, env, workers=pool, tensorboard_log=logs, verbose=log_lines)
         err.print(f"resuming at {agent.num_timesteps:,} of {total:,} LM tokens")
@@ -672,7 +672,7 @@ def plot(
         groups: dict[str, list[Curves]] = {}
         for label, folder in map(_labelled, sources):
             groups.setdefault(label, []).append(read_curves(folder))
-        names = curves or _curves(kind, groups)
+        names = _curves(kind, groups, curves or [])
         figure, drawn = plots.plot_curves(groups, names), {name: plots.run_lines(groups, name) for name in names}
     elif kind == "calibration":
         compared = {found.parent.name: Calibration.read(found) for found in _find("calibration.npz", sources)}
@@ -826,18 +826,18 @@ def _labelled(source: str) -> tuple[str, Path]:
     return label or re.sub(r"[-_]\d+$", "", name) or name, folder
 
 
-def _curves(kind: str, groups: Mapping[str, Sequence[Curves]]) -> list[str]:
-    """Return which quantities are drawn where none was asked for."""
+def _curves(kind: str, groups: Mapping[str, Sequence[Curves]], asked: Sequence[str]) -> list[str]:
+    """Return which quantities are drawn: those that were asked for, or what the picture is about."""
     known = sorted({name for runs in groups.values() for run in runs for name in run}, key=_by_number)
-    if kind == "errors":
-        names = [name for name in known if name.startswith("calibration/")]
-    else:
-        names = [name for name in known if name.startswith("held_out/")] or [
-            n for n in known if n.startswith("rollout/")
-        ]
-    if not names:
-        raise ConfigurationError(f"nothing to draw by default; choose with --curve from {', '.join(known)}")
-    return names
+    for name in asked:
+        if name not in known:
+            raise UnknownNameError("quantity", name, known)
+    if asked:
+        return list(asked)
+    for beginning in ("calibration/",) if kind == "errors" else ("held_out/", "rollout/"):
+        if names := [name for name in known if name.startswith(beginning)]:
+            return names
+    raise ConfigurationError(f"nothing to draw by default; choose with --curve from {', '.join(known)}")
 
 
 def _by_number(name: str) -> tuple[str, int]:
@@ -1154,7 +1154,9 @@ def _progress(budget: int | None, label: str = "searching") -> Iterator[Callable
 
 
 def _quiet() -> None:
-    """Keep transformers' loading bars out of the way of ours."""
+    """Keep transformers' loading bars out of the way of ours, and all others out of files."""
+    if not err.is_terminal:
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
     from transformers.utils import logging
 
     disable: Callable[[], None] = logging.disable_progress_bar
