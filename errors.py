@@ -54,10 +54,14 @@ class UnknownNameError(ConfigurationError):
             known: All names that are.
             hint: One sentence on what else would have been accepted.
         """
-        self.kind, self.name = kind, name
+        self.kind, self.name, self.hint = kind, name, hint
         self.known = nearest_first(name, known)
         listed = ", ".join(repr(n) for n in self.known) or "(none)"
         super().__init__(f"unknown {kind} {name!r}; known, nearest first: {listed}.{' ' + hint if hint else ''}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the arguments, not the message: it may be raised in another process."""
+        return type(self), (self.kind, self.name, self.known, self.hint)
 
 
 class PromptError(QStarError, ValueError):

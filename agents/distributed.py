@@ -311,16 +311,15 @@ class Worker:
             make: A reference to the function, in a list, where Ray does not fetch it unasked.
             threads: Of torch.
         """
-        self.make, self.threads, self.version = make, threads, 0
+        self.make, self.version = make, 0
         self.held: Any = None
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # which torch reads when it is loaded
 
     def start(self) -> int:
         """Make what this worker holds, if that is not done yet; return the process's id."""
         if self.held is None:
             import ray
-            import torch
 
-            torch.set_num_threads(self.threads)
             self.held = ray.get(self.make[0])()
         return os.getpid()
 
