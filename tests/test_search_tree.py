@@ -150,4 +150,4 @@ def test_a_large_tree_is_small_and_quick(open_page, tmp_path):
         "search": find,
     }
     took = {name: page.evaluate(f"({quick})(() => {{ {act} }})") for name, act in actions.items()}
-    assert all(milliseconds < 500 for milliseconds in took.values()), took
+    assert all(milliseconds < 1000 for milliseconds in took.values()), took
