@@ -44,7 +44,9 @@ def readme(heading: str) -> str:
     parts = (ROOT / "README.md").read_text(encoding="utf-8").split(f"\n## {heading}\n")
     if len(parts) != 2:
         raise ValueError(f"README.md has {len(parts) - 1} headings '## {heading}', expected 1; see docs/hooks.py")
-    return parts[1].split("\n## ")[0].replace("](docs/", "](").strip()
+    text = parts[1].split("\n## ")[0].replace("](docs/", "](").replace("](benchmarks/RESULTS.md", "](results.md")
+    # Other files of the repository are not part of the site.
+    return re.sub(r"\[([^\]]+)\]\((?!https?:|#|[\w-]+\.(?:md|svg|png))[^)]*\)", r"\1", text).strip()
 
 
 def command_line() -> str:

@@ -37,11 +37,11 @@ def test_every_snippet_runs(page, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     # What is shown has to work; to be good, it would have to train for minutes.
-    for name, value in {"searches_per_round": 2, "tokens_per_search": 48, "gradient_steps": 2}.items():
+    for name, value in {"searches_per_round": 2, "tokens_per_search": 24, "gradient_steps": 2}.items():
         monkeypatch.setitem(QStar.__init__.__kwdefaults__, name, value)
     names = {"__name__": "docs"}
     for code in snippets(page):
-        exec(compile(re.sub(r"\.learn\(\d\d+_000", ".learn(100", code), page, "exec"), names)
+        exec(compile(re.sub(r"\.learn\(\d\d+_000", ".learn(20", code), page, "exec"), names)
 
 
 def test_few_snippets_are_not_run():
