@@ -26,8 +26,7 @@ with socket.socket() as listener:
         page.locator(".card a[download]").wait_for(timeout=120_000)
         page.click("text=Open the tree")
         page.locator(".tree .item.best").nth(3).click()
-        page.locator(".side >> text=after").wait_for()
-        page.wait_for_timeout(300)
+        page.locator(".side b:not(:empty)").wait_for()
         page.screenshot(path=sys.argv[1])
         browser.close()
     server.should_exit = True
