@@ -10,6 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+import qstar_decoding
 from qstar_decoding import cli
 from qstar_decoding.agents import AStarPlanner, QHeuristic
 from qstar_decoding.errors import ConfigurationError, RewardError, UnknownNameError
@@ -156,6 +157,17 @@ def test_a_reward_that_fails_in_training_leaves_a_checkpoint_to_go_on_from(tmp_p
         (["decode", "x", "--max-new-tokens", "0"], "max_new_tokens is an integer >= 1"),
         (["decode", " "], "prompt is empty"),
         (["train", "nothing"], "unknown task 'nothing'"),
+        (["decoed", "x"], "No such command 'decoed'. Did you mean 'decode'"),
+        (["decode", "x", "--bugdet", "3"], "No such option: --bugdet (Possible options: --budget"),
+        (["decode", "x", "--n", "0"], "Invalid value for '--n'"),
+        (["decode", "x", "--budget", "many"], "Invalid value for '--budget'"),
+        (["train"], "Missing argument 'task'. See qstar train --help."),
+        (["train", "toy", "--steps", "-4"], "Invalid value for '--steps'"),
+        (["evaluate", "toy", "--decoders", "gredy"], "unknown decoder 'gredy'; known, nearest first: 'greedy'"),
+        (["evaluate", "toy", "--budgets", "-5"], "a budget is an integer >= 1, got -5"),
+        (["demo", "--task", "toy", "--budget", "-1"], "lm_tokens"),
+        (["plot", "trace", "nowhere.json"], "No such file or directory: nowhere.json"),
+        (["train-reward", "nowhere.jsonl"], "'nowhere.jsonl' cannot be read"),
         (["train", "sentiment", "--resume", "--out", "nowhere"], "nothing to resume"),
     ],
 )
@@ -172,10 +184,102 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, message, capsys, monke
     assert not list(tmp_path.iterdir())  # nothing was begun
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["decode", "ab", "--task", "toy", "--tree", "file/tree.html"],
+        ["train", "toy", "--out", "file/run"],
+        ["evaluate", "toy", "--out", "file/evaluation"],
+        ["demo", "--task", "toy", "--svg", "file/demo.svg"],
+        ["plot", "trace", "-", "--out", "file/trace.svg"],
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_told_before_any_work(arguments, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way, for root too, whom no permission stops")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("qstar_decoding.tasks.Task.mdp", lambda *args, **kwargs: pytest.fail("work was begun"))
+    with pytest.raises(ConfigurationError, match=r"nothing can be written into|no folder 'file'"):
+        qstar(*arguments)
+
+
+def test_json_is_one_object_on_standard_output_and_nothing_else(tmp_path):
+    """Of every command that takes it; not even NaN, which is no JSON, and no colours."""
+    run, evaluation = tmp_path / "run", tmp_path / "evaluation"
+    found = {}
+    for arguments in (
+        ["train", "toy", "--steps", 200, "--out", run],
+        ["decode", "ab", "--task", "toy", "--q", run],
+        ["demo", "--task", "toy", "--prompts", 1, "--budget", 20],
+        [
+            "evaluate",
+            "toy",
+            "--decoders",
+            "greedy,Q*",
+            "--budgets",
+            "5,9",
+            "--seeds",
+            1,
+            "--no-tune",
+            "--out",
+            evaluation,
+        ],
+        ["plot", "objective", evaluation, "--out", tmp_path / "objective.svg"],
+        ["tasks"],
+        ["models"],
+    ):
+        output = qstar(*arguments, "--json").stdout
+        found[arguments[0]] = json.loads(output, parse_constant=pytest.fail)
+        assert isinstance(found[arguments[0]], dict)
+        assert output.count("\n") == 1
+        assert "\x1b" not in output
+    assert found["train"]["held_out"]["arg max Q"]["lm_tokens"] > 0
+    rows = {(row["decoder"], row["budget"]): row for row in found["evaluate"]["tasks"]["toy"]}
+    assert rows.keys() == {("greedy", None), ("Q*", 5), ("Q*", 9)}
+    low, high = rows["Q*", 9]["objective_95"]
+    assert low <= rows["Q*", 9]["objective"] <= high
+    line = next(line for line in found["plot"]["drawn"]["toy"] if line["label"] == "Q*")
+    assert line["y"] == pytest.approx([rows["Q*", 5]["objective"], rows["Q*", 9]["objective"]])
+    assert found["demo"]["decoders"]["Q*"]["plans"][0]["usage"]["lm_tokens"] <= 20
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ("decode x --decoder b", {"beam", "blockwise"}),
+        ("decode x --task to", {"toy"}),
+        ("decode x --reward sent", {"sentiment"}),
+        ("decode x --model smol", {"smollm2-135m-instruct"}),
+        ("train key", {"keywords"}),
+        ("evaluate toy --decoders greedy,MC", {"greedy,MCTS"}),
+        ("plot ca", {"calibration"}),
+    ],
+)
+def test_the_shell_completes_names(words, names):
+    environment = {
+        "_QSTAR_COMPLETE": "complete_bash",
+        "COMP_WORDS": f"qstar {words}",
+        "COMP_CWORD": str(len(words.split())),
+    }
+    result = CliRunner().invoke(cli.app, [], prog_name="qstar", env=environment)
+    assert set(result.stdout.split()) == names
+
+
 def test_help_shows_examples_and_every_command():
     for arguments in ([], ["--help"]):
         text = CliRunner().invoke(cli.app, arguments).output
         assert all(word in text for word in ("decode", "train", "demo", "qstar decode"))
+
+
+def test_the_version_and_the_exit_codes_are_told():
+    assert qstar("--version").stdout == f"qstar-decoding {qstar_decoding.__version__}\n"
+    assert "130 interrupted" in qstar("--help").stdout
+    assert qstar().exit_code == 2
+
+
+def test_texts_are_not_folded_where_nobody_watches(tmp_path):
+    """One text is one line for whatever reads the pipe, however long it is."""
+    prompt = "abcdefg" * 30
+    assert qstar("decode", prompt, "--task", "toy", "--budget", 20).stdout.splitlines()[0].startswith(prompt)
 
 
 def test_the_installed_command_runs():

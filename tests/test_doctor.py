@@ -103,7 +103,7 @@ def test_a_wrong_torch(tmp_path, version, code, check, detail, remedy):
 
 def test_lists_for_people_and_scripts():
     tasks = json.loads(CliRunner().invoke(cli.app, ["tasks", "--json"]).stdout)
-    assert {"sentiment", "toy"} <= {row["name"] for row in tasks}
+    assert {"sentiment", "toy"} <= {row["name"] for row in tasks["tasks"]}
     models = json.loads(CliRunner().invoke(cli.app, ["models", "--json"]).stdout)
     assert models["language_models"][0]["hub_id"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert {"sentiment", "toy"} <= {row["name"] for row in models["q_functions"]}
