@@ -290,6 +290,7 @@ def test_choose_a_node_and_go_on_from_it(open_page):
     page.click("text=Open the tree")
     assert page.locator("[role=treeitem]").count() > 24
     table = page.locator(".side tbody tr")
+    table.first.wait_for()
     assert table.count() == 4
     assert page.locator(".side th").all_text_contents()[:4] == ["token", "log π", "Q", "U"]
     page.locator("[role=treeitem][data-item='5']").click()
