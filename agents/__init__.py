@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         SamplingDecoder,
     )
     from .diagnostics import Calibration, Diagnostics, calibration
+    from .distributed import InProcess, Job, RayWorkers
     from .evaluation import Outcomes, evaluate, paired_bootstrap
     from .heuristics import (
         BoundHeuristic,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from .planning import Decoder, Plan, Stream
     from .policies import TokenQNetwork, TokenQPolicy, TokenQuantilePolicy
     from .q_function import QFunction, pretrained_names
-    from .qstar import QStar
+    from .qstar import QStar, Searcher
     from .replay import MaskedReplayBuffer
     from .search import Budget, Search, Usage
     from .tree_search import MCTS, LevinTreeSearch, RebaseSearch
@@ -65,9 +66,11 @@ _HOMES = {
     "GreedyDecoder": "decoders",
     "Heuristic": "heuristics",
     "ILQLDecoder": "decoders",
+    "InProcess": "distributed",
+    "Job": "distributed",
     "LevinTreeSearch": "tree_search",
-    "MajorityVote": "decoders",
     "LookAheadHeuristic": "heuristics",
+    "MajorityVote": "decoders",
     "make_decoder": "contenders",
     "MaskableDQN": "masked_dqn",
     "MaskableQRDQN": "masked_dqn",
@@ -83,9 +86,11 @@ _HOMES = {
     "QFunction": "q_function",
     "QHeuristic": "heuristics",
     "QStar": "qstar",
+    "RayWorkers": "distributed",
     "RebaseSearch": "tree_search",
     "SamplingDecoder": "decoders",
     "Search": "search",
+    "Searcher": "qstar",
     "SEARCHES": "astar",
     "SoftValueHeuristic": "heuristics",
     "Stream": "planning",
@@ -117,6 +122,8 @@ __all__ = [
     "GreedyDecoder",
     "Heuristic",
     "ILQLDecoder",
+    "InProcess",
+    "Job",
     "LevinTreeSearch",
     "LookAheadHeuristic",
     "MajorityVote",
@@ -129,9 +136,11 @@ __all__ = [
     "QFunction",
     "QHeuristic",
     "QStar",
+    "RayWorkers",
     "RebaseSearch",
     "SamplingDecoder",
     "Search",
+    "Searcher",
     "SoftValueHeuristic",
     "Stream",
     "TokenQNetwork",

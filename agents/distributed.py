@@ -155,7 +155,7 @@ class RayWorkers:
             # Ray restarts them, but repeats no call: whether a job is done again is decided here.
             options = {"num_cpus": threads, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 0}
             actor = ray.remote(Worker).options(**options)
-            self._slots = [_Slot(actor.remote(self._make, threads)) for _ in range(self.count)]
+            self._slots = [_Slot(actor.remote(threads)) for _ in range(self.count)]
             self._waited_for: dict[Any, _Slot] = {}  # calls whose end frees a slot
             for slot in self._slots:
                 self._start(slot)
@@ -177,7 +177,7 @@ class RayWorkers:
                         job = queue.take(slot)
                         if started is not None:
                             started(job)
-                        in_hand[slot.actor.work.remote(job.method, job.args, self._news)] = slot, job
+                        in_hand[slot.actor.work.remote(self._make, job.method, job.args, self._news)] = slot, job
                         slot.free = False
                 waiting = [*in_hand, *self._waited_for]
                 if not waiting or (not in_hand and time.monotonic() > patience):
@@ -185,7 +185,10 @@ class RayWorkers:
                         f"no worker became ready: {self._why or f'nothing was heard of them for {_START_SECONDS:g} s'}"
                         "; every machine of the cluster needs this version of qstar-decoding and free processors"
                     )
-                for ref in ray.wait(waiting, num_returns=1, timeout=1.0)[0]:
+                done, _ = ray.wait(waiting, num_returns=1, timeout=1.0)
+                if len(waiting) > 1 and done:  # all that are ready: looking costs as much as there are workers
+                    done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
+                for ref in done:
                     if ref in self._waited_for:
                         self._arrived(ref)
                         continue
@@ -216,7 +219,7 @@ class RayWorkers:
 
     def pids(self) -> list[int]:
         """Return the workers' process ids, once all have started."""
-        found: list[int] = self._ray.get([slot.actor.start.remote() for slot in self._slots])
+        found: list[int] = self._ray.get([slot.actor.start.remote(self._make) for slot in self._slots])
         return found
 
     def close(self) -> None:
@@ -240,7 +243,7 @@ class RayWorkers:
 
     def _start(self, slot: _Slot) -> None:
         slot.free = False
-        self._waited_for[slot.actor.start.remote()] = slot
+        self._waited_for[slot.actor.start.remote(self._make)] = slot
 
     def _arrived(self, ref: Any) -> None:
         """Take note that a worker has started, or has not."""
@@ -304,34 +307,34 @@ class RayWorkers:
 class Worker:
     """What runs in each process of the cluster."""
 
-    def __init__(self, make: list[Any], threads: int) -> None:
-        """Remember what to make; that takes long and may fail, so ``start`` does it.
+    def __init__(self, threads: int) -> None:
+        """Hold nothing yet; making it takes long and may fail, so ``start`` does it."""
+        self.held: Any = None
+        self.version = 0
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # which torch reads when it is loaded
+
+    def start(self, make: list[Any]) -> int:
+        """Make what this worker holds, if that is not done yet; return the process's id.
 
         Args:
             make: A reference to the function, in a list, where Ray does not fetch it unasked.
-            threads: Of torch.
         """
-        self.make, self.version = make, 0
-        self.held: Any = None
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # which torch reads when it is loaded
-
-    def start(self) -> int:
-        """Make what this worker holds, if that is not done yet; return the process's id."""
         if self.held is None:
             import ray
 
-            self.held = ray.get(self.make[0])()
+            self.held = ray.get(make[0])()
         return os.getpid()
 
-    def work(self, method: str, args: tuple[Any, ...], news: tuple[int, list[Any]]) -> Any:
+    def work(self, make: list[Any], method: str, args: tuple[Any, ...], news: tuple[int, list[Any]]) -> Any:
         """Do a job, with the version of the shared value that it was handed out with.
 
         Args:
+            make: See ``start``: Ray may have started this worker anew between two jobs.
             method: See :class:`Job`.
             args: See :class:`Job`.
             news: The version, and a reference to the value in a list.
         """
-        self.start()  # Ray may have started it anew between two jobs
+        self.start(make)
         version, box = news
         if version != self.version:
             import ray
