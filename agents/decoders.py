@@ -250,7 +250,8 @@ class SamplingDecoder(Decoder):
             ranked[p.cumsum(axis=1) - p >= self.top_p * p.sum(axis=1, keepdims=True)] = -np.inf
             np.put_along_axis(logits, order, ranked, axis=1)
         # The Gumbel-max trick: an exact draw from the softmax, whatever the scale.
-        return (logits + rng.gumbel(size=logits.shape)).argmax(axis=1)
+        actions: IntArray = (logits + rng.gumbel(size=logits.shape)).argmax(axis=1)
+        return actions
 
     def logits(self, search: Search, rows: IntArray) -> Values:
         """Return the logits of the actions of these rows, float64 [n, k]."""

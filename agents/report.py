@@ -58,7 +58,9 @@ def _heading(comparison: Comparison, command: str) -> Iterable[str]:
     task, mdp = comparison.task, comparison.mdp
     count = len(task.prompts.of("test"))
     yield f"## {task.name}\n"
-    yield f"{task.description} Made by `{command}` on {platform.machine()}, {platform.system()}.\n"
+    weights = getattr(mdp.model, "model", None)  # of transformers; a tabular model has none
+    computed = "" if weights is None else f", in {str(weights.dtype).removeprefix('torch.')} on {weights.device.type}"
+    yield f"{task.description} Made by `{command}`{computed} ({platform.machine()}, {platform.system()}).\n"
     seen = (
         "The reward scores finished texts during the search."
         if comparison.score == "reward"
