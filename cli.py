@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import re
 import shlex
 import sys
@@ -14,7 +13,7 @@ from collections import deque
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,14 +21,31 @@ from rich.table import Table
 from rich.text import Text
 
 from . import __version__
+from .console import (
+    complete,
+    err,
+    fail,
+    follow,
+    known_contenders,
+    known_decoders,
+    known_models,
+    known_rewards,
+    known_tasks,
+    number_text,
+    out,
+    progress_bars,
+    quiet,
+    read_stdin,
+    say,
+    say_json,
+    status,
+)
 from .errors import ConfigurationError, PromptError, QStarError, UnknownNameError, check_writable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from rich.progress import Progress
-
-    from .agents import Decoder, Outcomes, Plan, QStar, Search
+    from .agents import Decoder, Outcomes, Plan, QStar
     from .agents.distributed import RayWorkers, Workers
     from .agents.plots import Curves
     from .agents.search import TracePoint
@@ -37,10 +53,6 @@ if TYPE_CHECKING:
     from .tasks import Task
 
 __all__ = ["app", "main"]
-
-# A pipe has no width of its own; tables want more than the 80 columns that would be assumed.
-out = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
-err = Console(stderr=True, highlight=False)
 
 app = typer.Typer(
     name="qstar",
@@ -91,19 +103,14 @@ def main() -> None:
         sys.exit(app(standalone_mode=False))
     except typer.TyperException as error:  # an unknown option, a missing argument, a number out of range
         context = getattr(error, "ctx", None)
-        _fail(f"{error.format_message().rstrip('.')}. See {context.command_path if context else 'qstar'} --help.")
+        fail(f"{error.format_message().rstrip('.')}. See {context.command_path if context else 'qstar'} --help.")
     except QStarError as error:
-        _fail(str(error))
+        fail(str(error))
     except OSError as error:
-        _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error))
+        fail(f"{error.strerror}: {error.filename}" if error.filename else str(error))
     except (KeyboardInterrupt, typer.Abort):
         err.print("interrupted")
         sys.exit(130)
-
-
-def _fail(message: str) -> NoReturn:
-    err.print(Text.assemble(("error: ", "bold red"), message.replace("\n", " ")), soft_wrap=True)
-    sys.exit(2)
 
 
 @app.callback()
@@ -119,52 +126,9 @@ def start(
         raise typer.Exit(2)
 
 
-# -- completion in the shell: of what is known without loading a model ------------------------------------------------
-
-
-def _complete(names: Callable[[], Iterable[str]], *, listed: bool = False) -> Callable[[str], list[str]]:
-    """Return a completion of names; of the last one where several are ``listed`` with commas."""
-
-    def complete(incomplete: str) -> list[str]:
-        before, comma, word = incomplete.rpartition(",") if listed else ("", "", incomplete)
-        return [f"{before}{comma}{name}" for name in names() if name.startswith(word)]
-
-    return complete
-
-
-def _task_names() -> Iterable[str]:
-    from .tasks import task_names
-
-    return task_names()
-
-
-def _decoder_names() -> Iterable[str]:
-    from .agents.contenders import DECODERS
-
-    return DECODERS
-
-
-def _contender_names() -> Iterable[str]:
-    from .agents.contenders import CONTENDERS
-
-    return CONTENDERS
-
-
-def _reward_names() -> Iterable[str]:
-    from .rewards import reward_names
-
-    return reward_names()
-
-
-def _model_names() -> Iterable[str]:
-    from .envs.embedded_model import EMBEDDED_MODELS
-
-    return EMBEDDED_MODELS
-
-
 TaskOption = Annotated[
     str,
-    typer.Option("--task", help="A task's name, or the path of a YAML file.", autocompletion=_complete(_task_names)),
+    typer.Option("--task", help="A task's name, or the path of a YAML file.", autocompletion=complete(known_tasks)),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
@@ -188,7 +152,7 @@ def decode(
         str,
         typer.Option(
             help="args, astar, beam, blockwise, diverse-beam, greedy, ilql, levin, majority, mcts, rebase or sample.",
-            autocompletion=_complete(_decoder_names),
+            autocompletion=complete(known_decoders),
         ),
     ] = "astar",
     budget: Annotated[int, typer.Option(help="LM tokens that the search may process.")] = 200,
@@ -199,12 +163,12 @@ def decode(
     reward: Annotated[
         str | None,
         typer.Option(
-            help='Replaces the task\'s reward, e.g. "0.5 * sentiment".', autocompletion=_complete(_reward_names)
+            help='Replaces the task\'s reward, e.g. "0.5 * sentiment".', autocompletion=complete(known_rewards)
         ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Known name, hub id or local folder of a causal LM.", autocompletion=_complete(_model_names)),
+        typer.Option(help="Known name, hub id or local folder of a causal LM.", autocompletion=complete(known_models)),
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Candidate tokens per step.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="The horizon, in tokens.")] = None,
@@ -252,7 +216,8 @@ def decode(
         raise ConfigurationError("--tree is for one prompt; give the prompt instead of --input")
     _check_ray(ray, workers, threads)
     lines, broken = ({}, {}) if source is None else _read_lines(source, keep_going)
-    limits, start = Budget.of(budget), as_prompt(_stdin().strip() if prompt == "-" else prompt) if prompt else None
+    text = read_stdin().strip() if prompt == "-" else prompt
+    limits, start = Budget.of(budget), None if text is None else as_prompt(text)
     spec = load_task(task)
     changes = {
         "model": model,
@@ -262,8 +227,8 @@ def decode(
         "logprob_weight": logprob_weight,
     }
     new_mdp = partial(spec.mdp, **{key: value for key, value in changes.items() if value is not None})
-    with _status("loading the language model"):
-        _quiet()
+    with status("loading the language model"):
+        quiet()
         mdp = new_mdp()
     options: dict[str, Any] = {"seed": seed} if decoder in DRAWING else {}
     if decoder in Q_GUIDED:
@@ -286,18 +251,18 @@ def decode(
             done = pool or InProcess(BatchDecoder(planner, decoder, limits, n))
             _decode_lines(lines, broken, done, results, settings, keep_going)
         return
-    with _progress(limits.lm_tokens) as show:
+    with follow(limits.lm_tokens) as show:
         plan = planner.plan(start, limits, progress=show)
     if tree is not None:
         plan.tree.to_html(tree)
     if as_json:
         from .agents.batch import plan_record
 
-        _say_json(plan_record(plan, n, decoder))
+        say_json(plan_record(plan, n, decoder))
         raise typer.Exit(130 if plan.stop_reason == "interrupted" else 0)
     shown: list[Completion | Plan] = [*plan.completions[:n]] or [plan]
     for rank, completion in enumerate(shown, start=1):
-        _say(Text.assemble(f"{rank}. " if n > 1 else "", (plan.prompt, "dim"), (completion.text, "bold")))
+        say(Text.assemble(f"{rank}. " if n > 1 else "", (plan.prompt, "dim"), (completion.text, "bold")))
         if completion.stop == "partial":
             needed = mdp.max_new_tokens - 1
             out.print(f"   unfinished: {budget} LM tokens did not pay for a text; --budget {needed} surely does")
@@ -314,7 +279,7 @@ def decode(
         parts = mdp.reward.components([plan.prompt], [completion.text], [completion.token_ids])
         if len(parts) > 1:
             out.print("   " + ", ".join(f"{name} {values[0]:.3f}" for name, values in parts.items()))
-    _say(_bounds(plan))
+    say(_bounds(plan))
     if plan.stop_reason == "interrupted":
         sys.exit(130)
 
@@ -324,7 +289,7 @@ def train(
     context: typer.Context,
     task: Annotated[
         str,
-        typer.Argument(help="A task's name, or the path of a YAML file.", autocompletion=_complete(_task_names)),
+        typer.Argument(help="A task's name, or the path of a YAML file.", autocompletion=complete(known_tasks)),
     ],
     steps: Annotated[int | None, typer.Option(min=1, help="LM tokens to train for; default: the task's.")] = None,
     seed: Annotated[int, typer.Option(help="Of network, prompts and exploration.")] = 0,
@@ -373,8 +338,8 @@ def train(
         raise ConfigurationError(f"{checkpoint} exists; give --resume to go on with it, or another --out")
     _check_ray(ray, workers, threads)
     check_writable(checkpoint)
-    with _status("loading the language model"):
-        _quiet()
+    with status("loading the language model"):
+        quiet()
         env = gym.make("TokenDecoding-v0", prompts=spec.prompts.of("train"), **spec.env)
     logs = str(folder / "tensorboard")
     log_lines = int(not (as_json or err.is_terminal))  # which go to standard output, where nobody watches a bar
@@ -389,7 +354,7 @@ def train(
         spec.prompts.of("dev"), folder, budgets=spec.budgets, every=max(total // 5, 1), planner_kwargs=spec.planner
     )
     go_on = f"{command} --out {folder} --resume"
-    bars = _bars("LM tokens")
+    bars = progress_bars("LM tokens")
     bar = bars.add_task(f"training, seed {seed}", total=total, completed=agent.num_timesteps)
     watch = _watch(checkpoint, save_every, command, lambda done: bars.update(bar, completed=done))
     try:
@@ -417,7 +382,7 @@ def train(
     kept = {name: {key: value for key, value in row.items() if key != "seconds"} for name, row in figures.items()}
     agent.save(folder / "q", training_state=False, **made, held_out=kept)
     if as_json:
-        _say_json({"task": spec.name, "folder": str(folder), **made, "held_out": figures})
+        say_json({"task": spec.name, "folder": str(folder), **made, "held_out": figures})
         return
     out.print(f"{agent.num_timesteps:,} LM tokens in {minutes:.1f} min; checkpoint in {checkpoint}", soft_wrap=True)
     table = Table("decoder", title=f"{len(spec.prompts.of('test'))} held-out prompts, means")
@@ -449,8 +414,8 @@ def train_reward(
 
     read = read_pairs(pairs)
     check_writable(folder)
-    _quiet()
-    with _bars("texts") as bars:
+    quiet()
+    with progress_bars("texts") as bars:
         bar = bars.add_task("reading", total=None)
         found = train_preference(
             read,
@@ -461,7 +426,7 @@ def train_reward(
             progress=lambda done, total: bars.update(bar, completed=done, total=total),
         )
     if as_json:
-        _say_json(found)
+        say_json(found)
         return
     out.print(
         f"{found['pairs']} pairs; right about {found['held_out_accuracy']:.0%} of {found['held_out_pairs']} held-out "
@@ -488,8 +453,8 @@ def demo(
     limits, spec = Budget.of(budget), load_task(task)
     if svg is not None:
         check_writable(svg.parent)
-    with _status("loading the language model (the first time it is converted: about 20 s)"):
-        _quiet()
+    with status("loading the language model (the first time it is converted: about 20 s)"):
+        quiet()
         mdp = spec.mdp()
     heuristic = _heuristic(mdp, spec, None)
     decoders: dict[str, Callable[[DecodingMDP], Decoder]] = {
@@ -501,7 +466,7 @@ def demo(
     outcomes: dict[str, list[Outcomes]] = {name: [] for name in decoders}
     test = spec.prompts.of("test")[:prompts]
     for prompt, name in itertools.product(test, decoders):
-        with _progress(limits.lm_tokens, f"{name}: {as_prompt(prompt).text}") as show:
+        with follow(limits.lm_tokens, f"{name}: {as_prompt(prompt).text}") as show:
             # An empty tree for each: no decoder's seconds profit from what another has computed.
             outcomes[name].append(evaluate(decoders[name](mdp.fresh()), [prompt], limits, progress=show))
     if as_json:
@@ -512,7 +477,7 @@ def demo(
             }
             for name, all_found in outcomes.items()
         }
-        _say_json({"task": spec.name, "budget": budget, "decoders": rows})
+        say_json({"task": spec.name, "budget": budget, "decoders": rows})
         return
     table = Table(title=f"{spec.name}: J = reward + {mdp.logprob_weight:g} · log-prob, at most {budget} LM tokens each")
     for column in ("decoder", "text"):
@@ -543,13 +508,13 @@ def demo(
 def evaluate(
     tasks: Annotated[
         list[str],
-        typer.Argument(help="Names of tasks, or paths of YAML files.", autocompletion=_complete(_task_names)),
+        typer.Argument(help="Names of tasks, or paths of YAML files.", autocompletion=complete(known_tasks)),
     ],
     decoders: Annotated[
         str,
         typer.Option(
             help="Names, separated by commas; default: all that can take part.",
-            autocompletion=_complete(_contender_names, listed=True),
+            autocompletion=complete(known_contenders, listed=True),
         ),
     ] = "",
     budgets: Annotated[str, typer.Option(help="LM tokens a prompt, separated by commas.")] = "50,100,200,400,800",
@@ -587,17 +552,17 @@ def evaluate(
     _check_ray(ray, workers, threads)
     specs = [load_task(task) for task in tasks]
     check_writable(folder)
-    _quiet()
+    quiet()
     reports: dict[str, Path] = {}
     means: dict[str, list[dict[str, Any]]] = {}
     command = shlex.join(["qstar", *sys.argv[1:]])
     for spec in specs:
         qs = q or ([spec.name] if spec.name in pretrained_names() else [])
-        with _status(f"{spec.name}: loading the language model"):
+        with status(f"{spec.name}: loading the language model"):
             comparison = Comparison(
                 spec, folder / spec.name, decoders=names, budgets=limits, seeds=seeds, qs=qs, tune=tune
             )
-        with _ray_workers(ray, comparison.maker(), workers, threads) as pool, _bars("steps") as bars:
+        with _ray_workers(ray, comparison.maker(), workers, threads) as pool, progress_bars("steps") as bars:
             bar = bars.add_task(spec.name, total=None)
             comparison.run(
                 lambda text, done, total, bars=bars, bar=bar, name=spec.name: bars.update(  # type: ignore[misc]
@@ -614,7 +579,7 @@ def evaluate(
     together = folder / "RESULTS.md"
     together.write_text("# Results\n\n" + "\n".join(pages), encoding="utf-8")
     if as_json:
-        _say_json({"report": str(together), "tasks": means})
+        say_json({"report": str(together), "tasks": means})
     else:
         out.print(f"all: {together}", soft_wrap=True)
 
@@ -627,7 +592,7 @@ def plot(
     kind: Annotated[
         str,
         typer.Argument(
-            help=f"{', '.join(PICTURES[:-1])} or {PICTURES[-1]}.", autocompletion=_complete(lambda: PICTURES)
+            help=f"{', '.join(PICTURES[:-1])} or {PICTURES[-1]}.", autocompletion=complete(lambda: PICTURES)
         ),
     ],
     sources: Annotated[
@@ -643,7 +608,7 @@ def plot(
         typer.Option(
             "--highlight",
             help="A decoder that is to stand out; can be repeated.",
-            autocompletion=_complete(_contender_names),
+            autocompletion=complete(known_contenders),
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Also print what is drawn, as one JSON object.")] = False,
@@ -685,7 +650,7 @@ def plot(
         drawn = {result.task: plots.result_lines(result, kind, chosen) for result in results}
     plots.save(figure, path)
     if as_json:
-        _say_json({"file": str(path), "kind": kind, "drawn": drawn})
+        say_json({"file": str(path), "kind": kind, "drawn": drawn})
     else:
         out.print(str(path), soft_wrap=True)
 
@@ -704,7 +669,7 @@ def explore(
         raise ConfigurationError(
             f"the explorer needs FastAPI and uvicorn ({error}): run pip install fastapi uvicorn"
         ) from error
-    _quiet()
+    quiet()
     serve(host, port)
 
 
@@ -725,7 +690,7 @@ def tasks(as_json: JsonOption = False) -> None:
         shipped = name in pretrained_names()
         rows.append({"name": name, "description": task.description, "prompts": counts, "shipped_q": shipped})
     if as_json:
-        _say_json({"tasks": rows})
+        say_json({"tasks": rows})
         return
     table = Table("task", "what", "train / dev / test", "Q shipped")
     for row in rows:
@@ -755,7 +720,7 @@ def models(as_json: JsonOption = False) -> None:
         made_for = {"model": q.spec.model, "top_k": q.spec.top_k} if q.spec else {}
         learned.append({"name": name, **made_for, **q.description})
     if as_json:
-        _say_json({"language_models": known, "q_functions": learned})
+        say_json({"language_models": known, "q_functions": learned})
         return
     table = Table("language model", "hub id", "state")
     for row in known:
@@ -775,7 +740,7 @@ def doctor(
     """Say what is installed, whether it works, and what to do where it does not; exit code 1 if something is broken."""
     from .doctor import examine
 
-    _quiet()
+    quiet()
     findings = []
     style = {"good": "green", "note": "yellow", "bad": "bold red"}
     for finding in examine(self_test):
@@ -787,7 +752,7 @@ def doctor(
                 out.print(Text(f"      → {finding.remedy}"), soft_wrap=True)
     broken = any(finding["status"] == "bad" for finding in findings)
     if as_json:
-        _say_json({"healthy": not broken, "findings": findings})
+        say_json({"healthy": not broken, "findings": findings})
     raise typer.Exit(int(broken))
 
 
@@ -865,7 +830,7 @@ def _traces(sources: Iterable[str]) -> dict[str, list[TracePoint]]:
 
     plans = []
     for source in sources:
-        text = _stdin() if source == "-" else Path(source).read_text(encoding="utf-8")
+        text = read_stdin() if source == "-" else Path(source).read_text(encoding="utf-8")
         for number, line in enumerate(text.splitlines(), start=1):
             try:
                 plan = json.loads(line)
@@ -890,32 +855,11 @@ def _traces(sources: Iterable[str]) -> dict[str, list[TracePoint]]:
     return traces
 
 
-def _stdin() -> str:
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise PromptError(f"standard input is not {sys.stdin.encoding}: {error}") from error
-
-
-def _say(content: Text | str) -> None:
-    """Print text, folded for a terminal only: whatever reads a pipe wants the lines as they are."""
-    out.print(content, soft_wrap=not out.is_terminal)
-
-
-def _say_json(content: Any) -> None:
-    """Print one JSON object; what is not finite is null, as JSON has no infinity."""
-    from .agents.batch import plain
-
-    out.print_json(
-        json.dumps(plain(content), ensure_ascii=False, allow_nan=False), indent=2 if out.is_terminal else None
-    )
-
-
 def _read_lines(source: Path, keep_going: bool) -> tuple[dict[int, Prompt], dict[int, str]]:
     """Return a file's prompts and its broken lines, by line number."""
     from .envs.prompts import Prompt, read_lines
 
-    found = read_lines(Path("standard input.jsonl"), _stdin()) if str(source) == "-" else read_lines(source)
+    found = read_lines(Path("standard input.jsonl"), read_stdin()) if str(source) == "-" else read_lines(source)
     lines: dict[int, Prompt] = {}
     broken: dict[int, str] = {}
     for number, prompt in found:
@@ -945,7 +889,7 @@ def _decode_lines(
     failed, waiting, order = dict(broken), {}, deque(sorted(lines))
     left = {number: prompt for number, prompt in lines.items() if file is None or number not in file.done}
     try:
-        with _bars("prompts") as bars:
+        with progress_bars("prompts") as bars:
             bar = bars.add_task("decoding", total=len(lines), completed=len(lines) - len(left))
             for record in decode_many(left, workers, keep_going=keep_going):
                 bars.advance(bar)
@@ -994,7 +938,7 @@ def _ray_workers(
     if address is None:
         yield None
         return
-    with _status(f"connecting to Ray at {address}"):
+    with status(f"connecting to Ray at {address}"):
         workers = RayWorkers(address, make, count=count, threads=threads)
     with workers:
         yield workers
@@ -1067,7 +1011,7 @@ def _held_out(agent: QStar, task: Task) -> dict[str, dict[str, float]]:
     ]
     figures = {}
     for name, decoder, budget in decoders:
-        with _status(f"held-out prompts: {name}"):
+        with status(f"held-out prompts: {name}"):
             figures[name] = _figures([evaluate(decoder, prompts, budget)])
     return figures
 
@@ -1097,70 +1041,12 @@ def _one_line(text: str) -> str:
 
 
 def _bounds(plan: Plan) -> str:
-    state = "certified optimal" if plan.certified else f"gap {_number(plan.gap)}"
+    state = "certified optimal" if plan.certified else f"gap {number_text(plan.gap)}"
     return (
-        f"LB {_number(plan.lower_bound)}, UB {_number(plan.upper_bound)} ({plan.scope}): {state}; "
+        f"LB {number_text(plan.lower_bound)}, UB {number_text(plan.upper_bound)} ({plan.scope}): {state}; "
         f"{plan.usage.lm_tokens} LM tokens, {plan.usage.reward_calls} texts scored, {plan.usage.seconds:.1f} s; "
         f"stopped: {plan.stop_reason}"
     )
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "none"
-
-
-@contextmanager
-def _status(message: str) -> Iterator[None]:
-    if not err.is_terminal:
-        yield
-        return
-    with err.status(message):
-        yield
-
-
-def _bars(unit: str) -> Progress:
-    """Return progress bars, on standard error, which show where somebody can see them and vanish in the end."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.table import Column
-
-    label = Column(ratio=1, no_wrap=True, overflow="ellipsis")
-    return Progress(
-        TextColumn("{task.description}", markup=False, table_column=label),
-        BarColumn(20),
-        MofNCompleteColumn(" of "),
-        TextColumn(unit),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        expand=True,
-        disable=not err.is_terminal,
-    )
-
-
-@contextmanager
-def _progress(budget: int | None, label: str = "searching") -> Iterator[Callable[[Search], None] | None]:
-    """Follow a search, where somebody can see it: its bounds, and how much of the budget is spent."""
-    if not err.is_terminal:
-        yield None
-        return
-    with _bars("LM tokens") as bars:
-        bar = bars.add_task(label, total=budget)
-
-        def show(search: Search) -> None:
-            bounds = f"LB {_number(search.lower_bound)}  UB {_number(search.upper_bound)}"
-            bars.update(bar, completed=search.lm_tokens, description=f"{bounds}   {label}")
-
-        yield show
-
-
-def _quiet() -> None:
-    """Keep transformers' loading bars out of the way of ours, and all others out of files."""
-    if not err.is_terminal:
-        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
-    from transformers.utils import logging
-
-    disable: Callable[[], None] = logging.disable_progress_bar
-    disable()
 
 
 if __name__ == "__main__":

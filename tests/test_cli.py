@@ -156,6 +156,7 @@ def test_a_reward_that_fails_in_training_leaves_a_checkpoint_to_go_on_from(tmp_p
         (["decode", "x", "--top-k", "0"], "top_k is an integer"),
         (["decode", "x", "--max-new-tokens", "0"], "max_new_tokens is an integer >= 1"),
         (["decode", " "], "prompt is empty"),
+        (["decode", ""], "prompt is empty"),
         (["train", "nothing"], "unknown task 'nothing'"),
         (["decoed", "x"], "No such command 'decoed'. Did you mean 'decode'"),
         (["decode", "x", "--bugdet", "3"], "No such option: --bugdet (Possible options: --budget"),
