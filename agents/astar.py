@@ -223,8 +223,10 @@ def ration(search: Search, edges: Edges, depth: int, taper: float) -> Edges:
     still_to_come = search.mdp.max_new_tokens - 1 - depth
     if math.isinf(search.room) or not still_to_come:
         return edges
+    # What is left pays for fewer prefixes where the heuristic looks ahead, at the price that they have had so far.
+    room = search.room * search.size / (search.size + search.heuristic_tokens)
     shares = np.arange(1, still_to_come + 1, dtype=np.float64) ** taper
-    most = 1 + max(int((search.room - still_to_come) * shares[-1] / shares.sum()), 0)
+    most = 1 + max(int((room - still_to_come) * shares[-1] / shares.sum()), 0)
     going_on = search.finish[edges] == Finish.NO
     keep = ~going_on | (np.cumsum(going_on) <= most)
     return Edges(edges.rows[keep], edges.actions[keep])

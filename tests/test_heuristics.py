@@ -10,6 +10,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from qstar_decoding.agents import (
     AStarPlanner,
+    LookAheadHeuristic,
     MaskableDQN,
     MaskableQRDQN,
     QHeuristic,
@@ -21,6 +22,7 @@ from qstar_decoding.agents.policies import TokenQuantilePolicy
 from qstar_decoding.envs import TabularLM, TokenDecodingVecEnv
 from qstar_decoding.errors import CheckpointError, ConfigurationError
 from qstar_decoding.rewards import as_reward
+from qstar_decoding.tasks import load_task
 
 ON_POLICY = {"n_steps": 128, "seed": 0}
 BATCH = {"batch_size": 8}
@@ -187,3 +189,12 @@ def test_agents_that_cannot_serve_are_named(env):
     for preference in (-1, np.nan, "much"):
         with pytest.raises(ConfigurationError, match="preference is a finite number"):
             ValueHeuristic(PPO("MultiInputPolicy", env, **ON_POLICY), preference=preference)
+
+
+def test_a_search_that_looks_ahead_rations_what_that_costs():
+    task = load_task("toy")
+    planner = AStarPlanner(task.mdp(), heuristic=LookAheadHeuristic(4, width=3), margin=0.5)
+    for plan in planner.plan_many(task.prompts.of("test"), 96):
+        # The last step's heuristic is paid for after the fact; without rationing twice the budget was used.
+        assert plan.usage.lm_tokens <= 96 + 16
+        assert plan.stop != "partial"
