@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from ..envs import DecodingMDP
 from ..errors import CheckpointError, ConfigurationError, UnknownNameError
+from .hub import first_line
 from .planning import mdp_of
 from .policies import TokenQPolicy, TokenScorer
 from .q_function import PRETRAINED, QFunction, QSpec, QuantileMean, as_q_function, pretrained_names
@@ -155,15 +156,15 @@ def _download(repository: str) -> Path:
     try:
         folder = Path(snapshot_download(repository, allow_patterns=files))
     except Exception as error:  # the hub's own, the network's, the disk's
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"there is no folder {repository!r} here, and it could not be had from the Hugging Face hub: {reason} "
+            f"there is no folder {repository!r} here, and it could not be had from the Hugging Face hub: "
+            f"{first_line(error)} "
             "Check the name and the connection (HF_HUB_OFFLINE=1 forbids it), or copy the checkpoint's folder here"
         ) from error
     if not find_checkpoint(folder):
         raise CheckpointError(
             f"the repository {repository!r} on the Hugging Face hub has no {_CONFIG} and so is no checkpoint; "
-            f"upload the files of a folder that QStar.save wrote"
+            "upload one with push_to_hub, or the files of a folder that save() wrote"
         )
     return folder
 

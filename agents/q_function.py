@@ -188,6 +188,39 @@ class QFunction(LearnedFunction):
 
         save_q_function(self, Path(folder), description or self.description)
 
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        message: str = "Upload a Q-function",
+        **description: Any,
+    ) -> str:
+        """Upload it to the Hugging Face hub, with a model card; ``from_pretrained(repository)`` has it back.
+
+        Args:
+            repository: ``"user/name"``; made if there is none.
+            private: Whether a new repository is private; None is the account's own setting.
+            token: Instead of the one that ``hf auth login`` has stored.
+            message: Of the commit.
+            description: See :meth:`save`; the card shows it.
+
+        Returns:
+            The repository's address.
+
+        Raises:
+            ConfigurationError: ``repository`` is no such name, or see :meth:`save`.
+            CheckpointError: The hub cannot be reached, or does not let us.
+        """
+        from .hub import push_folder
+
+        def write(folder: Path) -> QFunction:
+            self.save(folder, **description)
+            return QFunction.from_pretrained(folder)
+
+        return push_folder(repository, write, private=private, token=token, message=message)
+
     def fingerprint(self) -> str:
         """Return a digest of the weights, by which one Q-function is told from another."""
         digest = hashlib.sha256()

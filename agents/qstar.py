@@ -322,6 +322,41 @@ class QStar(DQN):
 
         save_agent(self, Path(path), training_state=training_state, description=description)
 
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        training_state: bool = False,
+        private: bool | None = None,
+        token: str | None = None,
+        message: str = "Upload an agent",
+        **description: Any,
+    ) -> str:
+        """Upload the agent to the Hugging Face hub, with a model card; ``from_pretrained`` has it back.
+
+        Args:
+            repository: ``"user/name"``; made if there is none.
+            training_state: See :meth:`save`; without it, what is uploaded is Q.
+            private: Whether a new repository is private; None is the account's own setting.
+            token: Instead of the one that ``hf auth login`` has stored.
+            message: Of the commit.
+            description: See :meth:`save`; the card shows it.
+
+        Returns:
+            The repository's address.
+
+        Raises:
+            ConfigurationError: ``repository`` is no such name.
+            CheckpointError: The hub cannot be reached, or does not let us.
+        """
+        from .hub import push_folder
+
+        def write(folder: Path) -> QFunction:
+            self.save(folder, training_state=training_state, **description)
+            return QFunction.from_pretrained(folder)
+
+        return push_folder(repository, write, private=private, token=token, message=message)
+
     @classmethod
     def load(cls, path: Any, env: GymEnv | None = None, *_: Any, **kwargs: Any) -> Self:
         """Return the agent saved in the folder ``path``, ready to go on learning in ``env``; nothing is unpickled.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,9 @@ DEFAULT_PROMPTS = (
     "Our trip to the mountains",
     "The phone I bought last month",
 )
+
+# By one of these a folder is known that the library datasets has saved a data set, or several splits of one, in.
+_SAVED = ("dataset_info.json", "dataset_dict.json")
 
 _SHAPES = "a string, a list of chat messages ({'role': …, 'content': …}), or a dict with the key 'prompt'"
 
@@ -73,7 +77,13 @@ def as_prompt(source: Any) -> Prompt:
         if not any(message["content"].strip() for message in source):
             raise PromptError("a chat prompt has no content in any of its messages")
         return Prompt([dict(message) for message in source])
-    raise PromptError(f"a prompt is {_SHAPES}; got {type(source).__name__}: {str(source)[:80]!r}")
+    advice = ""
+    if isinstance(source, Mapping) and source and "role" not in source:
+        advice = (
+            f"; of its keys {[*source]} name the one with the prompt 'prompt' "
+            f"(of a data set: dataset.rename_column({next(iter(source))!r}, 'prompt'))"
+        )
+    raise PromptError(f"a prompt is {_SHAPES}; got {type(source).__name__}: {str(source)[:80]!r}{advice}")
 
 
 def load_prompts(source: Any = None) -> list[Prompt]:
@@ -81,15 +91,22 @@ def load_prompts(source: Any = None) -> list[Prompt]:
 
     Args:
         source: None (a few review openings); one prompt (see :func:`as_prompt`); the path of a ``.txt`` file (one a
-            line) or ``.jsonl`` file (a string, or an object with the key ``prompt``, a line); or many in an iterable.
+            line), of a ``.jsonl`` file (a string, or an object with the key ``prompt``, a line) or of a folder that
+            ``Dataset.save_to_disk`` wrote; or many in an iterable, such as a ``datasets.Dataset``, whose column
+            ``prompt`` is the prompts and whose others are their columns. It is read to its end: of an endless
+            ``IterableDataset`` give ``dataset.take(n)``.
 
     Raises:
         PromptError: There is none, one is empty or has the wrong type (its place is named), or the file is missing.
     """
     if source is None:
         source = DEFAULT_PROMPTS
-    if isinstance(source, Path) or (isinstance(source, str) and source.endswith((".txt", ".jsonl"))):
+    if isinstance(source, (str, Path)) and _is_saved_dataset(str(source)):
+        source = _load_dataset(Path(source))
+    elif isinstance(source, Path) or (isinstance(source, str) and source.endswith((".txt", ".jsonl"))):
         return _read_file(Path(source))
+    if isinstance(source, Mapping) and source and all(hasattr(part, "column_names") for part in source.values()):
+        raise PromptError(f"this data set has several splits; choose one of {[*source]}: dataset[…], or its folder")
     if isinstance(source, (str, Mapping, Prompt)) or _is_chat(source):
         return [as_prompt(source)]
     if not isinstance(source, Iterable):
@@ -138,6 +155,22 @@ def read_lines(path: Path, text: str | None = None) -> Iterator[tuple[int, Promp
             yield number, as_prompt(json.loads(line) if path.suffix == ".jsonl" else line)
         except (json.JSONDecodeError, PromptError) as error:
             yield number, PromptError(f"{path}, line {number}: {error}")
+
+
+def _is_saved_dataset(folder: str) -> bool:
+    # Of os.path, not of Path: a text that is too long for a name, or has a null in it, is no folder either.
+    return bool(folder.strip()) and any(os.path.isfile(os.path.join(folder, name)) for name in _SAVED)
+
+
+def _load_dataset(folder: Path) -> Any:
+    try:
+        from datasets import load_from_disk
+    except ImportError as error:
+        raise PromptError(f"{folder} is a data set of the library datasets: run pip install datasets") from error
+    try:
+        return load_from_disk(str(folder))
+    except Exception as error:  # whatever the library raises, it is the folder's fault
+        raise PromptError(f"the data set in {folder} cannot be read: {error}") from error
 
 
 def _read_file(path: Path) -> list[Prompt]:

@@ -199,3 +199,68 @@ def test_a_folder_and_a_file_that_is_not_utf_8(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("Über Köln".encode("latin-1"))
     with pytest.raises(PromptError, match=r"latin.txt' is not UTF-8: .*; save it as UTF-8"):
         load_prompts(tmp_path / "latin.txt")
+
+
+# ---------------------------------------------------------------------------------------- data sets of `datasets`
+
+ROWS = [{"prompt": "1 + 1 =", "answer": "2"}, {"prompt": "2 + 1 =", "answer": "3"}]
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Any:
+    return pytest.importorskip("datasets").Dataset.from_list(ROWS)
+
+
+def test_a_data_set_brings_its_columns(dataset: Any, tmp_path: Path) -> None:
+    expected = [("1 + 1 =", {"answer": "2"}), ("2 + 1 =", {"answer": "3"})]
+    dataset.save_to_disk(tmp_path / "saved")
+    for source in (dataset, dataset.to_iterable_dataset(), tmp_path / "saved", str(tmp_path / "saved")):
+        assert plain(load_prompts(source)) == expected
+    assert plain(load_prompts(dataset["prompt"])) == [("1 + 1 =", {}), ("2 + 1 =", {})]
+    chats = type(dataset).from_list([{"prompt": CHAT, "level": 1}])
+    assert plain(load_prompts(chats)) == [(CHAT, {"level": 1})]
+
+
+def test_the_environment_takes_a_data_set_and_the_reward_its_columns(dataset: Any, tabular_env: Any) -> None:
+    def answer(prompts: Any, completions: Any, answer: Any, **_: Any) -> list[float]:
+        asked.extend(zip(prompts, answer, strict=True))
+        return [0.0] * len(prompts)
+
+    asked: list[tuple[str, str]] = []
+    letters = dataset.map(lambda row, i: {"prompt": "ab"[i]}, with_indices=True).to_iterable_dataset()
+    env = tabular_env(prompts=letters, reward=answer, max_new_tokens=1)
+    for seed in range(20):
+        env.reset(seed=seed)
+        env.step(0)
+    assert set(asked) == {("a", "2"), ("b", "3")}
+
+
+def test_a_data_set_without_prompts_says_what_to_rename(dataset: Any, tmp_path: Path) -> None:
+    from datasets import DatasetDict
+
+    wrong = dataset.rename_column("prompt", "question")
+    with pytest.raises(PromptError, match=r"prompt 0: .* of its keys \['question', 'answer'\] name the one .*'prompt'"):
+        load_prompts(wrong)
+    with pytest.raises(PromptError, match=r"dataset.rename_column\('question', 'prompt'\)"):
+        load_prompts(wrong.to_iterable_dataset())
+    assert plain(load_prompts(wrong.rename_column("question", "prompt"))) == plain(load_prompts(dataset))
+    splits = DatasetDict(train=dataset, test=dataset)
+    splits.save_to_disk(tmp_path / "splits")
+    for source in (splits, tmp_path / "splits"):
+        with pytest.raises(PromptError, match=r"several splits; choose one of \['train', 'test'\]"):
+            load_prompts(source)
+    assert len(load_prompts(tmp_path / "splits" / "test")) == 2
+    with pytest.raises(PromptError, match="the list of prompts is empty"):
+        load_prompts(dataset.select([]))
+    (tmp_path / "splits" / "test" / "state.json").write_text("{}")
+    with pytest.raises(PromptError, match=r"the data set in .*test cannot be read"):
+        load_prompts(tmp_path / "splits" / "test")
+
+
+def test_a_text_is_no_folder(dataset: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset.save_to_disk(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert plain(load_prompts("long " * 2000)) == [("long " * 2000, {})]
+    assert plain(load_prompts("null \0")) == [("null \0", {})]
+    with pytest.raises(PromptError, match="a prompt is empty"):
+        load_prompts("")
