@@ -34,7 +34,7 @@ __all__ = ["Cell", "Comparison"]
 
 TRIALS = 4
 _TUNING_PROMPTS = 20  # of the dev prompts: enough to tell settings of a grid apart, and most of the cost of a small run
-_TIMED_PROMPTS = 5
+_TIMED_PROMPTS = 2
 
 
 class Cell(NamedTuple):
