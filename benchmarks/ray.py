@@ -19,9 +19,13 @@ import tempfile
 import time
 from functools import partial
 
-os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # before Ray is imported: loopback only
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["OMP_NUM_THREADS"] = "1"
+# Before Ray is imported: it keeps to the loopback interface, and its workers are not made to wait for others.
+os.environ |= {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
+    "OMP_NUM_THREADS": "1",
+}
 
 import numpy as np
 import ray
@@ -179,10 +183,16 @@ def main():
     )
     with folder:
         try:
-            rates = {name: throughput(name, count) for name, count in (("toy", 24), ("sentiment", 6))}
-            latency, driver = scheduling()
-            look = {workers: looking(workers) for workers in (100, 10_000)}
-            q = broadcast()
+            with Console(stderr=True).status("measuring") as status:
+                rates = {}
+                for name, count in (("toy", 24), ("sentiment", 6)):
+                    status.update(f"{name} with 1 and 2 workers")
+                    rates[name] = throughput(name, count)
+                status.update("scheduling")
+                latency, driver = scheduling()
+                look = {workers: looking(workers) for workers in (100, 10_000)}
+                status.update("Q's way to the workers")
+                q = broadcast()
         finally:
             ray.shutdown()
     for name, ((one, two), efficiency) in rates.items():

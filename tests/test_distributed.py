@@ -14,10 +14,13 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-# Before Ray is imported: it then keeps to the loopback interface.
-os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+# Before Ray is imported: it keeps to the loopback interface, and its workers are not made to wait for others.
+os.environ |= {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",
+}
 
 from qstar_decoding import cli
 from qstar_decoding.agents import QStar, TokenQPolicy
