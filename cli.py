@@ -770,7 +770,14 @@ def _heuristic(mdp: DecodingMDP, task: Task, q: str | None, *, adapted: bool = F
         heuristic = QHeuristic(q)
         heuristic.q.check(mdp)
         return heuristic
-    if adapted or task.name not in pretrained_names():
+    if task.name not in pretrained_names():
+        return BoundHeuristic()
+    if adapted:
+        err.print(
+            f"note: the shipped Q knows the task's own reward only; using the bound instead (--q {task.name} takes it "
+            "all the same)",
+            soft_wrap=True,
+        )
         return BoundHeuristic()
     heuristic = QHeuristic(task.name)
     try:
