@@ -390,7 +390,7 @@ def test_columns_of_the_prompt_reach_the_reward(tabular_env: MakeEnv) -> None:
         np.array([[0], [1]]),
         [[0], [0, 1]],
         {},
-        object(),
+        pytest.param(object(), id="object"),
         -1,
         3,
         2,  # masked
