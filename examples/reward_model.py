@@ -18,9 +18,11 @@ with tempfile.TemporaryDirectory() as folder:
     env = TokenDecodingVecEnv(num_envs=8, prompts=prompts, max_new_tokens=10)
     pairs = Path(folder) / "pairs.jsonl"
     with pairs.open("w") as file:
-        for seed in range(4):
+        for seed in range(12):
             one, other = (evaluate(SamplingDecoder(env, n=1, seed=seed + s), prompts).plans for s in (0, 100))
             for a, b in zip(one, other, strict=True):
+                if a.reward == b.reward:
+                    continue  # nobody preferred either
                 better, worse = (a, b) if a.reward > b.reward else (b, a)
                 file.write(json.dumps({"prompt": a.prompt, "chosen": better.text, "rejected": worse.text}) + "\n")
 

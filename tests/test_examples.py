@@ -20,7 +20,7 @@ BRIEF = {
     "own_heuristic.py": {},
     "quickstart.py": {"range(1000)": "range(100)", "learn(2000)": "learn(200)", "lm_tokens=200": "lm_tokens=50"},
     "reasoning_gym_reward.py": {"learn(5_000)": "learn(100)", "prompts[:40]": "prompts[:10]"},
-    "reward_model.py": {"range(4)": "range(2)", "learn(2_000)": "learn(100)"},
+    "reward_model.py": {"range(12)": "range(3)", "learn(2_000)": "learn(100)"},
     "rllib_ppo.py": {"ROUNDS = 12": "ROUNDS = 2"},
     "sb3_agents.py": {"STEPS, BUDGET = 4000, 16": "STEPS, BUDGET = 600, 8"},
     "torchrl_dqn.py": {"FRAMES = 6_400": "FRAMES = 256", "range(50)": "range(5)"},
