@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 # Two processes: the tests use one thread each.
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist loadgroup
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -31,6 +31,7 @@ from qstar_decoding.errors import ConfigurationError, PromptError, RewardError, 
 from qstar_decoding.tasks import load_task
 
 ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.xdist_group("ray")  # in one process: every other would start a cluster of its own
 TASK = load_task("toy")
 PROMPTS = TASK.prompts.of("test")
 
