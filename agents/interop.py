@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..envs import TransformersLM
@@ -25,8 +25,9 @@ def as_custom_generate(decoder: Decoder, budget: Budget | int | None = None) -> 
         planner = AStarPlanner(env, heuristic=QHeuristic("sentiment"))
         model.generate(**inputs, custom_generate=as_custom_generate(planner, budget=200))
 
-    All rows of the batch are searched together. The horizon, the candidates and the stop strings are the decoder's own;
-    what ``generate`` is told about sampling, beams and lengths does not reach it.
+    All rows of the batch are searched together. The horizon, the candidates and the stop strings are the decoder's own,
+    and it is deterministic: sampling and beams are not for it, and what cannot be kept is refused: fewer new tokens
+    than the decoder may write, several texts a prompt, a dict in return. A streamer hears of the prompt only.
 
     Args:
         decoder: A planner or a baseline, on the model whose ``generate`` is called.
@@ -37,7 +38,8 @@ def as_custom_generate(decoder: Decoder, budget: Budget | int | None = None) -> 
         completion (with the token that ended it) and, on the right, padding.
 
     Raises:
-        ConfigurationError: The decoder's model is not one of transformers; when called, another model's ``generate``.
+        ConfigurationError: The decoder's model is not one of transformers. When called: it is another model's
+            ``generate``, or it is asked for something that a decoder does not do.
     """
     lm = decoder.mdp.model
     if not isinstance(lm, TransformersLM):
@@ -53,6 +55,7 @@ def as_custom_generate(decoder: Decoder, budget: Budget | int | None = None) -> 
                 f"the decoder searches with {lm.name!r}, but another model's generate was called; "
                 "use decoder.mdp.model.model.generate, or build the decoder on TransformersLM(model, tokenizer)"
             )
+        _refuse(decoder, input_ids.shape[1], arguments)
         kept = arguments.get("attention_mask")
         kept = torch.ones_like(input_ids) if kept is None else kept
         rows = [row[mask.bool()].tolist() for row, mask in zip(input_ids, kept, strict=True)]
@@ -67,6 +70,24 @@ def as_custom_generate(decoder: Decoder, budget: Budget | int | None = None) -> 
         return torch.cat([input_ids, torch.tensor(tail, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
 
     return custom_generate
+
+
+def _refuse(decoder: Decoder, prompt_tokens: int, arguments: Mapping[str, Any]) -> None:
+    """Raise an error where ``generate`` was asked for what the decoder would silently do otherwise.
+
+    Raises:
+        ConfigurationError: As it says.
+    """
+    asked, horizon = arguments["generation_config"], decoder.mdp.max_new_tokens
+    if asked.max_new_tokens is not None and asked.max_new_tokens < horizon:
+        raise ConfigurationError(
+            f"max_new_tokens={asked.max_new_tokens} is less than the {horizon} that the decoder may write; its horizon "
+            f"is part of what it maximises: make its environment with max_new_tokens={asked.max_new_tokens}"
+        )
+    if (asked.num_return_sequences or 1) > 1:
+        raise ConfigurationError("one text a prompt; decoder.plan(prompt).best(n) has the n best of one search")
+    if asked.return_dict_in_generate:
+        raise ConfigurationError("token ids are what there is to return; decoder.plan(prompt) has all of a search")
 
 
 def harness_model(make: Callable[[Sequence[str], int], Decoder], budget: Budget | int | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""A data set of reasoning-gym as prompts and reward: sums of one-digit numbers. About a minute on two CPU cores."""
+"""A data set of reasoning-gym as prompts and reward: greatest common divisors. About a minute on two CPU cores."""
 
 import reasoning_gym
 
@@ -7,12 +7,12 @@ from qstar_decoding.envs import TokenDecodingVecEnv
 from qstar_decoding.rewards.adapters import from_reasoning_gym
 
 dataset = reasoning_gym.create_dataset(
-    "chain_sum", min_terms=2, max_terms=2, min_digits=1, max_digits=1, size=300, seed=0
+    "gcd", min_numbers=2, max_numbers=2, min_value=2, max_value=30, size=1000, seed=0
 )
-SHOTS = "Q: 3 + 4\nA: 7\n\nQ: 9 - 2\nA: 7\n\nQ: 8 + 5\nA: 13\n\n"
-rows = {e["metadata"]["expression"]: e for e in dataset}  # each problem once
-prompts = [{"prompt": f"{SHOTS}Q: {expression}\nA:", "entry": entry} for expression, entry in rows.items()]
-held_out, train = prompts[:40], prompts[40:]
+SHOTS = "gcd(4, 6) = 2\ngcd(9, 20) = 1\ngcd(7, 21) = 7\n"
+rows = {tuple(e["metadata"]["numbers"]): e for e in dataset}  # each problem once
+prompts = [{"prompt": f"{SHOTS}gcd({a}, {b}) =", "entry": entry} for (a, b), entry in rows.items()]
+held_out, train = prompts[:100], prompts[100:]
 
 env = TokenDecodingVecEnv(
     num_envs=8,
@@ -22,7 +22,7 @@ env = TokenDecodingVecEnv(
     stop="\n",
     logprob_weight=0.01,
     shaping=False,
-    hidden_layers=[14],  # what the model knows of a sum stands clearest in its middle
+    hidden_layers=[14],  # what the model knows of numbers stands clearest in its middle
 )
 # The checker is for training only: afterwards Q alone says which answer is best.
 settings = {"optimism": 0.7, "estimate_weight": 0.7, "priority": 0.8, "policy_kwargs": {"dropout": 0.1}}

@@ -18,7 +18,7 @@ with tempfile.TemporaryDirectory() as folder:
     env = TokenDecodingVecEnv(num_envs=8, prompts=prompts, max_new_tokens=10)
     pairs = Path(folder) / "pairs.jsonl"
     with pairs.open("w") as file:
-        for seed in range(12):
+        for seed in range(20):
             one, other = (evaluate(SamplingDecoder(env, n=1, seed=seed + s), prompts).plans for s in (0, 100))
             for a, b in zip(one, other, strict=True):
                 if a.reward == b.reward:
@@ -30,7 +30,9 @@ with tempfile.TemporaryDirectory() as folder:
     found = train_preference(read_pairs(pairs), folder)
     print(f"{found['pairs']} pairs; right about {found['held_out_accuracy']:.0%} of {found['held_out_pairs']} held out")
 
-    env = TokenDecodingVecEnv(num_envs=8, prompts=prompts, reward=make_reward("preference", folder), max_new_tokens=10)
+    env = TokenDecodingVecEnv(
+        num_envs=8, prompts=prompts, reward=make_reward("preference", folder), max_new_tokens=10, logprob_weight=0.005
+    )
     agent = QStar(env=env, seed=0, tokens_per_search=40, searches_per_round=16)
     held_out = ["Yesterday at the airport", "What I think of the theatre", "Yesterday at the lake"]
 

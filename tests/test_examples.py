@@ -15,16 +15,30 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 BRIEF = {
     "chat_constraints.py": {"budget=100": "budget=50", "max_new_tokens=32": "max_new_tokens=24"},
     "cleanrl_dqn.py": {"STEPS, ENVS = 4_000, 8": "STEPS, ENVS = 200, 8"},
-    "custom_reward.py": {"learn(5_000)": "learn(100)", "searches_per_round=16": "searches_per_round=2"},
+    "custom_reward.py": {
+        "learn(5_000)": "learn(100)",
+        "searches_per_round=16": "searches_per_round=2, gradient_steps=8",
+    },
     "minari_offline.py": {"300, 600,": "20, 50,"},
-    "own_heuristic.py": {},
-    "quickstart.py": {"range(1000)": "range(100)", "learn(2000)": "learn(200)", "lm_tokens=200": "lm_tokens=50"},
-    "reasoning_gym_reward.py": {"learn(5_000)": "learn(100)", "prompts[:40]": "prompts[:10]"},
-    "reward_model.py": {"range(12)": "range(3)", "learn(2_000)": "learn(100)"},
+    "own_heuristic.py": {'prompts.of("test")': 'prompts.of("test")[:4]'},
+    "quickstart.py": {"range(1000)": "range(60)", "learn(2000)": "learn(110)", "lm_tokens=200": "lm_tokens=50"},
+    "reasoning_gym_reward.py": {
+        "learn(5_000)": "learn(20)",
+        "prompts[:100], ": "prompts[:10], ",
+        "searches_per_round=64, gradient_steps=128": "searches_per_round=8, gradient_steps=8",
+    },
+    "reward_model.py": {
+        "range(20)": "range(3)",
+        "learn(2_000)": "learn(20)",
+        "searches_per_round=16": "searches_per_round=2, gradient_steps=8",
+    },
     "rllib_ppo.py": {"ROUNDS = 12": "ROUNDS = 2"},
-    "sb3_agents.py": {"STEPS, BUDGET = 4000, 16": "STEPS, BUDGET = 600, 8"},
+    "sb3_agents.py": {
+        "STEPS, BUDGET = 4000, 16": "STEPS, BUDGET = 264, 8",
+        '"learning_starts": 500': '"learning_starts": 200',
+    },
     "torchrl_dqn.py": {"FRAMES = 6_400": "FRAMES = 256", "range(50)": "range(5)"},
-    "trl_reward.py": {"learn(5_000)": "learn(100)", "searches_per_round=16": "searches_per_round=2"},
+    "trl_reward.py": {"learn(5_000)": "learn(100)", "searches_per_round=16": "searches_per_round=2, gradient_steps=8"},
 }
 
 

@@ -47,6 +47,31 @@ def test_another_models_generate_is_refused(mdp, tiny_lm):
         as_custom_generate(GreedyDecoder(DecodingMDP(TabularLM.random(4, 1), reward="pangram", top_k=2)))
 
 
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"max_new_tokens": 3}, "max_new_tokens=3 is less than the 8 that the decoder may write"),
+        ({"num_return_sequences": 2, "do_sample": True}, r"decoder.plan\(prompt\).best\(n\)"),
+        ({"return_dict_in_generate": True}, "token ids are what there is to return"),
+    ],
+)
+def test_what_a_decoder_does_not_do_is_refused(lm, mdp, asked, message):
+    with pytest.raises(ConfigurationError, match=message):
+        lm.model.generate(torch.tensor([[1, 2]]), custom_generate=as_custom_generate(GreedyDecoder(mdp)), **asked)
+
+
+def test_a_pipeline_and_a_generation_config_work_as_ever(lm, mdp):
+    from transformers import GenerationConfig, pipeline
+
+    planner = AStarPlanner(mdp)
+    found = planner.plan("The movie was", 30).text
+    write = pipeline("text-generation", model=lm.model, tokenizer=lm.tokenizer)
+    config = GenerationConfig(max_new_tokens=8, pad_token_id=lm.model.generation_config.pad_token_id)
+    for more in ({}, {"generation_config": config}, {"max_new_tokens": 20}):
+        [answer] = write("The movie was", custom_generate=as_custom_generate(planner, 30), **more)
+        assert answer["generated_text"] == "The movie was" + found
+
+
 ITEMS = [
     {"question": "2+2=4\n3+4=7\n1+1=", "answer": "2"},
     {"question": "The capital of France is", "answer": " Paris"},
