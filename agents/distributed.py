@@ -8,6 +8,7 @@ results are the same whoever does it, in whatever order, and however often a wor
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import socket
@@ -24,6 +25,7 @@ __all__ = ["InProcess", "Job", "RayWorkers", "Workers", "check_address"]
 
 ATTEMPTS = 3  # how many workers may die over one job before it is taken for the cause
 _CONNECT_SECONDS = 5.0
+_PAUSE = 0.5  # seconds
 _START_SECONDS = 300.0  # a worker may have to convert or download its language model
 _OBJECT_STORE_BYTES = 1 << 28  # for weights and results in transit; Ray would reserve a third of the memory
 
@@ -167,11 +169,12 @@ class RayWorkers:
         self, jobs: Iterable[Job], *, keep_going: bool = False, started: Callable[[Job], None] | None = None
     ) -> Iterator[tuple[Job, Any]]:
         """See :class:`Workers`."""
-        ray, queue, lost = self._ray, _Queue(jobs), Counter[Job]()
+        queue, lost = _Queue(jobs), Counter[Job]()
         in_hand: dict[Any, tuple[_Slot, Job]] = {}
         patience = time.monotonic() + _START_SECONDS
         try:
             while queue or in_hand:
+                self._start_again()
                 for slot in self._slots:
                     if slot.free and queue:
                         job = queue.take(slot)
@@ -179,16 +182,12 @@ class RayWorkers:
                             started(job)
                         in_hand[slot.actor.work.remote(self._make, job.method, job.args, self._news)] = slot, job
                         slot.free = False
-                waiting = [*in_hand, *self._waited_for]
-                if not waiting or (not in_hand and time.monotonic() > patience):
+                if not self._slots or (not in_hand and time.monotonic() > patience):
                     raise WorkerError(
                         f"no worker became ready: {self._why or f'nothing was heard of them for {_START_SECONDS:g} s'}"
                         "; every machine of the cluster needs this version of qstar-decoding and free processors"
                     )
-                done, _ = ray.wait(waiting, num_returns=1, timeout=1.0)
-                if len(waiting) > 1 and done:  # all that are ready: looking costs as much as there are workers
-                    done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
-                for ref in done:
+                for ref in self._ready([*in_hand, *self._waited_for]):
                     if ref in self._waited_for:
                         self._arrived(ref)
                         continue
@@ -219,6 +218,10 @@ class RayWorkers:
 
     def pids(self) -> list[int]:
         """Return the workers' process ids, once all have started."""
+        while not all(slot.free for slot in self._slots):
+            self._start_again()
+            for ref in self._ready(list(self._waited_for)):
+                self._arrived(ref)
         found: list[int] = self._ray.get([slot.actor.start.remote(self._make) for slot in self._slots])
         return found
 
@@ -241,9 +244,25 @@ class RayWorkers:
 
     _why = ""  # the last worker that did not start gave this reason
 
+    def _ready(self, refs: list[Any]) -> list[Any]:
+        """Wait a moment for calls to end; return those that have."""
+        if not refs:
+            time.sleep(_PAUSE)
+            return []
+        done: list[Any] = self._ray.wait(refs, num_returns=1, timeout=_PAUSE)[0]
+        if done and len(refs) > 1:  # all of them: a look costs as much as there are workers
+            done = self._ray.wait(refs, num_returns=len(refs), timeout=0)[0]
+        return done
+
     def _start(self, slot: _Slot) -> None:
-        slot.free = False
+        slot.free, slot.again = False, math.inf
         self._waited_for[slot.actor.start.remote(self._make)] = slot
+
+    def _start_again(self) -> None:
+        """Ask again those workers that Ray was still restarting."""
+        for slot in self._slots:
+            if slot.again < time.monotonic():
+                self._start(slot)
 
     def _arrived(self, ref: Any) -> None:
         """Take note that a worker has started, or has not."""
@@ -253,15 +272,13 @@ class RayWorkers:
         except self._ray.exceptions.RayTaskError as error:
             raise _cause(error) from None  # what it should hold cannot be made, there or anywhere
         except self._ray.exceptions.RayError as error:
-            self._why = _first_line(error)
-            slot.failures += 1
-            if slot.failures == ATTEMPTS:
-                self._slots.remove(slot)
-                return
-            time.sleep(0.5)
-            self._start(slot)
+            self._why, now = _first_line(error), time.monotonic()
+            if isinstance(error, self._ray.exceptions.ActorDiedError) or now > slot.since + _START_SECONDS:
+                self._slots.remove(slot)  # for good
+            else:
+                slot.again = now + _PAUSE
         else:
-            slot.free, slot.failures = True, 0
+            slot.free = True
 
     def _result(self, ref: Any, slot: _Slot) -> Any:
         """Return what a job returned, what it raised, or that it was lost."""
@@ -270,6 +287,7 @@ class RayWorkers:
         except self._ray.exceptions.RayTaskError as error:
             result = _cause(error)
         except self._ray.exceptions.RayError as error:
+            slot.since = time.monotonic()
             self._start(slot)
             return _Lost(_first_line(error))
         slot.free = True
@@ -351,7 +369,8 @@ class _Slot:
     actor: Any
     free: bool = False
     group: str | None = None
-    failures: int = 0  # to start, in a row
+    since: float = field(default_factory=time.monotonic)  # when it began to start
+    again: float = math.inf  # when to ask it again whether it has started
 
 
 @dataclass

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from functools import partial
 
@@ -138,20 +139,21 @@ class TestWorkers:
         workers.share((0, log))
 
     def test_a_worker_killed_in_the_middle_loses_only_what_it_had_in_hand(self, workers, log):
-        jobs = [Job("square", (x, log, 0.3), str(x)) for x in range(10)]
-        found, handed = [], []
-        for job, result in workers.run(jobs, started=handed.append):
-            found.append((job.args[0], result))
-            if len(found) == 2:
-                lines = wait_for(
-                    lambda: [x for x in noted(log) if x[0] == "begin" and ["end", *x[1:]] not in noted(log)]
-                )
-                _, lost, victim = lines[0]
-                os.kill(int(victim), signal.SIGKILL)
-        assert sorted(found) == [(x, x * x) for x in range(10)]
-        # The one that the victim had begun was handed out twice, and no other.
-        assert sorted(job.name for job in handed) == sorted([*(job.name for job in jobs), lost])
-        assert int(victim) not in workers.pids()
+        jobs = [Job("square", (x, log, 1.5 if x == 4 else 0.1), str(x)) for x in range(10)]
+        victims = []
+
+        def kill():
+            victims.append(wait_for(lambda: [int(x[2]) for x in noted(log) if x[:2] == ["begin", "4"]])[0])
+            os.kill(victims[0], signal.SIGKILL)
+
+        killer, handed = threading.Thread(target=kill), []
+        killer.start()
+        found = sorted((job.args[0], result) for job, result in workers.run(jobs, started=handed.append))
+        killer.join()
+        assert found == [(x, x * x) for x in range(10)]
+        # What the victim had begun was handed out twice, and nothing else.
+        assert sorted(job.name for job in handed) == sorted([*(job.name for job in jobs), "4"])
+        assert victims[0] not in workers.pids()
 
     def test_a_job_that_kills_its_workers_is_named_and_the_others_are_done(self, workers, log):
         one, three = Job("square", (1, log), "one"), Job("square", (3, log), "three")
