@@ -7,8 +7,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 
@@ -399,7 +401,10 @@ def test_two_browsers_at_once(open_page):
 
 
 @pytest.mark.parametrize("how", ["button", "escape"])
-def test_stop(open_page, how):
+def test_stop(open_page, how, monkeypatch):
+    # The toy is searched before anybody could stop it, so each step is made to take half a second.
+    slow = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda seconds: time.sleep(0.5))
+    monkeypatch.setattr("qstar_decoding.explorer.runs.time", slow)
     page = open_page()
     search(page, budget=5000)
     page.locator(".card figcaption:has-text('nodes')").wait_for()
