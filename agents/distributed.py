@@ -8,6 +8,7 @@ results are the same whoever does it, in whatever order, and however often a wor
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
@@ -294,7 +295,7 @@ class RayWorkers:
         return result
 
     def _connect(self, address: str, count: int | None, threads: int) -> None:
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address == "local":
             # A socket's path has room for 107 characters, which a user's TMPDIR and Ray's names may exceed.
             self._folder = tempfile.mkdtemp(prefix="qstar-", dir="/tmp" if os.path.isdir("/tmp") else None)
@@ -454,14 +455,24 @@ def check_address(address: str) -> None:
         return  # needs the cluster's certificates
     import grpc
 
+    method = "RayletDriver/ClusterInfo" if address.startswith("ray://") else "NodeInfoGcsService/CheckAlive"
     with grpc.insecure_channel(f"{host}:{port}") as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=_CONNECT_SECONDS)
+            channel.unary_unary(f"/ray.rpc.{method}")(b"", timeout=_CONNECT_SECONDS)
         except grpc.FutureTimeoutError:
             raise ConfigurationError(
                 f"what listens at {address!r} is no Ray cluster (it does not speak gRPC); `ray status` on the head's "
                 "machine tells its address"
             ) from None
+        except grpc.RpcError as error:
+            # This question bears no token. Of all answers only this one matters, and only if Ray will bear none either.
+            locked = error.code() == grpc.StatusCode.UNAUTHENTICATED
+            if locked and os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+                raise ConfigurationError(
+                    f"the Ray cluster at {address!r} asks for its token: set RAY_AUTH_MODE=token, and have the head's "
+                    "token in ~/.ray/auth_token (`ray get-auth-token` shows it there) or RAY_AUTH_TOKEN"
+                ) from None
 
 
 def _cause(error: Any) -> Exception:

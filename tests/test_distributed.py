@@ -9,8 +9,10 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import grpc
 import psutil
 import pytest
 from typer.testing import CliRunner
@@ -25,7 +27,7 @@ os.environ |= {
 
 from qstar_decoding import cli
 from qstar_decoding.agents import QStar, TokenQPolicy
-from qstar_decoding.agents.distributed import ATTEMPTS, InProcess, Job, RayWorkers
+from qstar_decoding.agents.distributed import ATTEMPTS, InProcess, Job, RayWorkers, check_address
 from qstar_decoding.agents.qstar import Searcher
 from qstar_decoding.envs import TokenDecodingVecEnv
 from qstar_decoding.errors import ConfigurationError, PromptError, RewardError, WorkerError
@@ -362,6 +364,26 @@ def test_an_address_that_does_not_answer_is_said_at_once(prompts_file):
         assert time.monotonic() - start < 10
     with pytest.raises(ConfigurationError, match="a Ray address is 'local', 'auto', 'host:6379'"):
         qstar("train", "toy", "--ray", "somewhere")
+
+
+def test_a_cluster_that_asks_for_its_token(monkeypatch):
+    class Locked(grpc.GenericRpcHandler):
+        def service(self, details):
+            return grpc.unary_unary_rpc_method_handler(
+                lambda request, context: context.abort(grpc.StatusCode.UNAUTHENTICATED, "no token")
+            )
+
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[Locked()])
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    try:
+        with pytest.raises(ConfigurationError, match="asks for its token: set RAY_AUTH_MODE=token"):
+            check_address(address)
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        check_address(address)  # Ray will bear the token; whether it is the right one, it says itself
+    finally:
+        server.stop(None)
 
 
 @pytest.mark.parametrize(
