@@ -7,6 +7,7 @@ by the reward's ``on_error``. ``0.7 * a - 0.3 * b`` is a reward too, a `Weighted
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import pickle
@@ -24,7 +25,7 @@ import numpy.typing as npt
 
 from ..errors import ConfigurationError, RewardError
 
-__all__ = ["Counters", "OnError", "Reward", "WeightedSum"]
+__all__ = ["Counters", "OnError", "Reward", "WeightedSum", "column_of", "library", "readable"]
 
 logger = logging.getLogger(__name__)
 
@@ -556,6 +557,42 @@ class WeightedSum(Reward):
     def has_potential(self) -> bool:
         """Whether any term has a potential."""
         return any(reward.has_potential for _, reward in self.terms)
+
+
+# -- what several rewards need ----------------------------------------------------------------------------------------
+
+
+def library(module: str, package: str, reward: str) -> Any:
+    """Return a module that only one reward needs, from a package that need not be installed.
+
+    Raises:
+        ConfigurationError: It is not.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigurationError(
+            f"the reward {reward!r} needs {package}, which is not installed: run pip install {package}"
+        ) from error
+
+
+def readable(text: str) -> str:
+    """Return what a tokenizer can read: a lone surrogate is no text to it."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def column_of(columns: Mapping[str, Sequence[Any]], name: str, reward: str, example: str) -> Sequence[Any]:
+    """Return a column of the prompts that a reward cannot do without.
+
+    Raises:
+        ConfigurationError: There is none of that name; ``example`` shows a prompt that has it.
+    """
+    if name not in columns:
+        raise ConfigurationError(f"the reward {reward!r} needs prompts with the column {name!r}, such as {example}")
+    return columns[name]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

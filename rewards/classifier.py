@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError, check_integer, check_number
-from .base import OnError, Reward
+from .base import OnError, Reward, readable
 
 __all__ = ["Classifier"]
 
@@ -81,7 +81,7 @@ class Classifier(Reward):
         if self.with_prompt:
             texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         # A lone surrogate is no text to a tokenizer, and a text without any token is none to a model.
-        texts = [text.encode("utf-8", "replace").decode() for text in texts]
+        texts = [readable(text) for text in texts]
         counts = [len(ids) for ids in self._tokenizer(texts)["input_ids"]] if texts else []
         texts = [text if count else self._blank for text, count in zip(texts, counts, strict=True)]
         # Of like lengths together: padding is computed like text.

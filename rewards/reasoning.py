@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import ConfigurationError
-from .base import OnError, Reward
+from .base import OnError, Reward, column_of, library
 from .guidelines import MatchesRegex
 
 __all__ = ["AnswerFormat", "ExactAnswer", "NumericAnswer", "ReasoningGym"]
 
 
-class ExactAnswer(Reward):
-    """1 if the completion is the column ``answer``, surrounding white space aside, else 0.
+class _Verified(Reward):
+    """A reward in [0, 1] that sets each completion against a column of its prompt; None where the prompt has none."""
 
-    The score that verifiable rewards give (Lambert et al. 2024, "Tülu 3", section 6). There is no potential, but what
-    has begun otherwise than the answer does can only be wrong: its bound is 0.
-    """
-
-    name, lower, upper = "exact_answer", 0.0, 1.0
+    lower, upper = 0.0, 1.0
     reads_token_ids = False
+    column = "answer"
+    example: str  # of a prompt with the column
 
     def __init__(self, *, on_error: OnError = "raise", penalty: float | None = None) -> None:
         """Compare answers; the arguments are those of `Reward`."""
         super().__init__(on_error=on_error, penalty=penalty)
+
+    @abstractmethod
+    def verify(self, completion: str, wanted: Any) -> float:
+        """Return how right a completion is, where its prompt's column says ``wanted``."""
 
     def score(
         self,
@@ -34,16 +37,30 @@ class ExactAnswer(Reward):
         completion_ids: Sequence[Sequence[int]] | None = None,
         **columns: Sequence[Any],
     ) -> Sequence[float | None]:
-        """Return 1 for each right answer, 0 for a wrong one, None where the prompt has no answer.
+        """Return how right each completion is, None where the prompt's column is None.
 
         Raises:
-            ConfigurationError: No prompt has the column ``answer``.
+            ConfigurationError: No prompt has the column, or it holds what nothing can be compared with.
         """
-        answers = _column(columns, "answer", self.name, "{'prompt': '2+2=', 'answer': '4'}")
+        column = column_of(columns, self.column, self.name, self.example)
         return [
-            None if answer is None else float(completion.strip() == str(answer).strip())
-            for completion, answer in zip(completions, answers, strict=True)
+            None if wanted is None else self.verify(completion, wanted)
+            for completion, wanted in zip(completions, column, strict=True)
         ]
+
+
+class ExactAnswer(_Verified):
+    """1 if the completion is the column ``answer``, surrounding white space aside, else 0.
+
+    The score that verifiable rewards give (Lambert et al. 2024, "Tülu 3", section 6). There is no potential, but what
+    has begun otherwise than the answer does can only be wrong: its bound is 0.
+    """
+
+    name, example = "exact_answer", "{'prompt': '2+2=', 'answer': '4'}"
+
+    def verify(self, completion: str, wanted: Any) -> float:
+        """Return 1 for the right answer, 0 for a wrong one."""
+        return float(completion.strip() == str(wanted).strip())
 
     def bound_prefixes(
         self,
@@ -54,24 +71,21 @@ class ExactAnswer(Reward):
         **columns: Sequence[Any],
     ) -> Sequence[float]:
         """Return 1 where the answer begins so, or stands there with white space after it, else 0."""
-        answers = _column(columns, "answer", self.name, "{'prompt': '2+2=', 'answer': '4'}")
+        column = column_of(columns, self.column, self.name, self.example)
         return [
-            float(
-                answer is None or str(answer).strip().startswith(begun.lstrip()) or begun.strip() == str(answer).strip()
-            )
-            for begun, answer in zip(completions, answers, strict=True)
+            float(wanted is None or str(wanted).strip().startswith(begun.lstrip()) or self.verify(begun, wanted))
+            for begun, wanted in zip(completions, column, strict=True)
         ]
 
 
-class NumericAnswer(Reward):
+class NumericAnswer(_Verified):
     r"""1 if the completion's answer equals the column ``answer`` as mathematics, else 0.
 
     math-verify (Kydlíček 2025) finds the answer in the text and compares: "so it is \\(\\frac{1}{2}\\)" and 0.5 are
     equal. The last expression in the text counts as its answer. There is no potential.
     """
 
-    name, lower, upper = "numeric_answer", 0.0, 1.0
-    reads_token_ids = False
+    name, example = "numeric_answer", "{'prompt': 'A half of 3 is', 'answer': '1.5'}"
 
     def __init__(self, *, on_error: OnError = "raise", penalty: float | None = None) -> None:
         """Compare answers; the arguments are those of `Reward`.
@@ -82,23 +96,13 @@ class NumericAnswer(Reward):
         super().__init__(on_error=on_error, penalty=penalty)
         _math("1")
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
-        """Return 1 for each right answer, 0 for a wrong one, None where the prompt has no answer.
+    def verify(self, completion: str, wanted: Any) -> float:
+        """Return 1 for the right answer, 0 for a wrong one.
 
         Raises:
-            ConfigurationError: No prompt has the column ``answer``, or one has an answer that is no mathematics.
+            ConfigurationError: The answer is no mathematics.
         """
-        answers = _column(columns, "answer", self.name, "{'prompt': 'A half of 3 is', 'answer': '1.5'}")
-        return [
-            None if answer is None else float(_equal(str(answer), completion))
-            for completion, answer in zip(completions, answers, strict=True)
-        ]
+        return float(_equal(str(wanted), completion))
 
 
 class AnswerFormat(MatchesRegex):
@@ -120,7 +124,7 @@ class AnswerFormat(MatchesRegex):
         super().__init__(pattern, on_error=on_error, penalty=penalty)
 
 
-class ReasoningGym(Reward):
+class ReasoningGym(_Verified):
     """What a data set of reasoning-gym says of the answer, 0 to 1, by the column ``entry``.
 
     Stojanovski et al. 2025, "Reasoning Gym". An entry is what its data sets yield, with ``metadata.source_dataset``, so
@@ -128,8 +132,7 @@ class ReasoningGym(Reward):
     :func:`~qstar_decoding.rewards.adapters.from_reasoning_gym`. There is no potential.
     """
 
-    name, lower, upper = "reasoning_gym", 0.0, 1.0
-    reads_token_ids = False
+    name, column, example = "reasoning_gym", "entry", "{'prompt': entry['question'], 'entry': entry}"
 
     def __init__(self, *, on_error: OnError = "raise", penalty: float | None = None) -> None:
         """Score answers; the arguments are those of `Reward`.
@@ -140,24 +143,13 @@ class ReasoningGym(Reward):
         super().__init__(on_error=on_error, penalty=penalty)
         gym_module()
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
-        """Return the data set's score of each answer, None where the prompt has no entry.
+    def verify(self, completion: str, wanted: Any) -> float:
+        """Return the data set's score of the answer.
 
         Raises:
-            ConfigurationError: No prompt has the column ``entry``, or one is of no data set that there is.
+            ConfigurationError: The entry is of no data set that there is.
         """
-        example = "{'prompt': entry['question'], 'entry': entry}"
-        entries = _column(columns, "entry", self.name, example)
-        return [
-            None if entry is None else float(_scorer(_source(entry))(completion.strip(), entry))
-            for completion, entry in zip(completions, entries, strict=True)
-        ]
+        return float(_scorer(_source(wanted))(completion.strip(), wanted))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,12 +168,6 @@ def gym_module() -> Any:
             "reasoning-gym is needed, which is not installed: run pip install reasoning-gym"
         ) from error
     return reasoning_gym
-
-
-def _column(columns: dict[str, Sequence[Any]], name: str, reward: str, example: str) -> Sequence[Any]:
-    if name not in columns:
-        raise ConfigurationError(f"the reward {reward!r} needs prompts with the column {name!r}, such as {example}")
-    return columns[name]
 
 
 def _source(entry: Any) -> str:
@@ -206,12 +192,7 @@ def _scorer(name: str) -> Callable[..., float]:
 @functools.lru_cache(1 << 14)
 def _math(text: str) -> Any:
     """Return the mathematics that a text ends in; empty if there is none."""
-    try:
-        from math_verify import parse
-    except ImportError as error:
-        raise ConfigurationError(
-            "the reward 'numeric_answer' needs math-verify, which is not installed: run pip install math-verify"
-        ) from error
+    parse = library("math_verify", "math-verify", "numeric_answer").parse
     # Its own time limits are signals, which only a main thread can have; PooledReward has one for any reward.
     return tuple(parse(text, parsing_timeout=None))
 

@@ -26,6 +26,7 @@ _factories: dict[str, str | RewardFactory] = {
     "answer_format": ".reasoning:AnswerFormat",
     "coherence": ".language:Coherence",
     "complete_sentence": ".guidelines:CompleteSentence",
+    "concreteness": ".engagement:Concreteness",
     "distinct": ".creativity:Distinct",
     "engagement": ".engagement:engagement",
     "exact_answer": ".reasoning:ExactAnswer",
@@ -37,14 +38,13 @@ _factories: dict[str, str | RewardFactory] = {
     "pangram": ".guidelines:Pangram",
     "profanity": ".profanity:Profanity",
     "readability": ".engagement:Readability",
-    "concreteness": ".engagement:Concreteness",
     "reasoning_gym": ".reasoning:ReasoningGym",
     "relevance": ".relevance:Relevance",
     "repetition": ".creativity:Repetition",
     "semantic_repetition": ".relevance:SemanticRepetition",
     "sentiment": ".sentiment:Sentiment",
-    "static_relevance": ".relevance:StaticRelevance",
     "short_sentences": ".guidelines:ShortSentences",
+    "static_relevance": ".relevance:StaticRelevance",
 }
 # Those that mean nothing without arguments, such as forbidden_words("very").
 WITH_ARGUMENTS: dict[str, str | RewardFactory] = {

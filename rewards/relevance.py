@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigurationError, check_integer
-from .base import FloatArray, OnError, Reward
+from .base import FloatArray, OnError, Reward, library, readable
 
 __all__ = ["KeywordOverlap", "Relevance", "SemanticRepetition", "StaticRelevance"]
 
@@ -223,7 +223,7 @@ def _words(text: str) -> set[str]:
 
 
 def _text(text: str) -> str:
-    return text.encode("utf-8", "replace").decode().strip()
+    return readable(text).strip()
 
 
 def _wheel() -> Path:
@@ -242,14 +242,8 @@ def _wheel() -> Path:
 @functools.lru_cache(4)
 def _encoder(path: str) -> Any:
     """Return the process's one encoder of a model; it is not kept in the reward, so that this pickles without it."""
+    encoders = library("sentence_transformers", "sentence-transformers", "relevance")
     try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise ConfigurationError(
-            "the reward 'relevance' needs sentence-transformers, which is not installed: "
-            "pip install sentence-transformers"
-        ) from error
-    try:
-        return SentenceTransformer(path, device="cpu")
+        return encoders.SentenceTransformer(path, device="cpu")
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"no embedding model can be loaded from {path!r}: {error}") from error

@@ -7,8 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import ConfigurationError
-from .base import OnError, Reward
+from .base import OnError, Reward, library
 
 __all__ = ["Afinn", "Sentiment"]
 
@@ -90,22 +89,10 @@ class Afinn(Reward):
 
 @functools.cache
 def _afinn() -> Any:
-    try:
-        from afinn import Afinn as WordList
-    except ImportError as error:
-        raise ConfigurationError(
-            "the reward 'afinn' needs afinn, which is not installed: run pip install afinn"
-        ) from error
-    return WordList()
+    return library("afinn", "afinn", "afinn").Afinn()
 
 
 @functools.cache
 def _analyzer() -> Any:
     """Return the process's one analyzer; it is not kept in the reward, so that this pickles without the lexicon."""
-    try:
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-    except ImportError as error:
-        raise ConfigurationError(
-            "the reward 'sentiment' needs vaderSentiment, which is not installed: run pip install vaderSentiment"
-        ) from error
-    return SentimentIntensityAnalyzer()
+    return library("vaderSentiment.vaderSentiment", "vaderSentiment", "sentiment").SentimentIntensityAnalyzer()

@@ -1205,6 +1205,8 @@ def test_what_can_no_longer_match_has_the_bound_zero():
     assert bounds.tolist() == [1, 1, 1, 0, 0]
     for pattern in (r"a(?!b).*", r"(a)\1", r"a\b.*", r"^a$", r"a{e}", r"a++b"):  # not told from a beginning
         assert MatchesRegex(pattern).upper_bound([""], ["zzz"], [9])[0] == 1
+        assert not MatchesRegex(pattern).has_prefix_bounds  # so nobody decodes texts to ask
+    assert MatchesRegex(r"\d+").has_prefix_bounds
     answer = make_reward("exact_answer")
     begun = ["", " 4", "42 ", "42\n", "43", "4 2", "420"]
     assert answer.upper_bound([""] * 7, begun, [9] * 7, answer=["42"] * 7).tolist() == [1, 1, 1, 1, 0, 0, 0]
