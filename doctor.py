@@ -160,10 +160,9 @@ def _cache() -> Finding:
 def _unwritable(folder: Path) -> str:
     """Return why nothing can be written there, or nothing."""
     try:
-        check_writable(folder)
+        existing = check_writable(folder)
     except ConfigurationError as error:
         return str(error)
-    existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if (free := shutil.disk_usage(existing).free) < _NEEDED:
         return f"{existing} has only {free / 1e6:.0f} MB left, {_NEEDED / 1e6:.0f} are needed"
     return ""

@@ -31,6 +31,7 @@ __all__ = [
     "check_integer",
     "check_number",
     "check_writable",
+    "first_line",
 ]
 
 
@@ -138,8 +139,11 @@ def check_number(
     return float(value)
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> Path:
     """Check that files can be written into a folder, or that it could be made where it does not exist yet.
+
+    Returns:
+        The folder, or the nearest one above it that exists.
 
     Raises:
         ConfigurationError: They cannot.
@@ -154,6 +158,12 @@ def check_writable(folder: Path) -> None:
         raise ConfigurationError(
             f"nothing can be written into {existing}: {error.strerror}; write elsewhere"
         ) from error
+    return existing
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def nearest_first(name: str, known: Iterable[str]) -> list[str]:

@@ -19,8 +19,7 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 from ..envs import DecodingMDP
-from ..errors import CheckpointError, ConfigurationError, UnknownNameError
-from .hub import first_line
+from ..errors import CheckpointError, ConfigurationError, UnknownNameError, first_line
 from .planning import mdp_of
 from .policies import TokenQPolicy, TokenScorer
 from .q_function import PRETRAINED, QFunction, QSpec, QuantileMean, as_q_function, pretrained_names
@@ -158,8 +157,8 @@ def _download(repository: str) -> Path:
     except Exception as error:  # the hub's own, the network's, the disk's
         raise CheckpointError(
             f"there is no folder {repository!r} here, and it could not be had from the Hugging Face hub: "
-            f"{first_line(error)} "
-            "Check the name and the connection (HF_HUB_OFFLINE=1 forbids it), or copy the checkpoint's folder here"
+            f"{first_line(error)} Check the name and the connection (HF_HUB_OFFLINE=1 forbids it), or copy the "
+            "checkpoint's folder here"
         ) from error
     if not find_checkpoint(folder):
         raise CheckpointError(

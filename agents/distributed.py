@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
-from ..errors import ConfigurationError, QStarError, WorkerError, check_integer, check_number
+from ..errors import ConfigurationError, QStarError, WorkerError, check_integer, check_number, first_line
 
 __all__ = ["InProcess", "Job", "RayWorkers", "Workers", "check_address"]
 
@@ -273,7 +273,7 @@ class RayWorkers:
         except self._ray.exceptions.RayTaskError as error:
             raise _cause(error) from None  # what it should hold cannot be made, there or anywhere
         except self._ray.exceptions.RayError as error:
-            self._why, now = _first_line(error), time.monotonic()
+            self._why, now = first_line(error), time.monotonic()
             if isinstance(error, self._ray.exceptions.ActorDiedError) or now > slot.since + _START_SECONDS:
                 self._slots.remove(slot)  # for good
             else:
@@ -290,7 +290,7 @@ class RayWorkers:
         except self._ray.exceptions.RayError as error:
             slot.since = time.monotonic()
             self._start(slot)
-            return _Lost(_first_line(error))
+            return _Lost(first_line(error))
         slot.free = True
         return result
 
@@ -314,7 +314,7 @@ class RayWorkers:
             self._ray.init(**options)
         except (Exception, SystemExit) as error:  # Ray leaves the process when a cluster stops answering in between
             self._disconnect()
-            raise ConfigurationError(f"cannot use the Ray cluster at {address!r}: {_first_line(error)}") from error
+            raise ConfigurationError(f"cannot use the Ray cluster at {address!r}: {first_line(error)}") from error
 
     def _disconnect(self) -> None:
         if self._connected:
@@ -479,7 +479,3 @@ def _cause(error: Any) -> Exception:
     """Return what a job raised: our own errors as they are, others as Ray shows them, with the worker's traceback."""
     cause: Exception = error.cause if isinstance(error.cause, QStarError) else error
     return cause
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

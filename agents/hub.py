@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..envs.embedded_model import EMBEDDED_MODELS
-from ..errors import CheckpointError, ConfigurationError
+from ..errors import CheckpointError, ConfigurationError, first_line
 from .q_function import QFunction
 
 __all__ = ["model_card", "push_folder"]
@@ -85,13 +85,13 @@ def model_card(q: QFunction, repository: str) -> str:
 
 
 def push_folder(
-    repository: str, write: Callable[[Path], QFunction], *, private: bool | None, token: str | None, message: str
+    repository: str, write: Callable[[Path], object], *, private: bool | None, token: str | None, message: str
 ) -> str:
     """Write a checkpoint with its card into a new folder and upload that; return the repository's address.
 
     Args:
         repository: ``"user/name"``; made if there is none.
-        write: Given the folder, writes the checkpoint there and returns its Q-function.
+        write: Given the folder, writes the checkpoint there.
         private: Whether a new repository is private; None is the account's own setting.
         token: Instead of the one that ``hf auth login`` has stored.
         message: Of the commit.
@@ -106,8 +106,9 @@ def push_folder(
         raise ConfigurationError(f'a repository on the hub is "user/name", got {repository!r}')
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "checkpoint"
-        q = write(folder)
-        (folder / "README.md").write_text(model_card(q, repository), encoding="utf-8")
+        write(folder)
+        card = model_card(QFunction.from_pretrained(folder), repository)
+        (folder / "README.md").write_text(card, encoding="utf-8")
         api = HfApi(token=token)
         try:
             url = api.create_repo(repository, private=private, exist_ok=True)
@@ -119,11 +120,6 @@ def push_folder(
                 "connection (HF_HUB_OFFLINE=1 forbids it), or save() into a folder and upload that later"
             ) from error
     return str(url)
-
-
-def first_line(error: Exception) -> str:
-    """Return an error's first line, or its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _is_table(value: Any) -> bool:

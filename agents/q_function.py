@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -215,10 +216,7 @@ class QFunction(LearnedFunction):
         """
         from .hub import push_folder
 
-        def write(folder: Path) -> QFunction:
-            self.save(folder, **description)
-            return QFunction.from_pretrained(folder)
-
+        write = partial(self.save, **description)
         return push_folder(repository, write, private=private, token=token, message=message)
 
     def fingerprint(self) -> str:

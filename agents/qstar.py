@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -351,10 +352,7 @@ class QStar(DQN):
         """
         from .hub import push_folder
 
-        def write(folder: Path) -> QFunction:
-            self.save(folder, training_state=training_state, **description)
-            return QFunction.from_pretrained(folder)
-
+        write = partial(self.save, training_state=training_state, **description)
         return push_folder(repository, write, private=private, token=token, message=message)
 
     @classmethod
