@@ -199,7 +199,7 @@ def decode(
     With --input, every line of a file is a prompt (in .jsonl a string, or an object with the key "prompt"), and every
     result one line of JSON, in the order of the input.
     """
-    from .agents.contenders import DECODERS, DRAWING, Q_GUIDED, make_decoder
+    from .agents.contenders import DECODERS, Q_GUIDED, decoder_options, make_decoder
     from .agents.search import Budget
     from .envs.prompts import as_prompt
     from .tasks import load_task
@@ -230,17 +230,14 @@ def decode(
     with status("loading the language model"):
         quiet()
         mdp = new_mdp()
-    options: dict[str, Any] = {"seed": seed} if decoder in DRAWING else {}
-    if decoder in Q_GUIDED:
-        options["heuristic"] = _heuristic(mdp, spec, q, adapted=reward is not None)
-        known = spec.planner if decoder == "astar" else {k: v for k, v in spec.planner.items() if k == "score"}
-        options.update(known)
+    heuristic = _heuristic(mdp, spec, q, adapted=reward is not None) if decoder in Q_GUIDED else None
+    options = decoder_options(decoder, spec.planner, heuristic, seed)
     planner = make_decoder(decoder, mdp, **options)
     if source is not None:
         from .agents.batch import BatchDecoder
         from .agents.distributed import InProcess
 
-        learned = getattr(options.get("heuristic"), "q", None)
+        learned = getattr(heuristic, "q", None)
         settings = {
             "task": spec.model_dump(mode="json", include={"env", "planner"}),
             "changes": changes,
@@ -571,8 +568,9 @@ def evaluate(
                 pool,
             )
         reports[spec.name] = write_report(comparison, command, [h.q.description for h in comparison.heuristics])
-        means[spec.name] = Results(comparison.rows(), comparison.budgets).table()
-        if not as_json:
+        if as_json:
+            means[spec.name] = Results(comparison.rows(), comparison.budgets).table()
+        else:
             out.print(f"{spec.name}: {reports[spec.name]}", soft_wrap=True)
     # The plots lie beside each report; from the folder above they are one step down.
     pages = [path.read_text(encoding="utf-8").replace("![](", f"![]({name}/") for name, path in reports.items()]
@@ -762,7 +760,7 @@ def doctor(
 def _heuristic(mdp: DecodingMDP, task: Task, q: str | None, *, adapted: bool = False) -> Any:
     """Return the Q-heuristic that was asked for, or the task's own where it fits, else the bound."""
     from .agents import BoundHeuristic, QHeuristic, pretrained_names
-    from .errors import CheckpointError
+    from .agents.heuristics import shipped_heuristic
 
     if q == "none":
         return BoundHeuristic()
@@ -770,22 +768,17 @@ def _heuristic(mdp: DecodingMDP, task: Task, q: str | None, *, adapted: bool = F
         heuristic = QHeuristic(q)
         heuristic.q.check(mdp)
         return heuristic
-    if task.name not in pretrained_names():
-        return BoundHeuristic()
-    if adapted:
+    if adapted and task.name in pretrained_names():
         err.print(
             f"note: the shipped Q knows the task's own reward only; using the bound instead (--q {task.name} takes it "
             "all the same)",
             soft_wrap=True,
         )
         return BoundHeuristic()
-    heuristic = QHeuristic(task.name)
-    try:
-        heuristic.q.check(mdp)
-    except CheckpointError as error:
-        err.print(f"note: the shipped Q does not fit, using the bound instead ({error})", soft_wrap=True)
-        return BoundHeuristic()
-    return heuristic
+    shipped, misfit = shipped_heuristic(task.name, mdp)
+    if misfit:
+        err.print(f"note: the shipped Q does not fit, using the bound instead ({misfit})", soft_wrap=True)
+    return shipped
 
 
 def _labelled(source: str) -> tuple[str, Path]:

@@ -71,7 +71,7 @@ def say(content: Text | str) -> None:
 
 def say_json(content: Any) -> None:
     """Print one JSON object; what is not finite is null, as JSON has no infinity."""
-    from .agents.batch import plain
+    from .agents.search_tree import plain
 
     out.print_json(
         json.dumps(plain(content), ensure_ascii=False, allow_nan=False), indent=2 if out.is_terminal else None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,12 +16,13 @@ from ..envs import DecodingMDP, Prompt
 from ..errors import ConfigurationError, PromptError, QStarError
 from .contenders import make_decoder
 from .distributed import Job, Workers
+from .search_tree import plain
 
 if TYPE_CHECKING:
     from .planning import Decoder, Plan
     from .search import Budget
 
-__all__ = ["BatchDecoder", "ResultsFile", "decode_many", "plain", "plan_record"]
+__all__ = ["BatchDecoder", "ResultsFile", "decode_many", "plan_record"]
 
 _BATCH = 8  # prompts that are decoded in lock-step
 
@@ -173,19 +173,6 @@ def plan_record(plan: Plan, n: int, decoder: str) -> dict[str, Any]:
         "trace": [tuple(point) for point in moved],
     }
     return {name: plain(value) for name, value in record.items()}
-
-
-def plain(value: Any) -> Any:
-    """Return a value as what JSON knows; what is not finite is None, as JSON has no infinity."""
-    if hasattr(value, "_asdict"):
-        value = value._asdict()
-    elif hasattr(value, "tolist"):  # numpy
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _as_line(record: Mapping[str, Any]) -> str:

@@ -29,6 +29,7 @@ from .diagnostics import Calibration, calibrate
 from .distributed import InProcess, Job, Workers
 from .evaluation import Outcomes, evaluate
 from .heuristics import QHeuristic
+from .search_tree import plain
 
 __all__ = ["Cell", "Comparison"]
 
@@ -167,10 +168,11 @@ class Comparison:
         for _ in self._tune(self.names, workers, started):
             done += 1
         # The dear ones first, lest one of them is left when the other workers have nothing more to do.
+        settings = self._settings()
         jobs = [
             Job(
                 "decode",
-                (cell, self._settings()[cell.decoder]["chosen"]),
+                (cell, settings[cell.decoder]["chosen"]),
                 f"{cell.decoder}, {cell.budget or 'any'} LM tokens, seed {cell.seed}",
             )
             for cell in (cells if isinstance(workers, InProcess) else reversed(cells))
@@ -336,9 +338,14 @@ def measurements(outcomes: Outcomes, prompts: Sequence[Any], gold: Reward | None
             "upper_bound": plan.upper_bound,
             "gap": plan.gap,
         }
-        plain = {key: value if math.isfinite(value) else None for key, value in values.items()}
         rows.append(
-            {"prompt": plan.prompt, "text": plan.text, **plain, "certified": int(plan.certified), "stop": plan.stop}
+            {
+                "prompt": plan.prompt,
+                "text": plan.text,
+                **plain(values),
+                "certified": int(plan.certified),
+                "stop": plan.stop,
+            }
         )
     return rows
 

@@ -23,7 +23,7 @@ from .heuristics import Heuristic, LookAheadHeuristic, ZeroHeuristic
 from .planning import Decoder
 from .tree_search import MCTS, LevinTreeSearch, RebaseSearch
 
-__all__ = ["CONTENDERS", "DECODERS", "Contender", "make_decoder"]
+__all__ = ["CONTENDERS", "DECODERS", "Contender", "decoder_options", "make_decoder"]
 
 # What a decoder may look at: the language model alone, the reward of finished texts (or of prefixes) too, Q too.
 Uses = Literal["lm", "reward", "q"]
@@ -57,6 +57,26 @@ def make_decoder(name: str, env: Any, **kwargs: Any) -> Decoder:
     if name not in DECODERS:
         raise UnknownNameError("decoder", name, DECODERS)
     return DECODERS[name](env, **kwargs)
+
+
+def decoder_options(name: str, planner: Mapping[str, Any], heuristic: Heuristic | None, seed: int) -> dict[str, Any]:
+    """Return the arguments with which a decoder of :data:`DECODERS` serves a task.
+
+    Args:
+        name: Of the decoder.
+        planner: The task's own arguments of the planner.
+        heuristic: For those that make something of one (:data:`Q_GUIDED`), else None.
+        seed: For those that draw.
+    """
+    options: dict[str, Any] = {"seed": seed} if name in DRAWING else {}
+    if heuristic is not None:
+        options |= {"heuristic": heuristic, **_of_planner(DECODERS[name], planner)}
+    return options
+
+
+def _of_planner(kind: Callable[..., Decoder], planner: Mapping[str, Any]) -> dict[str, Any]:
+    """Return which of a task's arguments of the planner a decoder on Q takes: A* all, the others ``score`` alone."""
+    return dict(planner) if kind is AStarPlanner else {k: v for k, v in planner.items() if k == "score"}
 
 
 @dataclass(frozen=True)
@@ -97,8 +117,7 @@ class Contender:
         if self.random:
             options["seed"] = seed
         if self.uses == "q":
-            given = planner if self.kind is AStarPlanner else {k: v for k, v in planner.items() if k == "score"}
-            options = {"heuristic": q, **given, **options}
+            options = {"heuristic": q, **_of_planner(self.kind, planner), **options}
         return self.kind(mdp, **options)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from ..envs import DecodingMDP, Finish, Prompt
-from ..errors import ConfigurationError, check_integer, check_number
+from ..errors import CheckpointError, ConfigurationError, check_integer, check_number
 from .search import IntArray, Values
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ __all__ = [
     "ZeroHeuristic",
     "maximum",
     "mean",
+    "shipped_heuristic",
 ]
 
 _MIN_LOGPROB = -50.0  # nats; a token that the policy finds less likely is as good as impossible
@@ -177,6 +178,24 @@ class QHeuristic(Composable):
     def __repr__(self) -> str:
         """Return the expression that makes it."""
         return f"QHeuristic({self.q!r})"
+
+
+def shipped_heuristic(task: str, mdp: DecodingMDP) -> tuple[Heuristic, str]:
+    """Return the Q-function that the package ships for a task, or the bound where there is none that fits ``mdp``.
+
+    Returns:
+        The heuristic, and why the shipped Q-function does not fit; empty if it does, or if there is none.
+    """
+    from .q_function import pretrained_names
+
+    if task not in pretrained_names():
+        return BoundHeuristic(), ""
+    heuristic = QHeuristic(task)
+    try:
+        heuristic.q.check(mdp)
+    except CheckpointError as error:
+        return BoundHeuristic(), str(error)
+    return heuristic, ""
 
 
 class ValueHeuristic(Composable):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from .search import Search, TracePoint
 
-__all__ = ["SearchTree"]
+__all__ = ["SearchTree", "plain"]
 
 
 @dataclass(frozen=True)
@@ -126,15 +126,15 @@ class SearchTree:
         chosen, on_path = np.flatnonzero(self.parent == node), set(self.best)
         rows = itertools.islice(self.edges(), int(chosen[0]), int(chosen[-1]) + 1)
         return [
-            {**{key: _plain(value) for key, value in row.items()}, "best": int(index) in on_path}
+            {**plain(row), "best": int(index) in on_path}
             for index, row in zip(chosen, rows, strict=True)
             if row["status"] != "masked"
         ]
 
     def to_json(self) -> str:
         """Return everything as one JSON object; what is not finite is null, as JSON has no infinity."""
-        edges = [{key: _plain(value) for key, value in edge.items()} for edge in self.edges()]
-        trace = [[_plain(value) for value in point] for point in self.trace]
+        edges = plain(list(self.edges()))
+        trace = [plain(tuple(point)) for point in self.trace]
         content = {"prompt": self.prompt, "best": self.best, "edges": edges, "trace": trace}
         return json.dumps(content, ensure_ascii=False)
 
@@ -214,7 +214,16 @@ class SearchTree:
         return page
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a value as what JSON knows; what is not finite is None, as JSON has no infinity."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    elif hasattr(value, "tolist"):  # numpy
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -15,14 +15,15 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..agents import BoundHeuristic, Plan, QHeuristic, Search, pretrained_names
-from ..agents.contenders import DECODERS, DRAWING, Q_GUIDED, make_decoder
-from ..agents.search_tree import SearchTree
+from ..agents import BoundHeuristic, Decoder, Plan, Search
+from ..agents.contenders import DECODERS, Q_GUIDED, decoder_options, make_decoder
+from ..agents.heuristics import shipped_heuristic
+from ..agents.search_tree import SearchTree, plain
 from ..envs import DecodingMDP, LanguageModel, load_prompts
 from ..envs.constraints import Constraint, Rule
 from ..envs.prompts import Prompt, as_prompt
-from ..errors import CheckpointError, ConfigurationError, QStarError, UnknownNameError
-from ..tasks import load_task, task_names
+from ..errors import ConfigurationError, QStarError, UnknownNameError
+from ..tasks import Task, load_task, task_names
 
 __all__ = ["LIMITS", "Request", "Run", "Runs", "examples"]
 
@@ -153,7 +154,7 @@ class Run:
                 yield None
             yield self.events[index]
 
-    def work(self, mdp: DecodingMDP, model_lock: threading.Lock) -> None:
+    def work(self, mdp: DecodingMDP, task: Task, model_lock: threading.Lock) -> None:
         """Search and tell, giving way to other runs after every step."""
         latest: Search | None = None
         told, seen, shown = 0.0, (1, 0), ""
@@ -179,7 +180,7 @@ class Run:
 
         try:
             with model_lock:
-                decoder = self._decoder(mdp)
+                decoder = self._decoder(mdp, task)
                 plan = decoder.plan(self.prompt, self.request.budget, progress=progress)
                 tell()
             self.tree, self.facts = plan.tree, _facts(self.request, mdp, plan)
@@ -189,23 +190,14 @@ class Run:
         except Exception as error:  # the page must not wait for ever for a thread that has died
             self.tell({"kind": "failed", "message": f"{type(error).__name__}: {error}"}, last=True)
 
-    def _decoder(self, mdp: DecodingMDP) -> Any:
-        request, task = self.request, load_task(self.request.task)
-        options: dict[str, Any] = {"seed": request.seed} if request.decoder in DRAWING else {}
+    def _decoder(self, mdp: DecodingMDP, task: Task) -> Decoder:
+        request, heuristic = self.request, None
         if request.decoder in Q_GUIDED:
-            options["heuristic"] = BoundHeuristic()
-            if request.q == "shipped" and task.name in pretrained_names():
-                heuristic = QHeuristic(task.name)
-                try:
-                    heuristic.q.check(mdp)
-                    options["heuristic"] = heuristic
-                except CheckpointError as error:
-                    self.tell({"kind": "note", "message": f"without Q: {error}"})
-            if request.reward is None:
-                known = task.planner
-                options.update(
-                    known if request.decoder == "astar" else {k: v for k, v in known.items() if k == "score"}
-                )
+            heuristic, misfit = shipped_heuristic(task.name, mdp) if request.q == "shipped" else (BoundHeuristic(), "")
+            if misfit:
+                self.tell({"kind": "note", "message": f"without Q: {misfit}"})
+        planner = task.planner if request.reward is None else {}
+        options = decoder_options(request.decoder, planner, heuristic, request.seed)
         return make_decoder(request.decoder, mdp, **options)
 
 
@@ -246,7 +238,7 @@ class Runs:
             self._runs[run.number] = run
             while len(self._runs) > _KEPT:
                 self._runs.popitem(last=False)[1].stop()
-        threading.Thread(target=run.work, args=(mdp, self._model_lock), daemon=True).start()
+        threading.Thread(target=run.work, args=(mdp, task, self._model_lock), daemon=True).start()
         return run
 
     def _from(self, request: Request) -> tuple[Prompt, Beginning]:
@@ -287,36 +279,26 @@ def _state(search: Search, nodes: int, texts: int) -> dict[str, Any]:
         parent = int(search.parent[row])
         return parent, token(parent, int(np.flatnonzero(search.child[parent] == row)[0]))
 
-    values = [_plain(completion.objective) for completion in search.completions.values()]
-    return {
+    values = [completion.objective for completion in search.completions.values()]
+    state = {
         "lm_tokens": search.lm_tokens,
         "seconds": round(search.seconds, 2),
-        "lower_bound": _plain(search.trace[-1].lower_bound),
-        "upper_bound": _plain(search.trace[-1].upper_bound),
+        "lower_bound": search.trace[-1].lower_bound,
+        "upper_bound": search.trace[-1].upper_bound,
         "text": None if best is None else best.text,
-        "objective": None if best is None else _plain(best.objective),
+        "objective": None if best is None else best.objective,
         "grown": [edge_to(row) for row in range(nodes, search.size)],
         "ended": [(row, token(row, action), values[i]) for i, (row, action) in enumerate(finished) if i >= texts],
         "best": None if best is None else next(i for i, e in enumerate(finished) if search.completions[e] is best),
     }
+    return {name: plain(value) for name, value in state.items()}
 
 
 def _result(plan: Plan) -> dict[str, Any]:
-    return {
-        "text": plan.text,
-        "objective": _plain(plan.objective),
-        "reward": _plain(plan.reward),
-        "logprob": _plain(plan.logprob),
-        "lower_bound": _plain(plan.lower_bound),
-        "upper_bound": _plain(plan.upper_bound),
-        "gap": _plain(plan.gap),
-        "certified": plan.certified,
-        "scope": plan.scope,
-        "stop": plan.stop,
-        "stop_reason": plan.stop_reason,
-        "usage": vars(plan.usage),
-        "completions": [{"text": c.text, "objective": _plain(c.objective)} for c in plan.best(6)],
-    }
+    numbers = ("objective", "reward", "logprob", "lower_bound", "upper_bound", "gap")
+    result = {name: getattr(plan, name) for name in ("text", *numbers, "certified", "scope", "stop", "stop_reason")}
+    texts = [{"text": c.text, "objective": c.objective} for c in plan.best(6)]
+    return {name: plain(value) for name, value in {**result, "usage": vars(plan.usage), "completions": texts}.items()}
 
 
 def _facts(request: Request, mdp: DecodingMDP, plan: Plan) -> dict[str, str]:
@@ -329,7 +311,3 @@ def _facts(request: Request, mdp: DecodingMDP, plan: Plan) -> dict[str, str]:
         **{name: f"{value:.3f}" if math.isfinite(value) else "none" for name, value in numbers.items()},
         "stopped": f"{plan.stop_reason}, {plan.usage.lm_tokens} of {request.budget} LM tokens",
     }
-
-
-def _plain(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
