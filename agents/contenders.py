@@ -193,5 +193,5 @@ CONTENDERS: dict[str, Contender] = {
     "blockwise": Contender(BlockwiseDecoder, "Mudgal et al. 2024", "q", {}, _grid("block", 2, 4, 8, 12), random=True),
     "MCTS": Contender(MCTS, "Silver et al. 2017; Feng et al. 2023", "q", {}, _grid("exploration", 0.1, 0.3, 1.0, 3.0)),
     "REBASE": Contender(RebaseSearch, "Wu et al. 2024", "q", {}, _grid("balance", 0.02, 0.05, 0.1, 0.3), random=True),
-    "Q*": Contender(AStarPlanner, "ours", "q", {}, _grid("margin", 0.0, 0.05, 0.1, 0.2)),
+    "Q*": Contender(AStarPlanner, "ours", "q", {}, _grid("taper", 2.0, 0.0, 1.0, 3.0)),
 }
