@@ -110,10 +110,9 @@ class AStarPlanner(Decoder):
                 None for 16, and for ``"level"`` with a budget of LM tokens for as many as that pays for.
             growth: By what factor each round is wider than the one before.
             taper: How ``"level"`` spreads a budget of LM tokens over the depths: in proportion to the number of tokens
-                still to come, to this power. 0 spreads it evenly, as a beam does, which is better where Q is as rough at
-                the end as at the beginning, as on texts of a few tokens: worth tuning first. With None the search does
-                not look at its budget, and one that is resumed equals one long run; it may then end before a text is
-                finished.
+                still to come, to this power. 0 spreads it evenly, as a beam does, which is better on texts of a few
+                tokens, where Q is as rough at the end as at the beginning. With None the search does not look at its
+                budget, and one that is resumed equals one long run; it may then end before a text is finished.
             batch_size: How many edges, or nodes, a best-first search pops together, for one forward.
             n: How many of the best texts are wanted: an edge is pruned by the n-th best; see :meth:`Plan.best`.
             pathmax: Whether an edge's f is at most that of the edge which led to it (Mérő 1984; in terms of returns, a
