@@ -206,7 +206,7 @@ def overhead(repeats=5):
             marks.append((search.lm_tokens, time.perf_counter() - start - sum(watch.seconds.values())))
 
         weight = {"weight": 1.0} if name == "anytime" else {"width": 10**9}
-        AStarPlanner(mdp, search=name, batch_size=16, **weight).plan("a", 13_500, progress=note)
+        AStarPlanner(mdp, search=name, batch_size=16, **weight).plan("a", 15_500, progress=note)
         tokens, seconds = np.array(marks).T
 
         def per_pop(edges, tokens=tokens, seconds=seconds):
@@ -214,9 +214,9 @@ def overhead(repeats=5):
             near = np.abs(tokens * 7 - edges) < 0.05 * edges + 700
             return np.median(np.diff(seconds[near]) / np.diff(tokens[near]))
 
-        few, many = per_pop(1_000), per_pop(90_000)
+        few, many = per_pop(1_000), per_pop(100_000)
         table.add_row(name, f"{few * 1e6:.0f} µs", f"{many * 1e6:.0f} µs", f"{many / few:.2f}")
-        rows.append(row(f"a pop of 90,000 edges / of 1,000, {name}", many / few, "ratio", 1.2))
+        rows.append(row(f"a pop of 100,000 edges / of 1,000, {name}", many / few, "ratio", 1.2))
     out.print(table)
     return rows
 

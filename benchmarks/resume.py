@@ -1,0 +1,98 @@
+"""Does a training that is killed again and again end where the others do?
+
+    python benchmarks/resume.py [TASK] [--steps 20000] [--kills 5] [--seeds 3] [--runs runs/resume] [--json FILE]
+
+Trains each seed undisturbed, then seed 0 once more with SIGKILL at random moments, each followed by `--resume`, and
+compares what `qstar train` measures at its end on the held-out prompts. On an exact model a resumed run equals the
+other to the last bit (tests/test_resume.py); with the embedded one, batches of other sizes round differently.
+"""
+
+import argparse
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+out = Console() if sys.stdout.isatty() else Console(width=130)
+
+
+def start(task, folder, steps, seed, *more):
+    """Start `qstar train`; its output goes to FOLDER.log."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    options = [
+        "--steps",
+        str(steps),
+        "--save-every",
+        str(max(steps // 10, 1)),
+        "--seed",
+        str(seed),
+        "--out",
+        str(folder),
+    ]
+    command = [sys.executable, "-m", "qstar_decoding.cli", "train", task, *options, *more]
+    with folder.with_suffix(".log").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+
+def resumable(folder):
+    return ["--resume"] if (folder / "checkpoint").is_dir() else []
+
+
+def finish(process, folder):
+    """Wait for a training's end; return what it measured."""
+    if process.wait():
+        sys.exit(f"the training in {folder} failed: {folder.with_suffix('.log').read_text(encoding='utf-8')[-2000:]}")
+    return json.loads((folder / "q" / "config.json").read_text(encoding="utf-8"))["description"]["held_out"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", nargs="?", default="sentiment")
+    parser.add_argument("--steps", type=int, default=20_000, help="LM tokens of a training")
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--runs", type=Path, default=Path("runs/resume"), help="a new folder for the trainings")
+    parser.add_argument("--json", help="also write the rows to this file")
+    arguments = parser.parse_args()
+    if arguments.runs.exists():
+        parser.error(f"{arguments.runs} exists; name a new folder with --runs")
+
+    held_out, took = {}, []
+    for seed in range(arguments.seeds):
+        folder, begin = arguments.runs / str(seed), time.perf_counter()
+        held_out[f"seed {seed}"] = finish(start(arguments.task, folder, arguments.steps, seed), folder)
+        took.append(time.perf_counter() - begin)
+
+    folder, moments = arguments.runs / "killed", []
+    for _ in range(arguments.kills):
+        process = start(arguments.task, folder, arguments.steps, 0, *resumable(folder))
+        moments.append(random.uniform(0, took[0] / 2))
+        time.sleep(moments[-1])
+        process.send_signal(signal.SIGKILL)
+        if process.wait() != -signal.SIGKILL:
+            sys.exit(f"the training in {folder} ended before it could be killed: take more --steps or fewer --kills")
+    last = start(arguments.task, folder, arguments.steps, 0, *resumable(folder))
+    killed = finish(last, folder)
+
+    out.print(f"killed after {', '.join(f'{s:.0f}' for s in moments)} s; undisturbed it takes {took[0]:.0f} s")
+    table = Table(title=f"{arguments.task}, {arguments.steps:,} LM tokens of training: J on the held-out prompts")
+    for column in ("decoder", *held_out, f"seed 0, killed {arguments.kills} times"):
+        table.add_column(column, justify="left" if column == "decoder" else "right")
+    rows = []
+    for decoder, figures in killed.items():
+        spread = [found[decoder]["objective"] for found in held_out.values()]
+        table.add_row(decoder, *(f"{J:.3f}" for J in (*spread, figures["objective"])))
+        rows.append({"name": decoder, "seeds": spread, "killed": figures["objective"], "unit": "J"})
+    out.print(table)
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
