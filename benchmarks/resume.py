@@ -51,6 +51,12 @@ def finish(process, folder):
     return json.loads((folder / "q" / "config.json").read_text(encoding="utf-8"))["description"]["held_out"]
 
 
+def row(name, value, unit, target=None, higher_is_better=True):
+    return {
+        "name": name, "value": float(value), "unit": unit, "target": target, "higher_is_better": higher_is_better
+    }  # fmt: skip
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", nargs="?", default="sentiment")
@@ -86,9 +92,12 @@ def main():
         table.add_column(column, justify="left" if column == "decoder" else "right")
     rows = []
     for decoder, figures in killed.items():
-        spread = [found[decoder]["objective"] for found in held_out.values()]
-        table.add_row(decoder, *(f"{J:.3f}" for J in (*spread, figures["objective"])))
-        rows.append({"name": decoder, "seeds": spread, "killed": figures["objective"], "unit": "J"})
+        spread, J = [found[decoder]["objective"] for found in held_out.values()], figures["objective"]
+        table.add_row(decoder, *(f"{value:.3f}" for value in (*spread, J)))
+        rows += [row(f"{decoder}, {name}", value, "J") for name, value in zip(held_out, spread, strict=True)]
+        rows.append(row(f"{decoder}, killed", J, "J"))
+        outside = max(min(spread) - J, J - max(spread), 0.0)
+        rows.append(row(f"{decoder}, killed: outside the seeds' spread by", outside, "J", 0.0, False))
     out.print(table)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
