@@ -10,7 +10,6 @@ batch, depth, prompt length, size of the tree and k. docs/performance.md explain
 
 import argparse
 import itertools
-import json
 import platform
 import time
 
@@ -21,6 +20,7 @@ import transformers
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rows import add_json_option, out, row, write
 
 import qstar_decoding
 from qstar_decoding.agents import AStarPlanner, QHeuristic
@@ -321,7 +321,7 @@ def scaling(bench):
     for name, points in series.items():
         for i, (argument, value) in enumerate(points):
             table.add_row(f"{name} = {value:,}", f"{step(**{argument: value}):.1f}", end_section=i == len(points) - 1)
-    Console(width=130).print(table)
+    out.print(table)
 
 
 COMPARISONS = [
@@ -345,7 +345,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some of: " + ", ".join(NAMES))
     parser.add_argument("--scaling", action="store_true", help="show how the time of a step grows, and nothing else")
-    parser.add_argument("--json", help="also write the rows to this file")
+    add_json_option(parser)
     arguments = parser.parse_args()
     if unknown := set(arguments.only or ()) - set(NAMES):
         parser.error(f"--only takes {', '.join(NAMES)}; got {', '.join(sorted(unknown))}")
@@ -361,7 +361,7 @@ def main():
     def add(name, ours, other, value, unit, target, higher, shown):
         sign = "≥" if higher else "≤"
         table.add_row(name, ours, other, shown, f"{sign} {target:g}" + (" MB" if unit == "MB" else ""))
-        rows.append({"name": name, "value": value, "unit": unit, "target": target, "higher_is_better": higher})
+        rows.append(row(name, value, unit, target, higher_is_better=higher))
 
     chosen = [name for name in NAMES if name in (arguments.only or NAMES)]
     for name in track(chosen, "timing", console=Console(stderr=True), transient=True):
@@ -376,10 +376,8 @@ def main():
         ratio = float(np.median(both[:, 0] / both[:, 1]))
         cells = [f"{figure:,.1f} {unit}" for figure in (ours, other)]
         add(label, *cells, ratio, "ratio", target, higher, f"{ratio:.2f}")
-    Console(width=130).print(table)
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(rows, file, indent=2)
+    out.print(table)
+    write(rows, arguments.json)
 
 
 def machine(lm):

@@ -9,7 +9,6 @@ Differences are paired by prompt, means over the seeds; intervals resample the p
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rows import add_json_option, out, row, write
 
 from qstar_decoding.agents import AStarPlanner, BeamSearch, GreedyDecoder, QHeuristic, SamplingDecoder
 from qstar_decoding.agents.evaluation import evaluate, paired_bootstrap
@@ -30,8 +30,6 @@ NO_Q, Q_ONLY = (
     ["arg max Q", "sampling π·exp(Q/β)", "beam on g + Q"],
 )
 UNBUDGETED = ["greedy LM", "arg max Q"]
-
-out = Console() if sys.stdout.isatty() else Console(width=130)
 
 
 def trained(task, seed, runs):
@@ -108,7 +106,7 @@ def by_objective(task, runs, seeds, budgets):
     rows = []
     for budget in budgets:
         value = per_prompt(found["Q*", budget]).mean()
-        rows.append(row(f"J of Q* at {budget}", value, "J", None))
+        rows.append(row(f"J of Q* at {budget}", value, "J"))
         worst = min(against(n, b, budget)[0] for n, b in found if b == budget and n != "Q*")
         rows.append(row(f"Q* minus the best other decoder at {budget}", worst, "J", 0.0))
     for group, label, wanted in ((NO_Q, "decoder without Q", budgets[:4]), (Q_ONLY, "Q-only control", budgets)):
@@ -160,17 +158,13 @@ def by_accuracy(task, runs, seeds, budget=60):
     return rows
 
 
-def row(name, value, unit, target):
-    return {"name": name, "value": float(value), "unit": unit, "target": target, "higher_is_better": True}
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", help="sentiment, keywords, arithmetic, or the path of a YAML file")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
     parser.add_argument("--runs", default="runs", help="folder of the training runs")
-    parser.add_argument("--json", help="also write the rows to this file")
+    add_json_option(parser)
     arguments = parser.parse_args()
     seeds, rows = range(arguments.seeds), []
     names = ["arithmetic", "arithmetic-99"] if arguments.task == "arithmetic" else [arguments.task]
@@ -179,14 +173,12 @@ def main():
         runs = [trained(name, seed, arguments.runs) for seed in seeds]
         minutes = [QHeuristic(folder).q.description["minutes"] for folder in runs]
         out.print(f"{name}: training took {', '.join(map(str, minutes))} minutes")
-        limit = {"name": f"{name}: longest training", "value": max(minutes), "unit": "minutes", "target": 20.0}
-        rows.append({**limit, "higher_is_better": False})
+        rows.append(row(f"{name}: longest training", max(minutes), "minutes", 20, higher_is_better=False))
         if task.planner.get("score") == "q":
             rows += by_accuracy(task, runs, seeds)
         else:
             rows += by_objective(task, runs, seeds, arguments.budgets)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write(rows, arguments.json)
 
 
 if __name__ == "__main__":

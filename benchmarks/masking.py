@@ -12,7 +12,6 @@ What plain DQN lacks is exploration: a random episode survives a step in one cas
 """
 
 import argparse
-import json
 
 import gymnasium as gym
 import numpy as np
@@ -21,6 +20,7 @@ from gymnasium import spaces
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rows import add_json_option, out, row, write
 from sb3_contrib.common.maskable.evaluation import evaluate_policy
 from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import BaseCallback
@@ -112,7 +112,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--json", help="also write the rows to this file")
+    add_json_option(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # networks this small are slower on more
 
@@ -132,24 +132,17 @@ def main():
         table.add_row(name, f"{np.mean(scores):.2f}", each, str(sum(training)), str(sum(evaluation)), after)
         masked = AGENTS[name][0] is not DQN
         rows += [
-            row(f"score of {name}", np.mean(scores), "return", OPTIMUM if masked else None, True),
-            row(f"violations of {name}", sum(training) + sum(evaluation), "actions", 0 if masked else None, False),
+            row(f"score of {name}", np.mean(scores), "return", OPTIMUM if masked else None),
+            row(
+                f"violations of {name}",
+                sum(training) + sum(evaluation),
+                "actions",
+                0 if masked else None,
+                higher_is_better=False,
+            ),
         ]
-    console = Console()
-    (console if console.is_terminal else Console(width=120)).print(table)
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(rows, file, indent=2)
-
-
-def row(name, value, unit, target, higher_is_better):
-    return {
-        "name": name,
-        "value": float(value),
-        "unit": unit,
-        "target": target,
-        "higher_is_better": higher_is_better,
-    }
+    out.print(table)
+    write(rows, arguments.json)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,14 @@ certificates  the gap that remains, by budget and α, and how many texts are pro
 
 import argparse
 import itertools
-import json
 import math
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rows import add_json_option, out, row, write
 
 from qstar_decoding.agents import (
     CONTENDERS,
@@ -40,14 +38,6 @@ from qstar_decoding.rewards import as_reward
 from qstar_decoding.tasks import load_task
 
 BUDGETS = [50, 100, 200, 400, 800]
-
-out = Console() if sys.stdout.isatty() else Console(width=130)
-
-
-def row(name, value, unit, target=None, higher_is_better=False):
-    return {
-        "name": name, "value": float(value), "unit": unit, "target": target, "higher_is_better": higher_is_better
-    }  # fmt: skip
 
 
 def progress(items, what):
@@ -128,14 +118,16 @@ def exact(trees=20, horizon=6, alpha=0.1):
             f"{means['certified']:.1f}",
         )
         target = float(np.mean(path)) if name == "oracle" else None
-        rows.append(row(f"expansions until A* stops, {name}", means["stop"], "prefixes", target))
+        rows.append(
+            row(f"expansions until A* stops, {name}", means["stop"], "prefixes", target, higher_is_better=False)
+        )
     out.print(table)
     soft = np.array(counts["soft value"]["stop"])
     out.print(
         f"the optimal path has {np.mean(path):.1f} prefixes; theory allows the soft value T / p*(y*) = "
         f"{np.mean(limits):.1f} expansions; it keeps to that in {np.mean(soft <= np.array(limits)):.0%} of the trees"
     )
-    return [*rows, row("soft value within T / p*(y*)", np.mean(soft <= np.array(limits)), "share", 1.0, True)]
+    return [*rows, row("soft value within T / p*(y*)", np.mean(soft <= np.array(limits)), "share", 1)]
 
 
 # -- overhead ---------------------------------------------------------------------------------------------------------
@@ -187,7 +179,7 @@ def overhead(repeats=5):
             parts.append((lm, reward, by_q, total - lm - reward - by_q, total))
         lm, reward, by_q, rest, total = np.median(parts[1:], axis=0)  # the first warms up
         table.add_row(name, f"{lm:.2f}", f"{reward:.3f}", f"{by_q:.3f}", f"{rest:.3f}", f"{rest / total:.1%}")
-        rows.append(row(f"planner's share of the time, {name}", rest / total, "share", 0.10))
+        rows.append(row(f"planner's share of the time, {name}", rest / total, "share", 0.10, higher_is_better=False))
     out.print(table)
 
     table = table_of(
@@ -216,7 +208,7 @@ def overhead(repeats=5):
 
         few, many = per_pop(1_000), per_pop(100_000)
         table.add_row(name, f"{few * 1e6:.0f} µs", f"{many * 1e6:.0f} µs", f"{many / few:.2f}")
-        rows.append(row(f"a pop of 100,000 edges / of 1,000, {name}", many / few, "ratio", 1.2))
+        rows.append(row(f"a pop of 100,000 edges / of 1,000, {name}", many / few, "ratio", 1.2, higher_is_better=False))
     out.print(table)
     return rows
 
@@ -269,17 +261,20 @@ def duel(names=("sentiment", "keywords"), budgets=BUDGETS):
             label = "one budget for all" if shared else "Q*"
             table.add_row(f"{label} minus the best other", *cells)
         out.print(table)
-        halves = [
-            found["Q*", half, False].objectives.mean() >= found["beam on g + Q", whole, False].objectives.mean()
-            for half, whole in itertools.pairwise(budgets)
-        ]
-        out.print(f"{name}: J of beam on g + Q reached with half its tokens at {sum(halves)} of {len(halves)} budgets")
-        rows += [
-            row(f"{name}: budgets where A* is significantly behind", behind[False], "budgets", 0),
-            row(f"{name}: budgets where A* is significantly ahead", ahead[False], "budgets", 3, True),
-            row(f"{name}: budgets where the beam's J takes half its tokens", sum(halves), "budgets", len(halves), True),
-            row(f"{name}: the same ahead, one budget for all prompts", ahead[True], "budgets", None, True),
-        ]
+        for shared, label in ((False, name), (True, f"{name}, one budget for all prompts")):
+            halves = [
+                found["Q*", half, shared].objectives.mean() >= found["beam on g + Q", whole, False].objectives.mean()
+                for half, whole in itertools.pairwise(budgets)
+            ]
+            out.print(
+                f"{label}: the beam's J is reached with half its tokens at {sum(halves)} of {len(halves)} budgets"
+            )
+            wanted = (None, None, None) if shared else (0, 3, len(halves))
+            rows += [
+                row(f"{label}: significantly behind", behind[shared], "budgets", wanted[0], higher_is_better=False),
+                row(f"{label}: significantly ahead", ahead[shared], "budgets", wanted[1]),
+                row(f"{label}: the beam's J with half its tokens", sum(halves), "budgets", wanted[2]),
+            ]
     return rows
 
 
@@ -302,7 +297,7 @@ def certificates(prompts=20, budgets=(100, 400, 1600), alphas=(0.02, 0.1, 0.3, 1
                 plans = AStarPlanner(mdp, heuristic=heuristic).plan_many(test, budget)
                 certified = sum(plan.certified for plan in plans)
                 cells.append(f"{np.mean([plan.gap for plan in plans]):.3f} ({certified})")
-                rows.append(row(f"certified at {budget} tokens, α = {alpha}, {name}", certified, "prompts", None, True))
+                rows.append(row(f"certified at {budget} tokens, α = {alpha}, {name}", certified, "prompts"))
             table.add_row(f"{alpha:g}", name, *cells)
         table.add_section()
     out.print(table)
@@ -314,11 +309,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = {function.__name__: function for function in (exact, overhead, duel, certificates)}
     parser.add_argument("part", choices=parts)
-    parser.add_argument("--json", help="also write the rows to this file")
+    add_json_option(parser)
     arguments = parser.parse_args()
     rows = parts[arguments.part]()
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write(rows, arguments.json)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ job, its scheduling and Q cost follows how many workers one driver can keep busy
 import sys
 from pathlib import Path
 
+from rows import add_json_option, out, row, write
+
 # Python puts a script's folder before everything else, and there this very file is called ray.
 sys.path.remove(str(Path(__file__).resolve().parent))
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -42,8 +43,6 @@ BATCH = 8  # prompts a job
 ROUNDS = 3
 BUDGETS = {"toy": 24, "sentiment": 100}  # LM tokens a prompt
 NETWORK = 1e9  # bytes a second between machines: an assumption, 10 Gbit/s Ethernet at four fifths
-
-out = Console() if sys.stdout.isatty() else Console(width=120)
 
 
 class Planner(Searcher):
@@ -183,12 +182,12 @@ def decoding_rate(workers, prompt, latency, driver, look):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", help="also write the rows to this file")
+    add_json_option(parser)
     arguments = parser.parse_args()
     rows = []
 
-    def row(name, value, unit, target=None, higher=True):
-        rows.append({"name": name, "value": value, "unit": unit, "target": target, "higher_is_better": higher})
+    def add(*figure, higher=True):
+        rows.append(row(*figure, higher_is_better=higher))
 
     folder = tempfile.TemporaryDirectory(prefix="qstar-", dir="/tmp")
     # Room for both sets of workers; only one of them is at work at a time.
@@ -215,22 +214,22 @@ def main():
         finally:
             ray.shutdown()
     for name, ((one, two), efficiency, busy, dearer) in rates.items():
-        row(f"{name}, 1 worker", one, "prompts/s")
-        row(f"{name}, 2 workers", two, "prompts/s")
-        row(f"{name}, efficiency of 2 workers", efficiency, "share", 0.85)
-        row(f"{name}, share of the time that 2 workers had work", busy, "share")
-        row(f"{name}, processor time a job, 2 workers against 1", dearer, "ratio", None, False)
-    row("scheduling overhead", 1e3 * latency / BATCH, "ms/prompt", None, False)
-    row("from a job's end to the next one's begin", 1e3 * latency, "ms/job", None, False)
-    row("processor time of the driver", 1e3 * driver, "ms/job", None, False)
+        add(f"{name}, 1 worker", one, "prompts/s")
+        add(f"{name}, 2 workers", two, "prompts/s")
+        add(f"{name}, efficiency of 2 workers", efficiency, "share", 0.85)
+        add(f"{name}, share of the time that 2 workers had work", busy, "share")
+        add(f"{name}, processor time a job, 2 workers against 1", dearer, "ratio", higher=False)
+    add("scheduling overhead", 1e3 * latency / BATCH, "ms/prompt", higher=False)
+    add("from a job's end to the next one's begin", 1e3 * latency, "ms/job", higher=False)
+    add("processor time of the driver", 1e3 * driver, "ms/job", higher=False)
     for workers, took in look.items():
-        row(f"looking at {workers:,} workers", 1e3 * took, "ms", None, False)
-    row("Q, size", q["bytes"] / 1e6, "MB", None, False)
-    row("Q, publishing a version", 1e3 * q["publish"], "ms", None, False)
-    row("Q, fetching a version", 1e3 * q["fetch"], "ms/worker", None, False)
-    row("QStar, one search", 1e3 * q["search"], "ms", None, False)
-    row("QStar, entering a search", 1e3 * q["enter"], "ms", None, False)
-    row("QStar, learning after a round", 1e3 * q["learn"], "ms", None, False)
+        add(f"looking at {workers:,} workers", 1e3 * took, "ms", higher=False)
+    add("Q, size", q["bytes"] / 1e6, "MB", higher=False)
+    add("Q, publishing a version", 1e3 * q["publish"], "ms", higher=False)
+    add("Q, fetching a version", 1e3 * q["fetch"], "ms/worker", higher=False)
+    add("QStar, one search", 1e3 * q["search"], "ms", higher=False)
+    add("QStar, entering a search", 1e3 * q["enter"], "ms", higher=False)
+    add("QStar, learning after a round", 1e3 * q["learn"], "ms", higher=False)
 
     table = Table("measured", title="two cores, one thread a worker")
     for column in ("value", "unit", "wanted"):
@@ -267,11 +266,10 @@ def main():
         "the head), whatever the number of workers."
     )
     for workers, value, learnt in zip((100, 10_000), decoding, training, strict=True):
-        row(f"estimate, decode with {workers:,} workers", value, "prompts/s")
-        row(f"estimate, train with {workers:,} workers", learnt, "searches/s")
-    row("estimate, workers that one driver keeps busy decoding", full, "workers")
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        add(f"estimate, decode with {workers:,} workers", value, "prompts/s")
+        add(f"estimate, train with {workers:,} workers", learnt, "searches/s")
+    add("estimate, workers that one driver keeps busy decoding", full, "workers")
+    write(rows, arguments.json)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
-
-out = Console() if sys.stdout.isatty() else Console(width=130)
+from rows import add_json_option, out, row, write
 
 
 def start(task, folder, steps, seed, *more):
@@ -51,12 +49,6 @@ def finish(process, folder):
     return json.loads((folder / "q" / "config.json").read_text(encoding="utf-8"))["description"]["held_out"]
 
 
-def row(name, value, unit, target=None, higher_is_better=True):
-    return {
-        "name": name, "value": float(value), "unit": unit, "target": target, "higher_is_better": higher_is_better
-    }  # fmt: skip
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", nargs="?", default="sentiment")
@@ -64,7 +56,7 @@ def main():
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", type=Path, default=Path("runs/resume"), help="a new folder for the trainings")
-    parser.add_argument("--json", help="also write the rows to this file")
+    add_json_option(parser)
     arguments = parser.parse_args()
     if arguments.runs.exists():
         parser.error(f"{arguments.runs} exists; name a new folder with --runs")
@@ -97,10 +89,9 @@ def main():
         rows += [row(f"{decoder}, {name}", value, "J") for name, value in zip(held_out, spread, strict=True)]
         rows.append(row(f"{decoder}, killed", J, "J"))
         outside = max(min(spread) - J, J - max(spread), 0.0)
-        rows.append(row(f"{decoder}, killed: outside the seeds' spread by", outside, "J", 0.0, False))
+        rows.append(row(f"{decoder}, killed: outside the seeds' spread by", outside, "J", 0.0, higher_is_better=False))
     out.print(table)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write(rows, arguments.json)
 
 
 if __name__ == "__main__":

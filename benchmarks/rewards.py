@@ -7,15 +7,13 @@ the embedded model, potential and final scores together; and how many of the tex
 """
 
 import argparse
-import json
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rows import add_json_option, out, row, write
 
 from qstar_decoding.agents import AStarPlanner, SamplingDecoder, evaluate
 from qstar_decoding.envs import DecodingMDP, TokenDecodingVecEnv
@@ -26,8 +24,6 @@ from qstar_decoding.tasks import load_task
 SIZES = [1, 16, 64]
 ENVS, STEPS = 64, 60
 MODELS = {"coherence", "relevance", "semantic_repetition"}  # a network each; all others read words
-
-out = Console() if sys.stdout.isatty() else Console(width=130)
 
 
 def texts_to_score(count):
@@ -90,7 +86,7 @@ def remembered(name, budget=200):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", help="also write the rows to this file")
+    add_json_option(parser)
     arguments = parser.parse_args()
     prompts, completions = texts_to_score(128)
     table = Table(title=f"texts of 24 tokens; a step of {ENVS} environments with random actions")
@@ -109,16 +105,13 @@ def main():
         share, (asked, known) = share_of_a_step(name), remembered(name)
         table.add_row(name, *(f"{rate:,.0f}" for rate in rates), f"{share:.1%}", f"{asked:.0f}", f"{known:.0%}")
         target = None if name in MODELS else 0.20
-        rows.append({"name": f"share of a step, {name}", "value": share, "unit": "share", "target": target})
-        rows += [
-            {"name": f"{name}, {size} a call", "value": rate, "unit": "texts/s", "target": None}
-            for size, rate in zip(SIZES, rates, strict=True)
-        ]
+        rows.append(row(f"share of a step, {name}", share, "share", target, higher_is_better=False))
+        rows += [row(f"{name}, {size} a call", rate, "texts/s") for size, rate in zip(SIZES, rates, strict=True)]
+        rows.append(row(f"{name}, remembered in a search", known, "share"))
         worst = max(worst, 0.0 if name in MODELS else share)
     out.print(table)
     out.print(f"the largest share of a step that a lexical reward takes: {worst:.1%} (wanted: 20 % at most)")
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write(rows, arguments.json)
 
 
 if __name__ == "__main__":

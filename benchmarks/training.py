@@ -8,13 +8,12 @@ of stable-baselines3 writes first: 32 single environments in a DummyVecEnv, each
 """
 
 import argparse
-import json
 import statistics
 import time
 
 import gymnasium as gym
-from rich.console import Console
 from rich.table import Table
+from rows import add_json_option, out, row, write
 from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -89,7 +88,7 @@ def main():
     parser.add_argument("--steps", type=int, default=2560)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=list(AGENTS), default=list(AGENTS))
-    parser.add_argument("--json", help="also write the rows to this file")
+    add_json_option(parser)
     arguments = parser.parse_args()
     rates = {name: [] for name in arguments.only}
     for _ in range(arguments.repeats):
@@ -106,15 +105,11 @@ def main():
     for i, (name, found) in enumerate(rates.items()):
         rate = statistics.median(found)
         table.add_row(name, f"{rate:.0f}", " ".join(f"{r:.0f}" for r in found), f"{rate / first:.2f}")
-        rows.append({"name": name, "value": rate, "unit": "env steps/s", "target": None, "higher_is_better": True})
+        rows.append(row(name, rate, "env steps/s"))
         if i:
-            label = f"{name} / {next(iter(rates))}"
-            rows.append({**rows[-1], "name": label, "value": rate / first, "unit": "ratio", "target": 3.0})
-    console = Console()
-    (console if console.is_terminal else Console(width=120)).print(table)
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(rows, file, indent=2)
+            rows.append(row(f"{name} / {next(iter(rates))}", rate / first, "ratio", 3))
+    out.print(table)
+    write(rows, arguments.json)
 
 
 if __name__ == "__main__":
