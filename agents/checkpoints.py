@@ -157,8 +157,8 @@ def _download(repository: str) -> Path:
     except Exception as error:  # the hub's own, the network's, the disk's
         raise CheckpointError(
             f"there is no folder {repository!r} here, and it could not be had from the Hugging Face hub: "
-            f"{first_line(error)} Check the name and the connection (HF_HUB_OFFLINE=1 forbids it), or copy the "
-            "checkpoint's folder here"
+            f"{first_line(error).rstrip('.')}. Check the name and the connection (HF_HUB_OFFLINE=1 forbids it), or "
+            "copy the checkpoint's folder here"
         ) from error
     if not find_checkpoint(folder):
         raise CheckpointError(

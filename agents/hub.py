@@ -115,7 +115,7 @@ def push_folder(
             api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
         except Exception as error:  # the hub's own, the network's
             raise CheckpointError(
-                f"could not write to {repository!r} on the Hugging Face hub: {first_line(error)} "
+                f"could not write to {repository!r} on the Hugging Face hub: {first_line(error).rstrip('.')}. "
                 "Log in with `hf auth login` (or give token=) and an account that may write there, check the "
                 "connection (HF_HUB_OFFLINE=1 forbids it), or save() into a folder and upload that later"
             ) from error
