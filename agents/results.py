@@ -22,6 +22,7 @@ from .search import Values
 __all__ = ["OURS", "Results"]
 
 OURS = "Q*"
+_TOLERATED = 0.1  # share of unfinished texts up to which a mean J still speaks of completions
 
 _KEYS = {"task", "decoder", "budget", "seed", "prompt_index", "objective", "gap"}
 _MEANS = ("objective", "reward", "gold", "logprob", "tokens", "lm_tokens", "reward_calls", "gap", "certified")
@@ -138,17 +139,26 @@ class Results:
         shares = [len(set(grams)) / len(grams) for grams in by_seed.values() if grams]
         return float(np.mean(shares)) if shares else math.nan
 
+    def finishes(self, name: str, budget: int) -> bool:
+        """Tell whether nearly all texts are finished; one that is not is scored as it stands, which is no text's J."""
+        rows = self._cells[name, self._budget(name, budget)]
+        unfinished = sum(1 for row in rows if row.get("stop") == "partial")
+        return unfinished <= _TOLERATED * len(rows)
+
     def spent(self, name: str, budget: int) -> tuple[float, float, float]:
         """Return the LM tokens that were used: mean, least and most over prompts and seeds."""
         tokens = [row["lm_tokens"] for row in self._cells[name, self._budget(name, budget)]]
         return float(np.mean(tokens)), min(tokens), max(tokens)
 
     def tokens_for(self, name: str, objective: float) -> float:
-        """Return the LM tokens at which a decoder reaches a mean J, between its budgets; infinite if it never does."""
+        """Return the LM tokens at which a decoder reaches a mean J, between its budgets; infinite if it never does.
+
+        Budgets with which it leaves texts unfinished do not count.
+        """
         points = sorted(
             (self.mean(name, budget, "lm_tokens"), self.mean(name, budget, "objective"))
             for budget in self.budgets
-            if self.has(name, budget)
+            if self.has(name, budget) and self.finishes(name, budget)
         )
         before: tuple[float, float] | None = None
         for tokens, value in points:

@@ -92,6 +92,22 @@ def test_what_is_measured_is_what_the_plans_say(tmp_path, q):
     assert mean == pytest.approx(results.mean("Q*", 20, "objective") - results.mean("best-of-n", 20, "objective"))
 
 
+def test_what_is_unfinished_is_marked_and_not_taken_for_the_j_of_a_completion(tmp_path, q):
+    comparison = compare(tmp_path, qs=[q])
+    comparison.run()
+    assert "†" not in write_report(comparison, "qstar evaluate toy", []).read_text(encoding="utf-8")
+    for path in (tmp_path / "cells").glob("best-of-n-10-*.json"):
+        cut = [{**row, "stop": "partial", "objective": 1e3} for row in json.loads(path.read_text(encoding="utf-8"))]
+        path.write_text(json.dumps(cut), encoding="utf-8")
+    page = write_report(comparison, "qstar evaluate toy", []).read_text(encoding="utf-8")
+    assert "| best-of-n | 1000.000† | " in page
+    assert "scored as they stand" in page
+    results = Results(comparison.rows())
+    assert not results.finishes("best-of-n", 10)
+    assert results.finishes("best-of-n", 20)
+    assert results.tokens_for("best-of-n", 1e2) == np.inf
+
+
 def test_tuning_takes_the_best_of_the_grid_and_keeps_it(tmp_path, q):
     comparison = compare(tmp_path, qs=[q], tune=True)
     setting = comparison.setting("best-of-n")
