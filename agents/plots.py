@@ -156,16 +156,20 @@ def standing_out(what: str) -> tuple[str, ...]:
 def result_lines(results: Results, what: str, names: Sequence[str]) -> list[Line]:
     """Return a line per decoder: means by budget, and for those in ``names`` 95 % intervals over the prompts.
 
-    Of the gap only those in ``names`` are of interest.
+    Of the gap only those in ``names`` are of interest. A mean J is left out where it is that of unfinished texts.
 
     Raises:
         ConfigurationError: There is nothing to draw.
     """
     lines = []
     for name in results.names:
-        have = [budget for budget in results.budgets if results.has(name, budget)]
+        have = [
+            budget
+            for budget in results.budgets
+            if results.has(name, budget) and (what == "gap" or results.finishes(name, budget))
+        ]
         y = np.array([results.mean(name, budget, what) for budget in have])
-        if (what == "gap" and name not in names) or np.isnan(y).all():
+        if not have or (what == "gap" and name not in names) or np.isnan(y).all():
             continue
         ends = [results.interval(name, budget, what) for budget in have] if name in names else None
         low, high = np.array(ends).T if ends else (None, None)

@@ -100,7 +100,7 @@ def _main_table(comparison: Comparison, results: Results) -> Iterable[str]:
     if not all(results.finishes(name, b) for name in results.names for b in budgets if results.has(name, b)):
         yield (
             "† The budget did not suffice to finish more than a tenth of the texts. They are scored as they stand, "
-            "which is no completion's J, and can be more than any completion has.\n"
+            "which is no completion's J, and can be more than any completion has; the plot leaves them out.\n"
         )
 
 

@@ -73,6 +73,13 @@ def runs(tmp_path):
     return tmp_path
 
 
+def test_unfinished_texts_are_not_drawn():
+    cut = [{**row, "stop": "partial"} if row["budget"] == 50 and row["decoder"] == "Levin" else row for row in rows()]
+    by_name = {line.label: line for line in result_lines(Results(cut), "objective", ["Q*"])}
+    assert by_name["Levin"].x.tolist() == [100, 200]
+    assert by_name["Q*"].x.tolist() == [50, 100, 200]
+
+
 def test_results_come_back_from_the_file_as_they_were(evaluation):
     again, before = Results.read(evaluation / "results.csv"), Results(list(rows()))
     assert list(again.rows) == list(before.rows)
