@@ -70,7 +70,7 @@ def main():
     folder, moments = arguments.runs / "killed", []
     for _ in range(arguments.kills):
         process = start(arguments.task, folder, arguments.steps, 0, *resumable(folder))
-        moments.append(random.uniform(0, took[0] / 2))
+        moments.append(random.uniform(0, took[0] / arguments.kills))
         time.sleep(moments[-1])
         process.send_signal(signal.SIGKILL)
         if process.wait() != -signal.SIGKILL:
