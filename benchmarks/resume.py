@@ -42,6 +42,19 @@ def resumable(folder):
     return ["--resume"] if (folder / "checkpoint").is_dir() else []
 
 
+def steps_saved(folder):
+    """Return the LM tokens of the last checkpoint."""
+    try:
+        return json.loads((folder / "checkpoint" / "training_state.json").read_text(encoding="utf-8"))["num_timesteps"]
+    except FileNotFoundError:  # before the first, and for an instant while one replaces another
+        return 0
+
+
+def wait_for(folder, steps, process):
+    while steps_saved(folder) < steps and process.poll() is None:
+        time.sleep(0.05)
+
+
 def finish(process, folder):
     """Wait for a training's end; return what it measured."""
     if process.wait():
@@ -61,24 +74,25 @@ def main():
     if arguments.runs.exists():
         parser.error(f"{arguments.runs} exists; name a new folder with --runs")
 
-    held_out, took = {}, []
+    held_out = {}
     for seed in range(arguments.seeds):
-        folder, begin = arguments.runs / str(seed), time.perf_counter()
+        folder = arguments.runs / str(seed)
         held_out[f"seed {seed}"] = finish(start(arguments.task, folder, arguments.steps, seed), folder)
-        took.append(time.perf_counter() - begin)
 
     folder, moments = arguments.runs / "killed", []
-    for _ in range(arguments.kills):
+    for i in range(arguments.kills):
         process = start(arguments.task, folder, arguments.steps, 0, *resumable(folder))
-        moments.append(random.uniform(0, took[0] / arguments.kills))
-        time.sleep(moments[-1])
+        # Somewhere in the i-th part of the training, so that each time something is there to be resumed.
+        wait_for(folder, arguments.steps * (i + random.random()) / (arguments.kills + 1), process)
+        time.sleep(random.uniform(0, 5))
         process.send_signal(signal.SIGKILL)
         if process.wait() != -signal.SIGKILL:
             sys.exit(f"the training in {folder} ended before it could be killed: take more --steps or fewer --kills")
+        moments.append(steps_saved(folder))
     last = start(arguments.task, folder, arguments.steps, 0, *resumable(folder))
     killed = finish(last, folder)
 
-    out.print(f"killed after {', '.join(f'{s:.0f}' for s in moments)} s; undisturbed it takes {took[0]:.0f} s")
+    out.print(f"killed with {', '.join(f'{steps:,}' for steps in moments)} LM tokens saved")
     table = Table(title=f"{arguments.task}, {arguments.steps:,} LM tokens of training: J on the held-out prompts")
     for column in ("decoder", *held_out, f"seed 0, killed {arguments.kills} times"):
         table.add_column(column, justify="left" if column == "decoder" else "right")
