@@ -34,7 +34,7 @@ from .search_tree import plain
 __all__ = ["Cell", "Comparison"]
 
 TRIALS = 4
-_TUNING_PROMPTS = 20  # of the dev prompts: enough to tell settings of a grid apart, and most of the cost of a small run
+TUNING_PROMPTS = 20  # of the dev prompts: enough to tell settings of a grid apart, and most of the cost of a small run
 _TIMED_PROMPTS = 2
 
 
@@ -76,7 +76,7 @@ class Contest:
     def try_setting(self, name: str, trial: int, budget: int) -> float:
         """Return the mean J on the dev prompts with one setting of a decoder's grid."""
         decoder = self.make(name, 0, **CONTENDERS[name].grid[trial])
-        return float(np.nanmean(evaluate(decoder, self.task.prompts.of("dev")[:_TUNING_PROMPTS], budget).objectives))
+        return float(np.nanmean(evaluate(decoder, self.task.prompts.of("dev")[:TUNING_PROMPTS], budget).objectives))
 
     def decode(self, cell: Cell, chosen: int | None) -> list[dict[str, Any]]:
         """Return the measurements of a cell, with the setting at this place in the decoder's grid."""

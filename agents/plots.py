@@ -169,7 +169,7 @@ def result_lines(results: Results, what: str, names: Sequence[str]) -> list[Line
             if results.has(name, budget) and (what == "gap" or results.finishes(name, budget))
         ]
         y = np.array([results.mean(name, budget, what) for budget in have])
-        if not have or (what == "gap" and name not in names) or np.isnan(y).all():
+        if (what == "gap" and name not in names) or np.isnan(y).all():
             continue
         ends = [results.interval(name, budget, what) for budget in have] if name in names else None
         low, high = np.array(ends).T if ends else (None, None)

@@ -84,7 +84,10 @@ def _main_table(comparison: Comparison, results: Results) -> Iterable[str]:
     yield _row(["---", *["---:"] * len(columns)])
     for name in results.names:
         bold = "**" if name == OURS else ""
-        cells = [_objective(results, name, b) if results.has(name, b) else "" for b in budgets]
+        cells = [
+            f"{results.mean(name, b, 'objective'):.3f}{_mark(results, name, b)}" if results.has(name, b) else ""
+            for b in budgets
+        ]
         if not CONTENDERS[name].budgeted:
             cells = [cells[0], *[""] * (len(budgets) - 1)]
         if results.has(name, most):
@@ -97,15 +100,16 @@ def _main_table(comparison: Comparison, results: Results) -> Iterable[str]:
             cells.append(f"{results.mean(name, most, 'reward_calls'):.0f}")
         yield _row([f"{bold}{name}{bold}", *(f"{bold}{cell}{bold}" if cell else "" for cell in cells)])
     yield ""
-    if not all(results.finishes(name, b) for name in results.names for b in budgets if results.has(name, b)):
+    if any(_mark(results, name, b) for name in results.names for b in budgets if results.has(name, b)):
         yield (
             "† The budget did not suffice to finish more than a tenth of the texts. They are scored as they stand, "
             "which is no completion's J, and can be more than any completion has; the plot leaves them out.\n"
         )
 
 
-def _objective(results: Results, name: str, budget: int) -> str:
-    return f"{results.mean(name, budget, 'objective'):.3f}" + ("" if results.finishes(name, budget) else "†")
+def _mark(results: Results, name: str, budget: int) -> str:
+    """Return what a J is marked with that is not one of completions."""
+    return "" if results.finishes(name, budget) else "†"
 
 
 def _differences(results: Results) -> Iterable[str]:
@@ -123,8 +127,7 @@ def _differences(results: Results) -> Iterable[str]:
                 continue
             mean, low, high = results.ahead(name, budget)
             bold = "**" if low > 0 or high < 0 else ""
-            mark = "" if results.finishes(name, budget) else "†"
-            cells.append(f"{bold}{mean:+.3f}{bold} [{low:+.3f}, {high:+.3f}]{mark}")
+            cells.append(f"{bold}{mean:+.3f}{bold} [{low:+.3f}, {high:+.3f}]{_mark(results, name, budget)}")
         yield _row([name, *cells])
     yield ""
 

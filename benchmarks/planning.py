@@ -31,6 +31,7 @@ from qstar_decoding.agents import (
     evaluate,
     paired_bootstrap,
 )
+from qstar_decoding.agents.comparison import TUNING_PROMPTS
 from qstar_decoding.agents.planning import run_searches
 from qstar_decoding.agents.search import Budget
 from qstar_decoding.envs import DecodingMDP, TabularLM, TokenDecodingVecEnv, load_prompts
@@ -221,7 +222,7 @@ def duel(names=("sentiment", "keywords"), budgets=BUDGETS):
     for name in names:
         task = load_task(name)
         mdp, q = task.mdp(), QHeuristic(name)
-        dev, test = task.prompts.of("dev")[:20], task.prompts.of("test")  # as many as `qstar evaluate` tunes on
+        dev, test = task.prompts.of("dev")[:TUNING_PROMPTS], task.prompts.of("test")
         rivals = ["beam on g + Q", "VAS", "MCTS", "Q*"]
 
         def make(rival, setting=None, mdp=mdp, q=q, task=task):
