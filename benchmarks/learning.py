@@ -20,7 +20,9 @@ from rich.table import Table
 from rows import add_json_option, out, row, write
 
 from qstar_decoding.agents import AStarPlanner, BeamSearch, GreedyDecoder, QHeuristic, SamplingDecoder
+from qstar_decoding.agents.comparison import measurements
 from qstar_decoding.agents.evaluation import evaluate, paired_bootstrap
+from qstar_decoding.rewards import as_reward
 from qstar_decoding.tasks import load_task
 
 BUDGETS = [50, 100, 200, 400, 800]
@@ -80,11 +82,13 @@ def per_prompt(outcomes, what="objectives"):
 
 def by_objective(task, runs, seeds, budgets):
     """Print and return J of Q* and of every other decoder by budget."""
-    prompts = task.prompts.of("test")
+    prompts, gold = task.prompts.of("test"), task.gold and as_reward(task.gold)
     names = ["greedy LM", "arg max Q", *NO_Q, *Q_ONLY[1:], "Q*"]
     found = measure(task, runs, seeds, budgets, names, prompts)
     table = Table(title=f"{task.name}: {len(prompts)} held-out prompts, {len(seeds)} training seeds, means")
-    for column in ("decoder", "budget", "LM tokens", "texts scored", "reward", "J", "by seed", "Q* minus it", "95 %"):
+    golden = [f"gold: {task.gold}"] if gold else []
+    measured = ("budget", "LM tokens", "texts scored", "reward", *golden, "J")
+    for column in ("decoder", *measured, "by seed", "Q* minus it", "95 %"):
         table.add_column(column, justify="left" if column == "decoder" else "right")
 
     def against(name, budget, at):
@@ -95,7 +99,10 @@ def by_objective(task, runs, seeds, budgets):
     for (name, budget), outcomes in found.items():
         cells = [name, str(budget or ""), f"{per_prompt(outcomes, 'lm_tokens').mean():.0f}"]
         cells.append(f"{np.mean([plan.usage.reward_calls for o in outcomes for plan in o.plans]):.0f}")
-        cells += [f"{per_prompt(outcomes, 'rewards').mean():.3f}", f"{per_prompt(outcomes).mean():.3f}"]
+        cells.append(f"{per_prompt(outcomes, 'rewards').mean():.3f}")
+        if gold:
+            cells.append(f"{np.mean([m['gold'] for o in outcomes for m in measurements(o, prompts, gold)]):.3f}")
+        cells.append(f"{per_prompt(outcomes).mean():.3f}")
         cells.append(" ".join(f"{outcome.objectives.mean():.2f}" for outcome in outcomes) if len(outcomes) > 1 else "")
         if budget in budgets and name != "Q*":
             mean, low, high = against(name, budget, budget)
