@@ -35,6 +35,33 @@ class LevinTreeSearch(AStarPlanner):
         return values
 
 
+class Simulated:
+    """What simulations found out about the edges of one row.
+
+    Attributes:
+        mean: float64 [k]; of an edge that was not visited yet, what the heuristic says it will be.
+        weighted_prior: c · prior, float64 [k].
+        closed: 0, or -inf where an edge is masked, float64 [k].
+        visits: float64 [k].
+        totals: float64 [k].
+        simulations: Visits of all edges.
+    """
+
+    __slots__ = ("closed", "mean", "simulations", "totals", "visits", "weighted_prior")
+
+    def __init__(self, mean: Values, weighted_prior: Values, closed: Values) -> None:
+        """Start without any."""
+        self.mean, self.weighted_prior, self.closed = mean, weighted_prior, closed
+        self.visits, self.totals, self.simulations = np.zeros(len(mean)), np.zeros(len(mean)), 0
+
+    def add(self, action: int, value: float) -> None:
+        """Enter what a simulation by way of this edge came to."""
+        self.visits[action] += 1
+        self.totals[action] += value
+        self.simulations += 1
+        self.mean[action] = self.totals[action] / self.visits[action]
+
+
 class MCTS(Decoder):
     """Monte Carlo tree search by PUCT, with the language model as prior and the heuristic as value.
 
@@ -73,49 +100,53 @@ class MCTS(Decoder):
 
     def search(self, search: Search) -> Iterator[Edges]:
         """Yield the edge that each simulation ends with."""
-        horizon, k = search.mdp.max_new_tokens, search.mdp.top_k
+        horizon = search.mdp.max_new_tokens
         unlimited = math.isinf(search.room)
         most = self.simulations or (8 if unlimited else max(int(search.room) // horizon, 1))
-        visits, totals = np.zeros((64, k)), np.zeros((64, k))
+        seen: list[Simulated] = []
         known = search.f[0][(search.status[0] != Status.MASKED) & np.isfinite(search.f[0])]
         low, high = float(known.min(initial=math.inf)), float(known.max(initial=-math.inf))
         root = fruitless = 0
         while fruitless < 20 * most and search.has_hope and not (unlimited and root < 0):
             root, before = max(root, 0), search.size + len(search.completions)
             for _ in range(most):
+                seen += self._unvisited(search, np.arange(len(seen), search.size))
                 row, path = root, []
                 while True:
-                    if search.size > len(visits):
-                        more = np.zeros((search.size, k))
-                        visits, totals = np.concatenate((visits, more)), np.concatenate((totals, more))
-                    action = self._pick(search, row, visits[row], totals[row], low, high)
+                    action = self._pick(seen[row], low, high)
                     path.append((row, action))
-                    edge = Edges(np.array([row]), np.array([action]))
                     if search.status[row, action] != Status.EXPANDED:
                         break
                     row = int(search.child[row, action])
-                if search.status[edge][0] == Status.OPEN:
-                    yield edge
-                value = self._value(search, *path[-1])
+                if search.status[row, action] == Status.OPEN:
+                    yield Edges(np.array([row]), np.array([action]))
+                value = self._value(search, row, action)
                 if math.isfinite(value):
                     low, high = min(low, value), max(high, value)
-                for step in path:
-                    visits[step] += 1
-                    totals[step] += value if math.isfinite(value) else low
-            taken = int(visits[root].argmax())
+                for row, action in path:
+                    seen[row].add(action, value if math.isfinite(value) else low)
+            taken = int(seen[root].visits.argmax())
             root = int(search.child[root, taken])  # -1 where the text ended: begin again
             fruitless = fruitless + most if search.size + len(search.completions) == before else 0
 
-    def _pick(self, search: Search, row: int, visits: Values, totals: Values, low: float, high: float) -> int:
-        legal = search.status[row] != Status.MASKED
-        logprobs = search.mdp.tree.logprobs[search.node[row]].astype(np.float64) / self.temperature
-        prior = np.where(legal, np.exp(logprobs - logprobs.max(where=legal, initial=-np.inf)), 0.0)
-        prior /= max(prior.sum(), 1e-300)  # a constraint may leave nothing to take
-        # What was not visited yet is expected to be worth what the heuristic says.
-        mean = np.where(visits > 0, totals / np.maximum(visits, 1), search.f[row])
-        value = np.clip((mean - low) / (high - low), 0.0, 1.0) if high > low else np.full(len(mean), 0.5)
-        score = value + self.exploration * prior * math.sqrt(visits.sum() + 1) / (1 + visits)
-        return int(np.where(legal, score, -np.inf).argmax())
+    def _unvisited(self, search: Search, rows: IntArray) -> Iterator[Simulated]:
+        """Yield what is known of each of these rows before any simulation has come by."""
+        legal = search.status[rows] != Status.MASKED
+        logprobs = search.mdp.tree.logprobs[search.node[rows]].astype(np.float64) / self.temperature
+        most = logprobs.max(axis=1, where=legal, initial=-np.inf, keepdims=True)
+        with np.errstate(invalid="ignore"):  # a constraint may leave nothing to take
+            prior = np.where(legal, np.exp(logprobs - most), 0.0)
+        prior /= np.maximum(prior.sum(axis=1, keepdims=True), 1e-300)
+        for f, weighted_prior, closed in zip(
+            search.f[rows], self.exploration * prior, np.where(legal, 0, -np.inf), strict=True
+        ):
+            yield Simulated(f.copy(), weighted_prior, closed)
+
+    @staticmethod
+    def _pick(edges: Simulated, low: float, high: float) -> int:
+        value = np.minimum(np.maximum((edges.mean - low) / (high - low), 0.0), 1.0) if high > low else 0.5
+        score = value + edges.weighted_prior * math.sqrt(edges.simulations + 1) / (1 + edges.visits) + edges.closed
+        return int(score.argmax())
 
     @staticmethod
     def _value(search: Search, row: int, action: int) -> float:
