@@ -90,6 +90,7 @@ class AStarPlanner(Decoder):
         width: int | None = None,
         growth: float = 2.0,
         taper: float | None = 2.0,
+        prior: float = 0.0,
         batch_size: int = 1,
         n: int = 1,
         pathmax: bool = False,
@@ -113,6 +114,10 @@ class AStarPlanner(Decoder):
                 still to come, to this power. 0 spreads it evenly, as a beam does, which is better on texts of a few
                 tokens, where Q is as rough at the end as at the beginning. With None the search does not look at its
                 budget, and one that is resumed equals one long run; it may then end before a text is finished.
+            prior: What a nat of the language model's log-probability counts in the order, in units of J: edges are
+                ranked by f + prior · log π(prefix), as sampling on π · exp(f / prior) prefers them. It holds back a Q
+                that promises most where it has seen least. Pruning and bounds do not use it, and searches that stop
+                by f do not take it.
             batch_size: How many edges, or nodes, a best-first search pops together, for one forward.
             n: How many of the best texts are wanted: an edge is pruned by the n-th best; see :meth:`Plan.best`.
             pathmax: Whether an edge's f is at most that of the edge which led to it (Mérő 1984; in terms of returns, a
@@ -141,6 +146,12 @@ class AStarPlanner(Decoder):
             raise ConfigurationError(f"margin is a number >= 0, got {margin!r}")
         if not growth > 1:
             raise ConfigurationError(f"growth is a number > 1, got {growth!r}")
+        self.prior = check_number("prior", prior, low=0)
+        if self.prior and self.order and not self.order.persistent:
+            raise ConfigurationError(
+                f"search={search!r} stops when f says so, and prior={self.prior:g} would order by something else; "
+                'leave it out, or use "level", "anytime" or "capped"'
+            )
         self.margin, self.growth, self.pathmax = margin, growth, pathmax
         self.width = None if width is None else check_integer("width", width)
         self.taper = None if taper is None else check_number("taper", taper, low=0)
@@ -153,12 +164,18 @@ class AStarPlanner(Decoder):
             search.stop_reason = "exhausted"
 
     def priority(self, search: Search, rows: IntArray) -> Values:
-        """Return what the edges of these rows are ranked by, float64 [n, k]: f, or -f_w + r_max where w is not 1."""
-        f = search.f[rows]
-        if self.weight == 1:
-            return f
-        most = self.mdp.reward.upper
-        return search.g[rows, None] + most - self.weight * (most - (f - search.g[rows, None]))
+        """Return what the edges of these rows are ranked by, float64 [n, k].
+
+        That is f, or -f_w + r_max where w is not 1, and with a prior also prior · log π.
+        """
+        values = search.f[rows]
+        if self.weight != 1:
+            most, g = self.mdp.reward.upper, search.g[rows, None]
+            values = g + most - self.weight * (most - (values - g))
+        if self.prior:
+            tree, nodes = search.mdp.tree, search.node[rows]
+            values = values + self.prior * (tree.path_logprob[nodes][:, None] + tree.logprobs[nodes])
+        return values
 
 
 # -- level by level ---------------------------------------------------------------------------------------------------

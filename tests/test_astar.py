@@ -152,12 +152,15 @@ def test_the_bound_finds_and_certifies_the_enumerated_optimum(mdp, search, width
     scope=st.sampled_from(["top-k tree", "full vocabulary"]),
     search=st.sampled_from(sorted(SEARCHES)),
     pathmax=st.booleans(),
+    prior=st.sampled_from([0.0, 0.05, 10.0]),
 )
 def test_bounds_and_certificates_hold_under_any_heuristic(
-    mdp, seed, budget, margin, weight, width, scope, search, pathmax
+    mdp, seed, budget, margin, weight, width, scope, search, pathmax, prior
 ):
     objectives = enumerate_objectives(mdp, full_vocabulary=scope == "full vocabulary")
     options = {"search": search, "weight": weight, "margin": margin, "width": width, "pathmax": pathmax}
+    if search in TO_THE_END:
+        options["prior"] = prior
     planner = AStarPlanner(mdp, heuristic=WildHeuristic(seed), scope=scope, **options)
     plan = planner.plan("a", budget)
     best = max(objectives.values())
@@ -720,6 +723,8 @@ def test_a_broken_heuristic_is_an_error(mdp, heuristic, message):
         (lambda mdp: AStarPlanner(mdp, growth=1.0), "growth"),
         (lambda mdp: AStarPlanner(mdp, weight=-1), "weight"),
         (lambda mdp: AStarPlanner(mdp, margin=-0.1), "margin"),
+        (lambda mdp: AStarPlanner(mdp, prior=-0.1), "prior"),
+        (lambda mdp: AStarPlanner(mdp, search="astar", prior=0.1), "stops when f says so"),
         (lambda mdp: AStarPlanner(mdp, scope="everything"), "scope"),
         (lambda mdp: AStarPlanner("not an env"), "TokenDecoding"),
         (lambda mdp: BeamSearch(mdp, width=0), "width"),
@@ -780,6 +785,18 @@ def test_the_budget_is_spent_early_rather_than_late(wide):
     assert even.max() - even[1:].min() <= 2  # but for the first depth, which has only six
     assert early[1] > 2 * early[-1]
     assert early[-1] >= 1
+
+
+def test_a_prior_prefers_what_the_language_model_holds_likely(wide):
+    def expanded(decoder):
+        [search] = run_searches(decoder, load_prompts(["a"]), Budget(3 * (wide.max_new_tokens - 1)))
+        return set(search.node[: search.size])
+
+    wild = {"heuristic": WildHeuristic(0), "width": 3, "taper": None, "margin": np.inf}
+    likeliest = expanded(BeamSearch(wide, width=3))
+    assert len(likeliest) == 1 + 3 * (wide.max_new_tokens - 1)
+    assert expanded(AStarPlanner(wide, prior=1e15, **wild)) == likeliest
+    assert expanded(AStarPlanner(wide, **wild)) != likeliest
 
 
 @settings(max_examples=30)
