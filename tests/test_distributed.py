@@ -83,9 +83,12 @@ def cluster():
     """Two raylets of one processor each, on loopback; the address of the head."""
     from ray.cluster_utils import Cluster
 
-    with tempfile.TemporaryDirectory(prefix="qstar-", dir="/tmp") as folder:
+    # The variable, not the argument `temp_dir`: with that, Cluster writes its address into a default folder all the same,
+    # and fails where no cluster has ever run.
+    with tempfile.TemporaryDirectory(prefix="qstar-", dir="/tmp") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)
         common = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
-        two = Cluster(initialize_head=True, head_node_args={**common, "temp_dir": folder})
+        two = Cluster(initialize_head=True, head_node_args=common)
         two.add_node(**{k: v for k, v in common.items() if k != "include_dashboard"})
         yield two.address
         two.shutdown()
