@@ -83,8 +83,8 @@ def cluster():
     """Two raylets of one processor each, on loopback; the address of the head."""
     from ray.cluster_utils import Cluster
 
-    # The variable, not the argument `temp_dir`: with that, Cluster writes its address into a default folder all the same,
-    # and fails where no cluster has ever run.
+    # The variable, not the argument `temp_dir`: with that, Cluster writes its address into the default folder all the
+    # same, and fails where no cluster has ever run.
     with tempfile.TemporaryDirectory(prefix="qstar-", dir="/tmp") as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)
         common = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
