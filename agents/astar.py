@@ -173,8 +173,7 @@ class AStarPlanner(Decoder):
             most, g = self.mdp.reward.upper, search.g[rows, None]
             values = g + most - self.weight * (most - (values - g))
         if self.prior:
-            tree, nodes = search.mdp.tree, search.node[rows]
-            values = values + self.prior * (tree.path_logprob[nodes][:, None] + tree.logprobs[nodes])
+            values = values + self.prior * search.edge_logprob(rows)
         return values
 
 

@@ -294,6 +294,12 @@ class Search:
         """Return the rows of the nodes at this depth."""
         return np.flatnonzero(self.depth[: self.size] == depth)
 
+    def edge_logprob(self, rows: IntArray) -> Values:
+        """Return log π of the prefixes that the edges of these rows lead to, float64 [n, k], nats."""
+        tree, nodes = self.mdp.tree, self.node[rows]
+        values: Values = tree.path_logprob[nodes][:, None] + tree.logprobs[nodes]
+        return values
+
     # -- what the driver does -----------------------------------------------------------------------------------------
 
     def add(self, nodes: IntArray, h: Values, came_by: Edges | None) -> None:

@@ -29,9 +29,7 @@ class LevinTreeSearch(AStarPlanner):
 
     def priority(self, search: Search, rows: IntArray) -> Values:
         """Return log π - log depth of what each edge leads to, float64 [n, k]."""
-        tree, nodes = search.mdp.tree, search.node[rows]
-        logprob = tree.path_logprob[nodes][:, None] + tree.logprobs[nodes]
-        values: Values = logprob - np.log(search.depth[rows] + 1.0)[:, None]
+        values: Values = search.edge_logprob(rows) - np.log(search.depth[rows] + 1.0)[:, None]
         return values
 
 
@@ -110,7 +108,8 @@ class MCTS(Decoder):
         while fruitless < 20 * most and search.has_hope and not (unlimited and root < 0):
             root, before = max(root, 0), search.size + len(search.completions)
             for _ in range(most):
-                seen += self._unvisited(search, np.arange(len(seen), search.size))
+                if len(seen) < search.size:  # most simulations late in a search expand nothing
+                    seen += self._unvisited(search, np.arange(len(seen), search.size))
                 row, path = root, []
                 while True:
                     action = self._pick(seen[row], low, high)

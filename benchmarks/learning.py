@@ -101,7 +101,8 @@ def by_objective(task, runs, seeds, budgets):
         cells.append(f"{np.mean([plan.usage.reward_calls for o in outcomes for plan in o.plans]):.0f}")
         cells.append(f"{per_prompt(outcomes, 'rewards').mean():.3f}")
         if gold:
-            cells.append(f"{np.mean([m['gold'] for o in outcomes for m in measurements(o, prompts, gold)]):.3f}")
+            golds = [m["gold"] for o in outcomes for m in measurements(o, prompts, gold)]
+            cells.append(f"{np.array(golds, dtype=float).mean():.3f}")  # None, where it has no opinion, becomes NaN
         cells.append(f"{per_prompt(outcomes).mean():.3f}")
         cells.append(" ".join(f"{outcome.objectives.mean():.2f}" for outcome in outcomes) if len(outcomes) > 1 else "")
         if budget in budgets and name != "Q*":
