@@ -1,10 +1,13 @@
 """Q* = Q-learning + A*, for language-model decoding.
 
 Importing the package registers the Gymnasium environment ``TokenDecoding-v0`` and loads nothing heavy;
-the rooms are :mod:`qstar_decoding.envs`, :mod:`qstar_decoding.rewards` and :mod:`qstar_decoding.agents`.
+the rooms are :mod:`qstar_decoding.models`, :mod:`qstar_decoding.rewards`, :mod:`qstar_decoding.envs` and
+:mod:`qstar_decoding.agents`.
 """
 
 from gymnasium.envs.registration import register
+
+from . import deprecated
 
 __version__ = "0.1.0"
 
@@ -15,3 +18,5 @@ register(
     # Masked top-k decoding is deterministic given the actions; only the choice of the prompt is random.
     nondeterministic=False,
 )
+
+deprecated.install()

@@ -7,12 +7,7 @@ Each class also derives from the built-in exception a caller would expect.
 from __future__ import annotations
 
 import difflib
-import math
-import os
-import tempfile
 from collections.abc import Iterable
-from numbers import Integral, Real
-from pathlib import Path
 from typing import Any
 
 __all__ = [
@@ -28,10 +23,6 @@ __all__ = [
     "TrainingDivergedError",
     "UnknownNameError",
     "WorkerError",
-    "check_integer",
-    "check_number",
-    "check_writable",
-    "first_line",
 ]
 
 
@@ -107,63 +98,6 @@ class CacheError(QStarError, OSError):
 
 class WorkerError(QStarError, RuntimeError):
     """Raised when workers of a cluster die over the same work again and again, or none can be started."""
-
-
-def check_integer(name: str, value: Any, *, low: int = 1, high: int | None = None, meaning: str = "") -> int:
-    """Return ``value`` as an int.
-
-    Raises:
-        ConfigurationError: It is not an integer from ``low`` to ``high``.
-    """
-    # numpy's integers are Integral too; True is an int that nobody means
-    good = type(value) is not bool and isinstance(value, Integral)
-    if not good or int(value) < low or (high is not None and int(value) > high):
-        wanted = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
-        raise ConfigurationError(f"{name} is {wanted}{f' ({meaning})' if meaning else ''}, got {value!r}")
-    return int(value)
-
-
-def check_number(
-    name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False
-) -> float:
-    """Return ``value`` as a finite float.
-
-    Raises:
-        ConfigurationError: It is not a number from ``low`` (excluded if ``open_low``) to ``high``.
-    """
-    good = type(value) is not bool and isinstance(value, Real) and math.isfinite(value)
-    if not good or not low <= value <= high or (open_low and value == low):
-        raise ConfigurationError(
-            f"{name} is a finite number in {'(' if open_low else '['}{low:g}, {high:g}], got {value!r}"
-        )
-    return float(value)
-
-
-def check_writable(folder: Path) -> Path:
-    """Check that files can be written into a folder, or that it could be made where it does not exist yet.
-
-    Returns:
-        The folder, or the nearest one above it that exists.
-
-    Raises:
-        ConfigurationError: They cannot.
-    """
-    # os.path.exists, for Path.exists raises where the folders above may not be looked into.
-    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    try:
-        # Tried, not asked: permissions, quotas and read-only mounts all say no in their own ways.
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise ConfigurationError(
-            f"nothing can be written into {existing}: {error.strerror}; write elsewhere"
-        ) from error
-    return existing
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def nearest_first(name: str, known: Iterable[str]) -> list[str]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from ..envs import TransformersLM
 from ..envs.prompts import Prompt
 from ..errors import ConfigurationError
-from .planning import Decoder
-from .search import Budget
+from .planning.decoder import Decoder
+from .search.budget import Budget
 
 if TYPE_CHECKING:
     import torch

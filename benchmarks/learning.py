@@ -20,8 +20,8 @@ from rich.table import Table
 from rows import add_json_option, out, row, write
 
 from qstar_decoding.agents import AStarPlanner, BeamSearch, GreedyDecoder, QHeuristic, SamplingDecoder
-from qstar_decoding.agents.comparison import measurements
-from qstar_decoding.agents.evaluation import evaluate, paired_bootstrap
+from qstar_decoding.agents.evaluation.comparison import measurements
+from qstar_decoding.agents.evaluation.evaluate import evaluate, paired_bootstrap
 from qstar_decoding.rewards import as_reward
 from qstar_decoding.tasks import load_task
 

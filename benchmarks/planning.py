@@ -31,9 +31,8 @@ from qstar_decoding.agents import (
     evaluate,
     paired_bootstrap,
 )
-from qstar_decoding.agents.comparison import TUNING_PROMPTS
-from qstar_decoding.agents.planning import run_searches
-from qstar_decoding.agents.search import Budget
+from qstar_decoding.agents.evaluation.comparison import TUNING_PROMPTS
+from qstar_decoding.agents.search.budget import Budget
 from qstar_decoding.envs import DecodingMDP, TabularLM, TokenDecodingVecEnv, load_prompts
 from qstar_decoding.rewards import as_reward
 from qstar_decoding.tasks import load_task
@@ -99,7 +98,7 @@ def exact(trees=20, horizon=6, alpha=0.1):
             counts[name]["certified"].append(proving.usage.lm_tokens + 1)
             found = next(point for point in proving.trace if point.lower_bound >= best - 1e-6)
             counts[name]["found"].append(found.lm_tokens + 1)
-        [search] = run_searches(AStarPlanner(mdp, margin=math.inf, n=10**6), [loaded], Budget())  # every text
+        [search] = AStarPlanner(mdp, margin=math.inf, n=10**6).run_searches([loaded], Budget())  # every text
         objectives = np.array([c.objective for c in search.completions.values()])
         limits.append(horizon / (1 / np.exp((objectives - best) / alpha).sum()))
         path.append(len(search.best.token_ids))

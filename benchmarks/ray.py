@@ -34,8 +34,9 @@ from rich.console import Console
 from rich.table import Table
 
 from qstar_decoding.agents import AStarPlanner, QHeuristic, QStar
-from qstar_decoding.agents.distributed import Job, RayWorkers
-from qstar_decoding.agents.qstar import Searcher
+from qstar_decoding.agents.distributed.jobs import Job
+from qstar_decoding.agents.distributed.ray_workers import RayWorkers
+from qstar_decoding.agents.learning.qstar import Searcher
 from qstar_decoding.envs import TokenDecodingVecEnv
 from qstar_decoding.tasks import load_task
 
@@ -52,7 +53,7 @@ class Planner(Searcher):
         """Return the seconds that the job took, of the clock and of the processor."""
         begin = time.perf_counter(), time.process_time()
         # In an empty tree, so that every job is the same work whoever had which before.
-        planner = AStarPlanner(self.mdp.fresh(), heuristic=QHeuristic(task.name), **task.planner)
+        planner = AStarPlanner(self.mdp.with_empty_tree(), heuristic=QHeuristic(task.name), **task.planner)
         planner.plan_many(prompts, BUDGETS[task.name])
         return time.perf_counter() - begin[0], time.process_time() - begin[1]
 

@@ -51,7 +51,7 @@ def readme(heading: str) -> str:
 
 def command_line() -> str:
     """Return the help of all commands, as Markdown."""
-    from qstar_decoding.cli import app
+    from qstar_decoding.cli.app import app
 
     command = typer.main.get_command(app)
     context = command.make_context("qstar", ["tasks"])

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ConfigurationError, check_integer
-from .language_model import LanguageModel
+from ..checks import check_integer
+from ..errors import ConfigurationError
+from ..models.base import LanguageModel
 
 __all__ = ["BannedStrings", "Constraint", "ForcedStrings", "JSONConstraint", "MinTokens", "RegexConstraint", "Rules"]
 

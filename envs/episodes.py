@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigurationError, EpisodeError, IllegalActionError
-from .language_model import IntArray
+from ..models.base import IntArray
 from .mdp import Completion, DecodingMDP, Finish, Values
 from .observations import Observation, Observer
 from .prompts import Prompt
@@ -72,13 +72,13 @@ class Episodes:
         self.prompt: list[Prompt | None] = [None] * count
         self.ended: list[Completion | None] = [None] * count
         self._potential = np.zeros(count)
-        mdp.tree.hold(self)
+        mdp.tree.pin(self)
 
     def begin(self, which: Sequence[int], prompts: Sequence[Prompt]) -> Observation:
         """Start the episodes ``which`` [m] anew; return observations [m, …]. All of them start, or none."""
-        self._mdp.make_room()
+        self._mdp.evict_if_full()
         nodes = self._mdp.roots(prompts)
-        self._mdp.check_going_on(nodes)
+        self._mdp.check_can_continue(nodes)
         potential = self._mdp.potential(prompts, nodes)
         observation = self._observer.observe(potential, nodes)
         for i, prompt in zip(which, prompts, strict=True):
@@ -108,28 +108,28 @@ class Episodes:
             ConstraintError: A constraint leaves nothing to write after this step.
         """
         mdp = self._mdp
-        mdp.make_room()
+        mdp.evict_if_full()
         ranks, nodes, rows = self._check(actions), self.node, np.arange(len(self.node))
         terminated = mdp.finishes(nodes)[rows, ranks] != Finish.NO
         rewards = mdp.edge_returns(nodes)[rows, ranks]
         tokens, logprobs = mdp.tree.tokens[nodes, ranks], mdp.tree.logprobs[nodes, ranks]
         # The reward comes first: it can fail without a trace, and a forward that nobody uses is merely cached.
-        ending, going_on = np.flatnonzero(terminated), np.flatnonzero(~terminated)
+        ending, continuing = np.flatnonzero(terminated), np.flatnonzero(~terminated)
         completions = mdp.complete([self._prompt(i) for i in ending.tolist()], nodes[ending], ranks[ending])
         fresh = list(restart(ending)) if restart and len(ending) else []
         begun = ending[: len(fresh)]
-        roots, children = mdp.grow(fresh, nodes[going_on], ranks[going_on])
+        roots, children = mdp.grow(fresh, nodes[continuing], ranks[continuing])
         prompts = self.prompt.copy()
         for i, prompt in zip(begun, fresh, strict=True):
             prompts[i] = prompt
         after, potential = np.full(len(nodes), _NONE), np.zeros(len(nodes))
-        after[begun], after[going_on] = roots, children
+        after[begun], after[continuing] = roots, children
         alive = np.flatnonzero(after != _NONE)
-        mdp.check_going_on(after[alive])
+        mdp.check_can_continue(after[alive])
         potential[alive] = mdp.potential([p for i in alive if (p := prompts[i]) is not None], after[alive])
         observation = self._observer.observe(potential[alive], after[alive])
         if len(alive) < len(nodes):
-            whole = self._observer.after_the_end(len(nodes))
+            whole = self._observer.terminal_observation(len(nodes))
             for key, value in observation.items():
                 whole[key][alive] = value
             observation = whole
@@ -157,7 +157,7 @@ class Episodes:
     def get_state(self) -> EpisodeState:
         """Return where the episodes stand, for :meth:`set_state`."""
         state = EpisodeState(self.node.copy(), self._mdp, self.prompt.copy(), self.ended.copy(), self._potential.copy())
-        self._mdp.tree.hold(state)
+        self._mdp.tree.pin(state)
         return state
 
     def set_state(self, state: EpisodeState) -> None:

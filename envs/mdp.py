@@ -9,15 +9,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ConfigurationError, ConstraintError, PromptError, check_integer, check_number
+from ..checks import check_integer, check_number
+from ..errors import ConfigurationError, ConstraintError, PromptError
+from ..models.base import IntArray, LanguageModel, free_memory
+from ..models.registry import load_language_model
+from ..models.tabular import TOY, toy_language_model
 from ..rewards import Reward, as_reward
 from .constraints import Rules
-from .language_model import IntArray, LanguageModel, free_memory, load_language_model
 from .prompts import Prompt, columns_of
 from .token_tree import TokenTree
-from .toy import TOY, toy_language_model
 
-__all__ = ["Completion", "DecodingMDP", "Finish"]
+__all__ = ["Completion", "DecodingMDP", "Finish", "mdp_of"]
 
 Values = npt.NDArray[np.float64]
 
@@ -146,7 +148,7 @@ class DecodingMDP:
         self._prompts: dict[int, Prompt] = {}  # whose potentials these are, by root
         self._token_texts: dict[int, str] = {}
 
-    def fresh(self) -> DecodingMDP:
+    def with_empty_tree(self) -> DecodingMDP:
         """Return the same process with an empty tree; model and reward are shared."""
         return DecodingMDP(
             self.model,
@@ -191,15 +193,15 @@ class DecodingMDP:
         """Return the initial states of ``m`` prompts and where ``n`` edges lead, all in one forward."""
         return self.tree.grow([self.encode(prompt) for prompt in prompts], nodes, actions)
 
-    def make_room(self) -> None:
+    def evict_if_full(self) -> None:
         """Forget what was not asked for lately, once more than ``max_prefixes`` are remembered.
 
-        Nodes change their numbers: only those in a :meth:`TokenTree.hold` survive. Half of the room is made at once, so
+        Nodes change their numbers: only those in a :meth:`TokenTree.pin` survive. Half of the room is made at once, so
         that this is rare.
         """
         if len(self.tree) <= self.max_prefixes:
             return
-        new = self.tree.forget(self.max_prefixes // 2)
+        new = self.tree.evict(self.max_prefixes // 2)
         self._texts = {int(new[node]): text for node, text in self._texts.items() if new[node] >= 0}
         self._prompts = {int(new[root]): prompt for root, prompt in self._prompts.items() if new[root] >= 0}
         self._potentials = self._potentials[: len(new)][new[: len(self._potentials)] >= 0]
@@ -279,7 +281,7 @@ class DecodingMDP:
         whose, remaining = [p.text for p in prompts], self.remaining(nodes).tolist()
         return self.reward.upper_bound(whose, texts, remaining, ids, **columns_of(prompts))
 
-    def check_going_on(self, nodes: IntArray) -> None:
+    def check_can_continue(self, nodes: IntArray) -> None:
         """Check that in each of ``n`` states something may be written.
 
         Raises:
@@ -375,6 +377,24 @@ class DecodingMDP:
 
     def _stop_at(self, text: str) -> int | None:
         return min((text.find(s) for s in self.stop if s in text), default=None)
+
+
+def mdp_of(env: Any) -> DecodingMDP:
+    """Return the decoding MDP of an environment, a vector environment, or the MDP itself.
+
+    Raises:
+        ConfigurationError: There is none.
+    """
+    if isinstance(env, DecodingMDP):
+        return env
+    for candidate in (env, getattr(env, "unwrapped", None)):
+        if isinstance(mdp := getattr(candidate, "mdp", None), DecodingMDP):
+            return mdp
+    if hasattr(env, "get_attr"):  # a vector environment of stable-baselines3 or Gymnasium
+        mdp = env.get_attr("mdp")[0]
+        if isinstance(mdp, DecodingMDP):
+            return mdp
+    raise ConfigurationError(f"a TokenDecoding environment or a DecodingMDP is needed, got {type(env).__name__}")
 
 
 def _same(one: Prompt, other: Prompt) -> bool:

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from ..errors import check_integer
-from .language_model import FloatArray, IntArray, LanguageModel
+from ..checks import check_integer
+from ..models.base import FloatArray, IntArray, LanguageModel
 from .mdp import DecodingMDP, Values
 
 __all__ = ["Observer", "token_features"]
@@ -81,7 +81,7 @@ class Observer:
             "action_mask": mdp.action_mask(nodes).astype(np.int8),
         }
 
-    def after_the_end(self, count: int) -> Observation:
+    def terminal_observation(self, count: int) -> Observation:
         """Return ``count`` observations of what follows an episode's end."""
         shapes = {key: (space.dtype, space.shape or ()) for key, space in self.space.spaces.items()}
         empty = {key: np.zeros((count, *shape), dtype) for key, (dtype, shape) in shapes.items()}

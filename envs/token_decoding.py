@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from ..errors import ConfigurationError, check_number
+from ..checks import check_number
+from ..errors import ConfigurationError
+from ..models.base import LanguageModel
 from .episodes import Episodes, EpisodeState
-from .language_model import LanguageModel
 from .mdp import DecodingMDP
 from .observations import Observation, Observer
 from .prompts import as_prompt, load_prompts

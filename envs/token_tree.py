@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import check_integer
-from .language_model import FloatArray, IntArray, LanguageModel
+from ..checks import check_integer
+from ..models.base import FloatArray, IntArray, LanguageModel
 
-__all__ = ["Holder", "TokenTree"]
+__all__ = ["GrowRequest", "Holder", "TokenTree", "grow_together"]
 
 _MISSING = -1
 _NOTHING = np.empty(0, dtype=np.int64)
@@ -28,7 +28,7 @@ class Holder(Protocol):
 class TokenTree:
     """A cache of prefixes: each is computed once, whoever asks, and known by a node number from then on.
 
-    The columns below have one row per node; they are read-only views that a later ``grow`` or ``forget`` may replace.
+    The columns below have one row per node; they are read-only views that a later ``grow`` or ``evict`` may replace.
 
     Attributes:
         top_k: Number k of next tokens kept at a node.
@@ -156,11 +156,11 @@ class TokenTree:
             self._columns["used"][asked] = self._clock
         return roots, children
 
-    def hold(self, holder: Holder) -> None:
-        """Let no ``forget`` forget the nodes in ``holder.node``, and renumber them there, for as long as it lives."""
+    def pin(self, holder: Holder) -> None:
+        """Let no ``evict`` forget the nodes in ``holder.node``, and renumber them there, for as long as it lives."""
         self._holders.add(holder)
 
-    def forget(self, most: int) -> IntArray:
+    def evict(self, most: int) -> IntArray:
         """Forget nodes that were not asked for lately, so that at most ``most`` others stay beside those held.
 
         Returns:
@@ -178,7 +178,7 @@ class TokenTree:
         kept = np.flatnonzero(keep)
         new = np.full(self._size + 1, _MISSING, dtype=np.int64)  # the last is for -1, no node
         new[kept] = np.arange(len(kept))
-        self._columns["handle"][kept] = self._engine.forget(self.handle[kept])
+        self._columns["handle"][kept] = self._engine.evict(self.handle[kept])
         for name in ("parent", "root", "children"):
             self._columns[name][kept] = new[self._columns[name][kept]]
         self._columns = {name: column[kept] for name, column in self._columns.items()}
@@ -223,3 +223,35 @@ class TokenTree:
             view = column[: self._size]
             view.flags.writeable = False
             setattr(self, name, view)
+
+
+class GrowRequest(NamedTuple):
+    """What one caller asks of one tree; see :meth:`TokenTree.grow`."""
+
+    tree: TokenTree
+    prompts: Sequence[Sequence[int]]
+    nodes: IntArray
+    actions: IntArray
+
+
+def grow_together(requests: Sequence[GrowRequest]) -> list[tuple[IntArray, IntArray]]:
+    """Do what :meth:`TokenTree.grow` does for several callers, in one forward of each language model.
+
+    Returns:
+        For each request, the nodes of its prompts, int64 [m], and those that its edges lead to, int64 [n].
+    """
+    results: list[tuple[IntArray, IntArray]] = [(_NOTHING, _NOTHING)] * len(requests)
+    trees: dict[int, list[int]] = {}
+    for i, request in enumerate(requests):
+        trees.setdefault(id(request.tree), []).append(i)
+    for members in trees.values():
+        asked = [requests[i] for i in members]
+        roots, children = asked[0].tree.grow(
+            [prompt for request in asked for prompt in request.prompts],
+            np.concatenate([request.nodes for request in asked]),
+            np.concatenate([request.actions for request in asked]),
+        )
+        for i, request in zip(members, asked, strict=True):
+            results[i] = roots[: len(request.prompts)], children[: len(request.nodes)]
+            roots, children = roots[len(request.prompts) :], children[len(request.nodes) :]
+    return results

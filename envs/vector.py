@@ -18,9 +18,10 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from stable_baselines3.common.vec_env import VecEnv
 
-from ..errors import ConfigurationError, check_integer
+from ..checks import check_integer
+from ..errors import ConfigurationError
+from ..models.base import IntArray
 from .episodes import Episodes, EpisodeState, Steps
-from .language_model import IntArray
 from .observations import Observation
 from .prompts import Prompt, as_prompt
 from .token_decoding import TokenDecodingEnv
@@ -80,9 +81,9 @@ class _Core:
         prompt = self.episodes.prompt[index]
         return "" if prompt is None else prompt.text
 
-    def after_the_end(self) -> Observation:
+    def terminal_observation(self) -> Observation:
         """Return the observation of one environment after its end."""
-        return {key: value[0] for key, value in self.env.observer.after_the_end(1).items()}
+        return {key: value[0] for key, value in self.env.observer.terminal_observation(1).items()}
 
 
 class TokenDecodingVectorEnv(VectorEnv[Observation, Any, Any]):
@@ -150,7 +151,7 @@ class TokenDecodingVectorEnv(VectorEnv[Observation, Any, Any]):
             return steps.observation, steps.rewards, done, truncated, info | _marked(taken, ~done)
         final_obs = np.full(self.num_envs, None, dtype=object)
         for i in steps.ended:
-            final_obs[i] = core.after_the_end()
+            final_obs[i] = core.terminal_observation()
         numbers = {"reward", "objective"}  # NaN for a completion that could not be scored
         first = next(iter(steps.ended.values()))
         last: dict[str, Any] = {
@@ -241,7 +242,7 @@ class TokenDecodingVecEnv(VecEnv):
         infos = [core.episodes.token_info(steps, i) | {"action_mask": mask} for i, mask in enumerate(masks)]
         for i in steps.ended:
             self.reset_infos[i] = {"action_mask": masks[i], "prompt": core.prompt_text(i)}
-            last = core.after_the_end()
+            last = core.terminal_observation()
             infos[i] |= {"action_mask": last["action_mask"].copy(), "terminal_observation": last}
             infos[i]["TimeLimit.truncated"] = False
             # What stable-baselines3's Monitor would add; its logs of returns rest on it.

@@ -7,7 +7,7 @@ from pathlib import Path
 from qstar_decoding.agents import AStarPlanner, GreedyDecoder, QHeuristic, QStar, SamplingDecoder, evaluate
 from qstar_decoding.envs import TokenDecodingVecEnv
 from qstar_decoding.rewards import as_reward, make_reward
-from qstar_decoding.rewards.language import read_pairs, train_preference
+from qstar_decoding.rewards.library.language import read_pairs, train_preference
 
 places = ["hotel", "museum", "café", "beach", "market", "cinema", "station", "library"]
 prompts = [f"{opening} the {place}" for opening in ("Yesterday at", "What I think of") for place in places]

@@ -16,13 +16,14 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..agents import BoundHeuristic, Decoder, Plan, Search
-from ..agents.contenders import DECODERS, Q_GUIDED, decoder_options, make_decoder
-from ..agents.heuristics import shipped_heuristic
-from ..agents.search_tree import SearchTree, plain
+from ..agents.learning.q_heuristic import shipped_heuristic
+from ..agents.planning.registry import DECODERS, Q_GUIDED, decoder_options, make_decoder
+from ..agents.search.snapshot import SearchTree
 from ..envs import DecodingMDP, LanguageModel, load_prompts
 from ..envs.constraints import Constraint, Rule
 from ..envs.prompts import Prompt, as_prompt
 from ..errors import ConfigurationError, QStarError, UnknownNameError
+from ..files import to_jsonable
 from ..tasks import Task, load_task, task_names
 
 __all__ = ["LIMITS", "Request", "Run", "Runs", "examples"]
@@ -291,14 +292,16 @@ def _state(search: Search, nodes: int, texts: int) -> dict[str, Any]:
         "ended": [(row, token(row, action), values[i]) for i, (row, action) in enumerate(finished) if i >= texts],
         "best": None if best is None else next(i for i, e in enumerate(finished) if search.completions[e] is best),
     }
-    return {name: plain(value) for name, value in state.items()}
+    return {name: to_jsonable(value) for name, value in state.items()}
 
 
 def _result(plan: Plan) -> dict[str, Any]:
     numbers = ("objective", "reward", "logprob", "lower_bound", "upper_bound", "gap")
     result = {name: getattr(plan, name) for name in ("text", *numbers, "certified", "scope", "stop", "stop_reason")}
     texts = [{"text": c.text, "objective": c.objective} for c in plan.best(6)]
-    return {name: plain(value) for name, value in {**result, "usage": vars(plan.usage), "completions": texts}.items()}
+    return {
+        name: to_jsonable(value) for name, value in {**result, "usage": vars(plan.usage), "completions": texts}.items()
+    }
 
 
 def _facts(request: Request, mdp: DecodingMDP, plan: Plan) -> dict[str, str]:

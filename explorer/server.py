@@ -16,7 +16,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from pydantic import ValidationError
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from ..agents.search_tree import SearchTree
+from ..agents.search.snapshot import SearchTree
 from ..errors import ConfigurationError, QStarError
 from .runs import LIMITS, Request, Run, Runs, examples
 
@@ -141,7 +141,7 @@ def serve(host: str = "127.0.0.1", port: int = 8321) -> None:
 def _options() -> dict[str, Any]:
     """Return what the page offers."""
     from ..agents import pretrained_names
-    from ..agents.contenders import DECODERS, Q_GUIDED
+    from ..agents.planning.registry import DECODERS, Q_GUIDED
     from ..rewards import registry, reward_names
     from ..tasks import load_task, task_names
 

@@ -10,31 +10,39 @@ from __future__ import annotations
 import importlib
 import logging
 import math
-import pickle
 import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
 from typing import Any, Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import ConfigurationError, RewardError
+from .checking import (
+    FloatArray,
+    _CallSpec,
+    _interval,
+    _is_number,
+    _number,
+    _shortened,
+    _shown,
+    _Texts,
+)
 
 __all__ = ["Counters", "OnError", "Reward", "WeightedSum", "column_of", "library", "readable"]
 
+
 logger = logging.getLogger(__name__)
 
+
 OnError = Literal["raise", "skip", "penalty"]
-FloatArray = npt.NDArray[np.float64]
+
 
 _NOT_PICKLED = ("_scores", "_potentials", "_warned", "counters")
-_TOLERANCE = 1e-6  # how far rounding may carry a score past its bounds before it is an error
-_SHOWN = 200  # characters of a text, or of a value, that an error shows
 
 
 @dataclass
@@ -216,7 +224,7 @@ class Reward(ABC):
         """
         texts = _Texts.of(prompts, completions, completion_ids, columns)
         fallback = self.penalty if self.on_error == "penalty" and self.penalty is not None else math.nan
-        measure = _Measure(f"reward {self.name!r}", self.score, self.lower, self.upper, fallback)
+        measure = _CallSpec(f"reward {self.name!r}", self.score, self.lower, self.upper, fallback)
         return self._remembered(measure, texts, self._scores)
 
     def potential(
@@ -246,7 +254,7 @@ class Reward(ABC):
         if not self.has_potential:
             return np.zeros(len(texts))
         subject = f"the potential of reward {self.name!r}"
-        measure = _Measure(subject, self.score_prefixes, -math.inf, math.inf, fallback=math.nan)
+        measure = _CallSpec(subject, self.score_prefixes, -math.inf, math.inf, fallback=math.nan)
         return np.nan_to_num(self._remembered(measure, texts, self._potentials), nan=0.0)
 
     def components(
@@ -286,7 +294,7 @@ class Reward(ABC):
             RewardError: `bound_prefixes` did not return one number per text.
         """
         texts = _Texts.of(prompts, completions, completion_ids, {**columns, "remaining": remaining})
-        measure = _Measure(f"the bound of reward {self.name!r}", self.bound_prefixes, -math.inf, math.inf, math.nan)
+        measure = _CallSpec(f"the bound of reward {self.name!r}", self.bound_prefixes, -math.inf, math.inf, math.nan)
         returned = self.bound_prefixes(prompts, completions, remaining, completion_ids, **columns)
         bounds = np.empty(len(texts))
         for row, value in enumerate(measure.one_per_text(returned, len(texts))):
@@ -368,7 +376,7 @@ class Reward(ABC):
 
     _warned = False
 
-    def _remembered(self, measure: _Measure, texts: _Texts, cache: OrderedDict[Hashable, float]) -> FloatArray:
+    def _remembered(self, measure: _CallSpec, texts: _Texts, cache: OrderedDict[Hashable, float]) -> FloatArray:
         """Measure the texts that `cache` lacks, each distinct one once; `cache` changes only if all goes well."""
         keys = texts.keys(with_token_ids=self.reads_token_ids)
         values = {key: cache[key] for key in keys if key in cache}
@@ -390,7 +398,7 @@ class Reward(ABC):
             cache.popitem(last=False)
         return np.array([values[key] for key in keys], dtype=np.float64)
 
-    def _measured(self, measure: _Measure, texts: _Texts) -> list[float]:
+    def _measured(self, measure: _CallSpec, texts: _Texts) -> list[float]:
         """Run the subclass's code on all `texts` at once, and check what it returns."""
         try:
             returned = measure.method(texts.prompts, texts.completions, texts.completion_ids, **texts.columns)
@@ -416,7 +424,7 @@ class Reward(ABC):
                 values.append(self._rejected(measure, f"returned {_shown(value)}, {error}", texts, row, None))
         return values
 
-    def _rejected(self, measure: _Measure, complaint: str, texts: _Texts, row: int, cause: Exception | None) -> float:
+    def _rejected(self, measure: _CallSpec, complaint: str, texts: _Texts, row: int, cause: Exception | None) -> float:
         """Apply `on_error` to one text: raise, or warn once and return the fallback."""
         message = (
             f"{measure.subject} {complaint}, for the completion {_shown(texts.completions[row])} "
@@ -559,9 +567,6 @@ class WeightedSum(Reward):
         return any(reward.has_potential for _, reward in self.terms)
 
 
-# -- what several rewards need ----------------------------------------------------------------------------------------
-
-
 def library(module: str, package: str, reward: str) -> Any:
     """Return a module that only one reward needs, from a package that need not be installed.
 
@@ -592,141 +597,6 @@ def column_of(columns: Mapping[str, Sequence[Any]], name: str, reward: str, exam
     return columns[name]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Measure:
-    """What is asked of a subclass's code, a score or a potential, and what is expected of it."""
-
-    subject: str  # who an error says did wrong
-    method: Callable[..., Sequence[float | None]]
-    lower: float
-    upper: float
-    fallback: float  # what a text gets whose value is bad, where `on_error` tolerates that
-
-    def one_per_text(self, returned: Any, count: int) -> list[Any]:
-        """Return what `method` returned as a list, if it has `count` values."""
-        is_list = hasattr(returned, "__len__") and not isinstance(returned, str | bytes | Mapping | Set)
-        try:
-            values = list(returned) if is_list else None
-        except TypeError:  # 0-d arrays and tensors have a length and an iterator, but only in name
-            values = None
-        if values is None:
-            raise RewardError(
-                f"{self.subject} returned {_shown(returned)} ({type(returned).__name__}) where a list was expected. "
-                f"Return a list of {count} value(s), one per completion."
-            )
-        if len(values) != count:
-            raise RewardError(
-                f"{self.subject} returned {len(values)} value(s) for {count} completion(s): {_shown(returned)}. "
-                "Return one value per completion, in their order, and None for one that cannot be scored."
-            )
-        return values
-
-    def checked(self, value: Any) -> float:
-        """Return one value as a float, NaN for None.
-
-        Raises:
-            TypeError: It is no number. The message is a clause: "which is ...".
-            ValueError: It is not finite, or out of bounds; likewise.
-        """
-        if value is None:
-            return math.nan
-        number = _number(value)
-        if not math.isfinite(number):
-            raise ValueError("which is not finite")
-        if not self.lower - _TOLERANCE <= number <= self.upper + _TOLERANCE:
-            raise ValueError(f"which is outside the stated bounds {_interval(self.lower, self.upper)}")
-        return min(max(number, self.lower), self.upper)
-
-
-@dataclass(frozen=True)
-class _Texts:
-    """The arguments of one call, known to be sequences of one length n."""
-
-    prompts: Sequence[str]
-    completions: Sequence[str]
-    completion_ids: Sequence[Sequence[int]] | None
-    columns: Mapping[str, Sequence[Any]]
-
-    def __len__(self) -> int:
-        return len(self.completions)
-
-    @classmethod
-    def of(
-        cls,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None,
-        columns: Mapping[str, Sequence[Any]],
-    ) -> _Texts:
-        """Check the lengths, which a single text given where a list belongs would upset."""
-        given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
-        for name, values in given.items():
-            if values is not None and (isinstance(values, str) or len(values) != len(completions)):
-                what = "one text" if isinstance(values, str) else f"{len(values)} value(s)"
-                raise ConfigurationError(
-                    f"a reward got {what} as {name!r} where a list as long as 'completions' was expected; "
-                    "rewards are batched: score one text as reward([prompt], [completion])."
-                )
-        return cls(prompts, completions, completion_ids, columns)
-
-    def take(self, rows: Sequence[int]) -> _Texts:
-        """Return the texts of these rows."""
-        return _Texts(
-            [self.prompts[row] for row in rows],
-            [self.completions[row] for row in rows],
-            None if self.completion_ids is None else [self.completion_ids[row] for row in rows],
-            {name: [column[row] for row in rows] for name, column in self.columns.items()},
-        )
-
-    def keys(self, *, with_token_ids: bool) -> list[Hashable]:
-        """Return [n] keys, equal where everything that a score may depend on is equal."""
-        ids = self.completion_ids if with_token_ids else None
-        names = sorted(self.columns)
-        return [
-            (
-                self.prompts[row],
-                self.completions[row],
-                None if ids is None else tuple(map(int, ids[row])),
-                *((name, _hashable(self.columns[name][row])) for name in names),
-            )
-            for row in range(len(self))
-        ]
-
-
-def _hashable(value: Any) -> Hashable:
-    """Return a key that is equal for equal values only, whatever a data set's column holds."""
-    try:
-        hash(value)
-        return type(value), value  # the type, because 1 == 1.0 == True but their texts differ
-    except TypeError:
-        try:
-            return pickle.dumps(value)
-        except Exception:  # anything may go wrong in a stranger's __reduce__; then nothing equals this value
-            return object()
-
-
-def _is_number(value: object) -> bool:
-    """Whether the value is a real number: an int, a float, one of NumPy's scalars, ..."""
-    return isinstance(value, Real)
-
-
-def _number(value: Any) -> float:
-    """Return a number, or a NumPy or torch scalar, as a float; raise TypeError for anything else."""
-    try:
-        scalar = value.item() if hasattr(value, "item") else value
-    except (TypeError, ValueError, RuntimeError):  # an array or tensor of several numbers
-        scalar = None
-    if not isinstance(scalar, Real):
-        raise TypeError(f"which is not a number but a {type(value).__name__}")
-    try:
-        return float(scalar)
-    except OverflowError:  # an int beyond any float
-        return math.inf
-
-
 def _bound(reward: str, which: str, value: Any) -> float:
     """Return a bound as a float, if it is one."""
     if not isinstance(value, Real) or math.isnan(value):
@@ -747,18 +617,3 @@ def _sum_name(terms: Iterable[tuple[float, Reward]]) -> str:
         factor = "" if abs(weight) == 1 else f"{abs(weight):g} * "
         name += f"{' ' if name else ''}{sign}{factor}{reward.name}"
     return name
-
-
-def _interval(lower: float, upper: float) -> str:
-    return f"[{lower:g}, {upper:g}]"
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text)} characters)"
-
-
-def _shown(value: Any) -> str:
-    """Return a text or value as an error shows it; a text is cut before it is quoted, so that the quotes close."""
-    if isinstance(value, str) and len(value) > _SHOWN:
-        return f"{value[:_SHOWN]!r}… ({len(value)} characters)"
-    return _shortened(repr(value))

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigurationError, check_number
-from .base import FloatArray, Reward
+from ..checks import check_number
+from ..errors import ConfigurationError
+from .base import Reward
+from .checking import FloatArray
 
 __all__ = ["Composition", "clip", "minimum", "normalise", "product"]
 

@@ -11,8 +11,10 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any, Literal, get_args
 
-from ..errors import ConfigurationError, RewardError, check_integer, check_number
-from .base import Reward, _shown
+from ..checks import check_integer, check_number
+from ..errors import ConfigurationError, RewardError
+from .base import Reward
+from .checking import _shown
 from .functions import RewardSpec, as_reward
 
 __all__ = ["PooledReward"]

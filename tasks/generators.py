@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigurationError, check_integer
+from ..checks import check_integer
+from ..errors import ConfigurationError
 
 __all__ = ["GENERATORS", "Splits", "addition", "keyword_sets", "letters", "reasoning_gym"]
 
@@ -89,7 +90,7 @@ def reasoning_gym(
     Raises:
         ConfigurationError: The library is not installed, or a data set has not enough different questions.
     """
-    from ..rewards.reasoning import gym_module
+    from ..rewards.library.reasoning import gym_module
 
     splits: Splits = {"train": [], "dev": [], "test": []}
     for name, config in datasets.items():

@@ -1,0 +1,9 @@
+from .batch import BatchDecoder as BatchDecoder
+from .batch import ResultsFile as ResultsFile
+from .batch import decode_many as decode_many
+from .batch import plan_record as plan_record
+from .jobs import InProcess as InProcess
+from .jobs import Job as Job
+from .jobs import Workers as Workers
+from .ray_workers import RayWorkers as RayWorkers
+from .ray_workers import check_address as check_address

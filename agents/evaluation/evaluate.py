@@ -1,0 +1,83 @@
+"""What decoders are worth on a set of prompts, and whether a difference between two of them is more than chance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...envs import load_prompts
+from ..planning.decoder import Decoder
+from ..search.budget import Budget
+from ..search.plan import Plan
+from ..search.state import Search, Values
+
+__all__ = ["Outcomes", "evaluate", "paired_bootstrap"]
+
+
+class Outcomes(NamedTuple):
+    """What a decoder returned for ``n`` prompts.
+
+    Attributes:
+        plans: [n].
+        rewards: float64 [n], the reward model's score of the texts, whether or not the decoder saw it; NaN where a text
+            cannot be scored.
+        objectives: float64 [n], J of the texts.
+        lm_tokens: float64 [n].
+    """
+
+    plans: list[Plan]
+    rewards: Values
+    objectives: Values
+    lm_tokens: Values
+
+
+def evaluate(
+    decoder: Decoder,
+    prompts: Any,
+    budget: Budget | int | None = None,
+    *,
+    shared: bool = False,
+    progress: Callable[[Search], None] | None = None,
+) -> Outcomes:
+    """Decode every prompt and score what came out.
+
+    A text that the budget did not suffice to finish is scored as it stands: that is what a user would be left with.
+
+    Args:
+        decoder: A planner or a baseline; with ``score="q"`` it does not see the rewards returned here.
+        prompts: See :func:`~qstar_decoding.envs.load_prompts`.
+        budget: Of each prompt; an integer means LM tokens.
+        shared: Whether it is the budget of all prompts together.
+        progress: Called after every step of a search.
+    """
+    loaded = load_prompts(prompts)
+    plans = decoder.plan_many(loaded, budget, shared=shared, progress=progress)
+    if any(plan.stop_reason == "interrupted" for plan in plans):
+        raise KeyboardInterrupt  # a comparison must not take what was cut off for what a decoder can do
+    rewards = np.array([plan.reward for plan in plans])
+    unknown = np.flatnonzero(np.isnan(rewards))
+    if len(unknown):
+        texts, ids = zip(*((plans[i].text, plans[i].token_ids) for i in unknown), strict=True)
+        rewards[unknown] = decoder.mdp.rewards([loaded[i] for i in unknown], texts, ids)
+    objectives = decoder.mdp.logprob_weight * np.array([plan.logprob for plan in plans]) + rewards
+    return Outcomes(plans, rewards, objectives, np.array([plan.usage.lm_tokens for plan in plans], dtype=np.float64))
+
+
+def paired_bootstrap(
+    differences: Sequence[float] | Values, *, samples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Return the 95 % percentile interval of the mean of paired differences, resampling the prompts.
+
+    Efron & Tibshirani 1993, chapter 13; for decoders, Koehn 2004.
+
+    Args:
+        differences: [prompts], one decoder minus the other on the same prompt.
+        samples: Number of resamples.
+        seed: Of the resampling.
+    """
+    rng, values = np.random.default_rng(seed), np.asarray(differences, dtype=np.float64)
+    means = rng.choice(values, size=(samples, len(values))).mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)

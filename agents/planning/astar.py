@@ -1,0 +1,356 @@
+"""A* over the tree of completions: one account of what is known, one core, and a few named ways through.
+
+Textbook A* compares prefixes of different lengths, and a heuristic whose error depends on the length misleads it: on
+24-token texts it hardly ever finishes one. A beam compares equal lengths only, but spends its whole width on texts that
+can no longer win. The default search, level by level, takes the half of each that works:
+
+* **select** at every depth the edges of highest f = g + h, as many as the round is wide;
+* **ration** the budget: each depth may spend its share of what is left, the early ones more, since everything later
+  hangs on them; what pruning saves at one depth is spent at the next;
+* **expand** what is not expanded yet, in one forward of the language model;
+* **evaluate** the completions found: the best is the incumbent, LB;
+* **prune** what cannot beat the incumbent: certainly not, if its bound U is not above LB, and probably not, if its f is
+  below LB by more than a margin;
+* **widen** when a round is through, in the same tree, so that what earlier rounds paid for is not paid for again.
+
+The others follow the best edges of all depths at once, from a queue (:func:`best_first`); they differ in the order, in
+what is followed together, and in when they stop (:data:`SEARCHES`).
+
+Two numbers rank an edge. f may use a learned Q, and decides the order. U may not, and decides what is proven: UB is the
+largest U of everything open *or pruned*. When UB meets LB the incumbent is certified to be optimal. Pruning by f is a
+bet; once nothing else is left it is called off, so that the search is complete in the limit for any heuristic.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...checks import check_integer, check_number
+from ...envs import Finish
+from ...errors import ConfigurationError, UnknownNameError
+from ..heuristics import BoundHeuristic, Heuristic
+from ..search.problem import Scope, Score
+from ..search.state import NO_EDGES, Edges, IntArray, Search, Status, Values
+from .decoder import Decoder
+
+__all__ = ["SEARCHES", "AStarPlanner", "Order"]
+
+_UNBUDGETED_WIDTH = 16
+
+
+class Order(NamedTuple):
+    """How a best-first search goes through the tree.
+
+    Attributes:
+        weight: w in f_w = g_c + w · h_c, over costs; see :class:`AStarPlanner`.
+        whole_nodes: Whether all edges of the best node are followed together, so that each child is compared by its own
+            h, as in A* over nodes; else the best edge alone, compared by the h that its parent gave it.
+        persistent: Whether the search goes on after the first text that the theory accepts.
+        capped: Whether each depth may be popped ``width`` times only, until nothing else is left.
+    """
+
+    weight: float = 1.0
+    whole_nodes: bool = False
+    persistent: bool = False
+    capped: bool = False
+
+
+SEARCHES: dict[str, Order | None] = {
+    "level": None,  # see the module's docstring
+    "astar": Order(whole_nodes=True),  # Hart, Nilsson & Raphael 1968
+    "weighted": Order(weight=2.0),  # Pohl 1970: at most w times the optimal cost
+    "anytime": Order(weight=2.0, persistent=True),  # Hansen & Zhou 2007, anytime weighted A*
+    "capped": Order(persistent=True, capped=True),  # Meister, Vieira & Cotterell 2020, best-first beam search
+    "qstar": Order(),  # Agostinelli et al. 2021 (arXiv 2102.04518), Q* search: a queue of edges
+}
+
+
+class AStarPlanner(Decoder):
+    """A*, level-synchronised by default: it prunes by the incumbent and widens in rounds.
+
+    Zhou & Hansen (2005, beam-stack search) and Vadlamudi et al. (2012, anytime pack search) widen in the same spirit;
+    the pruning is branch and bound. With the bound as heuristic the two pruning rules coincide and the search is exact.
+
+    A weight counts on costs, since weights on negative rewards mean nothing: a text costs C = r_max - J >= 0, an edge
+    estimates f_w = g_c + w · h_c with g_c = -g and h_c = r_max - h. With an admissible h the text that ``"weighted"``
+    stops at costs at most w times what the best one does.
+    """
+
+    def __init__(
+        self,
+        env: Any,
+        *,
+        search: str = "level",
+        heuristic: Heuristic | None = None,
+        weight: float | None = None,
+        margin: float = 0.1,
+        width: int | None = None,
+        growth: float = 2.0,
+        taper: float | None = 2.0,
+        prior: float = 0.0,
+        batch_size: int = 1,
+        n: int = 1,
+        pathmax: bool = False,
+        scope: Scope = "top-k tree",
+        score: Score = "reward",
+    ) -> None:
+        """Plan in the MDP of ``env``.
+
+        Args:
+            env: An environment or a :class:`DecodingMDP`.
+            search: ``"level"``, or one of the best-first :data:`SEARCHES`: ``"astar"``, ``"qstar"`` and ``"weighted"``
+                stop at the first text that their theory accepts, ``"anytime"`` and ``"capped"`` go on.
+            heuristic: Orders the search; :class:`BoundHeuristic` by default, with which it needs no training.
+            weight: w in f_w; by default 2 for ``"weighted"`` and ``"anytime"``, 1 for the others.
+            margin: An edge whose f is more than this (in units of J) below the incumbent is put off. Q underestimates
+                too, so 0 prunes a little too much. ``"astar"``, ``"qstar"`` and ``"weighted"`` have none.
+            width: Edges followed a depth in the first round of ``"level"``, pops per depth before ``"capped"`` widens.
+                None for 16, and for ``"level"`` with a budget of LM tokens for as many as that pays for.
+            growth: By what factor each round is wider than the one before.
+            taper: How ``"level"`` spreads a budget of LM tokens over the depths: in proportion to the number of tokens
+                still to come, to this power. 0 spreads it evenly, as a beam does, which is better on texts of a few
+                tokens, where Q is as rough at the end as at the beginning. With None the search does not look at its
+                budget, and one that is resumed equals one long run; it may then end before a text is finished.
+            prior: What a nat of the language model's log-probability counts in the order, in units of J: edges are
+                ranked by f + prior · log π(prefix), as sampling on π · exp(f / prior) prefers them. It holds back a Q
+                that promises most where it has seen least. Pruning and bounds do not use it, and searches that stop
+                by f do not take it.
+            batch_size: How many edges, or nodes, a best-first search pops together, for one forward.
+            n: How many of the best texts are wanted: an edge is pruned by the n-th best; see :meth:`Plan.best`.
+            pathmax: Whether an edge's f is at most that of the edge which led to it (Mérő 1984; in terms of returns, a
+                minimum): no continuation is better than the best one. A text must then look good at every step.
+            scope: See :class:`Decoder`.
+            score: See :class:`Decoder`.
+
+        Raises:
+            ConfigurationError: An argument is out of range, or a weight is given and the reward has no upper bound.
+            UnknownNameError: There is no such search.
+        """
+        if heuristic is None and score == "reward":
+            heuristic = BoundHeuristic()
+        super().__init__(env, heuristic=heuristic, scope=scope, score=score)
+        if search not in SEARCHES:
+            raise UnknownNameError("search", search, SEARCHES)
+        self.order = SEARCHES[search]
+        default = self.order.weight if self.order else 1.0
+        self.weight = check_number("weight", default if weight is None else weight, low=0)
+        if self.weight != 1 and not math.isfinite(self.mdp.reward.upper):
+            raise ConfigurationError(
+                f"weight={self.weight:g} counts on costs, r_max - J, and the reward {self.mdp.reward.name!r} has no "
+                "upper bound; declare one, as with as_reward(function, upper=1.0), or use weight=1"
+            )
+        if not margin >= 0:
+            raise ConfigurationError(f"margin is a number >= 0, got {margin!r}")
+        if not growth > 1:
+            raise ConfigurationError(f"growth is a number > 1, got {growth!r}")
+        self.prior = check_number("prior", prior, low=0)
+        if self.prior and self.order and not self.order.persistent:
+            raise ConfigurationError(
+                f"search={search!r} stops when f says so, and prior={self.prior:g} would order by something else; "
+                'leave it out, or use "level", "anytime" or "capped"'
+            )
+        self.margin, self.growth, self.pathmax = margin, growth, pathmax
+        self.width = None if width is None else check_integer("width", width)
+        self.taper = None if taper is None else check_number("taper", taper, low=0)
+        self.batch_size, self.n_best = check_integer("batch_size", batch_size), check_integer("n", n)
+
+    def select(self, search: Search) -> Iterator[Edges]:
+        """Yield the edges to follow; see the module's docstring."""
+        yield from level_by_level(self, search) if self.order is None else best_first(self, search, self.order)
+        if not search.is_certified and not search.can_improve:
+            search.stop_reason = "exhausted"
+
+    def priority(self, search: Search, rows: IntArray) -> Values:
+        """Return what the edges of these rows are ranked by, float64 [n, k].
+
+        That is f, or -f_w + r_max where w is not 1, and with a prior also prior · log π.
+        """
+        values = search.f[rows]
+        if self.weight != 1:
+            most, g = self.mdp.reward.upper, search.g[rows, None]
+            values = g + most - self.weight * (most - (values - g))
+        if self.prior:
+            values = values + self.prior * search.edge_logprob(rows)
+        return values
+
+
+# -- level by level ---------------------------------------------------------------------------------------------------
+
+
+def level_by_level(planner: AStarPlanner, search: Search) -> Iterator[Edges]:
+    """Go through the depths in rounds of growing width, as long as anything can be better than what was found."""
+    margin, taper = planner.margin, planner.taper
+    unlimited = taper is None or math.isinf(search.remaining_tokens)
+    width = float(planner.width or (_UNBUDGETED_WIDTH if unlimited else math.inf))
+    while search.can_improve:
+        before = len(search.completions) + search.size
+        for depth in range(search.mdp.max_new_tokens):
+            edges = prune(search, select(planner, search, depth, width), margin)
+            if taper is not None:
+                edges = ration(search, edges, depth, taper)
+            if len(edges.rows):
+                yield edges
+        if len(search.completions) + search.size == before and width >= widest(search):
+            # Every edge that promised anything has been followed. Others may have better use for a budget in common;
+            # if not, stop betting.
+            search.is_exhausted = True
+            while search.shared is not None and not search.shared.all_exhausted:
+                yield NO_EDGES
+            margin = math.inf
+        width = math.ceil(width * planner.growth) if math.isfinite(width) else width
+
+
+def widest(search: Search) -> int:
+    """Return the largest number of edges at any depth."""
+    return int(np.bincount(search.depth[: search.size]).max()) * search.mdp.top_k
+
+
+def select(planner: AStarPlanner, search: Search, depth: int, width: float) -> Edges:
+    """Return the ``width`` edges of highest priority among all at this depth, followed or not, best first."""
+    rows = search.at_depth(depth)
+    legal_row, action = np.nonzero(search.status[rows] != Status.MASKED)
+    row: IntArray = rows[legal_row]
+    # Stable: ties go to what was found first, then to the likelier token, on every machine.
+    best = np.argsort(-planner.priority(search, rows)[legal_row, action], kind="stable")
+    best = best[: None if math.isinf(width) else int(width)]
+    return Edges(row[best], action[best])
+
+
+def prune(search: Search, edges: Edges, margin: float) -> Edges:
+    """Return the edges that are still to be followed and may beat the incumbent.
+
+    No bet is made on an edge that ends the text: to know what it is worth costs no forward of the language model.
+    """
+    is_open = search.status[edges] == Status.OPEN
+    can_win = search.bound[edges] > search.pruning_threshold
+    may_win = search.f[edges] >= search.nth_best - margin  # all of them once the margin is infinite
+    ends = search.finish[edges] != Finish.NO
+    keep = is_open & can_win & (may_win | ends)
+    return Edges(edges.rows[keep], edges.actions[keep])
+
+
+def ration(search: Search, edges: Edges, depth: int, taper: float) -> Edges:
+    """Return the leading edges that this depth's share of the budget pays for, and all that end the text.
+
+    With n tokens still to come, a depth gets n**taper parts of what is left once every later depth has a token.
+    """
+    still_to_come = search.mdp.max_new_tokens - 1 - depth
+    if math.isinf(search.remaining_tokens) or not still_to_come:
+        return edges
+    # What is left pays for fewer prefixes where the heuristic looks ahead, at the price that they have had so far.
+    room = search.remaining_tokens * search.size / (search.size + search.heuristic_tokens)
+    shares = np.arange(1, still_to_come + 1, dtype=np.float64) ** taper
+    most = 1 + max(int((room - still_to_come) * shares[-1] / shares.sum()), 0)
+    continuing = search.finish[edges] == Finish.NO
+    keep = ~continuing | (np.cumsum(continuing) <= most)
+    return Edges(edges.rows[keep], edges.actions[keep])
+
+
+# -- best first -------------------------------------------------------------------------------------------------------
+
+
+def best_first(planner: AStarPlanner, search: Search, order: Order) -> Iterator[Edges]:
+    """Follow the best open edges of the whole tree, wherever they are, until the best is no better than the incumbent.
+
+    A text's J is known once its last edge is followed, and stands in the queue in that edge's place: when nothing in
+    the queue promises more than the incumbent, the incumbent is what A* would pop next.
+    """
+    queue = Queue(planner, search, order.whole_nodes)
+    pops = np.zeros(search.mdp.max_new_tokens, dtype=np.int64)
+    cap, margin = float(planner.width or _UNBUDGETED_WIDTH) if order.capped else math.inf, planner.margin
+    waiting: list[Entry] = []
+    idle = False
+    while search.can_improve:
+        queue.enter_new_rows()
+        batch: list[tuple[int, int]] = []
+        room = planner.batch_size
+        while room and queue.entries:
+            if not order.persistent and queue.entries[0].promise <= search.nth_best:
+                if not batch:
+                    return  # what is left promises no more; with an admissible h it keeps no more either
+                break
+            entry, actions = queue.pop()
+            actions = actions[search.bound[entry.row, actions] > search.pruning_threshold]
+            if not len(actions):
+                continue
+            depth = search.depth[entry.row]
+            hopeless = order.persistent and search.f[entry.row, actions].max() < search.nth_best - margin
+            if hopeless or pops[depth] >= cap:
+                waiting.append(entry)
+                continue
+            pops[depth] += 1
+            room -= 1
+            batch += [(entry.row, action) for action in actions.tolist()]
+        if batch:
+            idle = False
+            yield Edges(*np.array(batch, dtype=np.int64).T)
+        elif waiting:
+            # Widen; if that alone did not help, every edge that promised anything has been followed: stop betting.
+            cap, margin = cap * planner.growth, math.inf if idle else margin
+            idle = True
+            queue.put_back(waiting)
+        else:
+            return
+
+
+class Entry(NamedTuple):
+    """What the queue holds of a row: its ``rank``-th best edge, or all its edges. Sorts best first, then oldest."""
+
+    cost: float
+    row: int
+    rank: int
+    last: bool  # whether the row's next edge must not follow, as it is in the queue already
+
+    @property
+    def promise(self) -> float:
+        """The priority of its best edge."""
+        return -self.cost
+
+
+class Queue:
+    """The open edges of a search, best first; each row is in it once, with the best edge that was not popped yet."""
+
+    def __init__(self, planner: AStarPlanner, search: Search, whole_nodes: bool) -> None:
+        """Start empty."""
+        self.planner, self.search, self.whole_nodes = planner, search, whole_nodes
+        self.entries: list[Entry] = []
+        self._ranked: list[tuple[IntArray, list[float]]] = []  # by row: open edges, best first, and their priorities
+
+    def enter_new_rows(self) -> None:
+        """Enter what was expanded since the last time."""
+        rows = np.arange(len(self._ranked), self.search.size)
+        is_open = self.search.status[rows] == Status.OPEN
+        # An open edge may have any priority; one that is NaN comes last, and never an edge that is not open.
+        priority = np.nan_to_num(
+            self.planner.priority(self.search, rows), nan=-math.inf, posinf=math.inf, neginf=-math.inf
+        )
+        ranked = np.lexsort((-priority, ~is_open), axis=1)
+        counts = is_open.sum(axis=1)
+        for row, actions, count, values in zip(rows.tolist(), ranked, counts.tolist(), priority, strict=True):
+            best = actions[:count]
+            self._ranked.append((best, values[best].tolist()))
+            self._push(row, 0, last=self.whole_nodes)
+
+    def pop(self) -> tuple[Entry, IntArray]:
+        """Return the best entry, and the actions to follow there."""
+        entry = heapq.heappop(self.entries)
+        if not entry.last:
+            self._push(entry.row, entry.rank + 1, last=False)
+        actions = self._ranked[entry.row][0]
+        return entry, actions if self.whole_nodes else actions[entry.rank : entry.rank + 1]
+
+    def put_back(self, entries: list[Entry]) -> None:
+        """Enter again what was popped and not followed; ``entries`` is empty afterwards."""
+        for entry in entries:
+            heapq.heappush(self.entries, entry._replace(last=True))
+        entries.clear()
+
+    def _push(self, row: int, rank: int, *, last: bool) -> None:
+        _, priorities = self._ranked[row]
+        if rank < len(priorities):
+            heapq.heappush(self.entries, Entry(-priorities[rank], row, rank, last))

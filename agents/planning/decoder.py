@@ -1,0 +1,244 @@
+"""The base class of every decoder: plans, batches, streams, and searches that are resumed.
+
+A decoder has a problem and a strategy, :meth:`Decoder.select`: a generator that looks at a :class:`Search`, yields the
+edges to follow, and finds them followed when it goes on. The loop (:mod:`qstar_decoding.agents.search.loop`) does the
+rest, so every decoder is batched over prompts, and all are accounted for alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, get_args
+
+from ...envs.mdp import Completion, mdp_of
+from ...envs.prompts import Prompt, as_prompt, load_prompts
+from ...errors import ConfigurationError
+from ..search.budget import Budget, SharedBudget
+from ..search.loop import ActiveSearch, Progress, begin, drive, drive_to_end
+from ..search.plan import Plan, make_plan
+from ..search.problem import Heuristic, Problem, Scope, Score
+from ..search.state import Edges, Search
+
+__all__ = ["Decoder", "Stream"]
+
+
+class Decoder(ABC):
+    """A way of choosing tokens; A* and every baseline answer the same :meth:`plan`.
+
+    Attributes:
+        mdp: The process whose J is maximised.
+        heuristic: Estimates what each edge will bring; None without.
+        scope: What upper bounds speak of.
+        score: What ranks finished texts.
+        n_best: How many of the best texts are wanted.
+        pathmax: See :class:`AStarPlanner`.
+    """
+
+    n_best = 1
+    pathmax = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Take the strategy of a subclass that still has it under its name of version 0.1, ``search``."""
+        super().__init_subclass__(**kwargs)
+        if "search" in vars(cls) and "select" not in vars(cls):
+            warnings.warn(
+                f"{cls.__name__}.search is called select since version 0.2; rename it", DeprecationWarning, stacklevel=2
+            )
+            cls.select = vars(cls)["search"]  # type: ignore[method-assign]
+
+    def __init__(
+        self,
+        env: Any,
+        *,
+        heuristic: Heuristic | None = None,
+        scope: Scope = "top-k tree",
+        score: Score = "reward",
+    ) -> None:
+        """Decode in the MDP of ``env``.
+
+        Args:
+            env: An environment (wrapped or not) or a :class:`DecodingMDP`; its token tree is shared.
+            heuristic: Estimates what each edge will bring; the decoder's docstring says what it does without one.
+            scope: What upper bounds speak of, ``"top-k tree"`` or ``"full vocabulary"``.
+            score: What ranks finished texts: ``"reward"``, the reward model, or ``"q"``, the heuristic alone: f = g + h
+                of their last edge, as when a verifier knows the answer only at training time. The reward model is then
+                never called, and nothing is certified.
+
+        Raises:
+            ConfigurationError: ``env`` has no decoding MDP, ``scope`` or ``score`` is none of its two values, or
+                ``score="q"`` is asked for without a heuristic.
+        """
+        for name, value, values in (("scope", scope, get_args(Scope)), ("score", score, get_args(Score))):
+            if value not in values:
+                raise ConfigurationError(f"{name} is one of {values}, got {value!r}")
+        if score == "q" and heuristic is None:
+            raise ConfigurationError('score="q" ranks texts by the heuristic; give one, e.g. QHeuristic(agent)')
+        self.mdp, self.heuristic, self.scope, self.score = mdp_of(env), heuristic, scope, score
+
+    @abstractmethod
+    def select(self, search: Search) -> Iterator[Edges]:
+        """Yield the edges to follow next, best first, until there is nothing more to try."""
+
+    def choose(self, search: Search) -> Completion | None:
+        """Return the completion that the plan proposes: the incumbent, unless a decoder knows another rule."""
+        return search.best
+
+    @property
+    def problem(self) -> Problem:
+        """What this decoder searches for, and where."""
+        return Problem(self.mdp, self.heuristic, self.scope, self.score, self.n_best, self.pathmax)
+
+    def start(self, prompts: Sequence[Prompt], budget: Budget, *, shared: bool = False) -> list[ActiveSearch]:
+        """Return a new search for each prompt, with the prompt expanded.
+
+        Raises:
+            ConfigurationError: ``shared``, and no budget of LM tokens.
+        """
+        together = None
+        if shared:
+            if budget.lm_tokens is None:
+                raise ConfigurationError("a shared budget needs a number of LM tokens: plan_many(prompts, 1000, …)")
+            together, budget = SharedBudget(budget.lm_tokens), replace(budget, lm_tokens=None)
+        problem = self.problem
+        searches = [Search(problem, prompt, budget, together) for prompt in prompts]
+        begin(searches)
+        return [ActiveSearch(search, self.select) for search in searches]
+
+    def run_searches(self, prompts: Sequence[Prompt], budget: Budget) -> list[Search]:
+        """Search all prompts and return the searches themselves; Ctrl-C is let through."""
+        active = self.start(prompts, budget)
+        for _ in drive(active):
+            pass
+        return [one.search for one in active]
+
+    def _run(self, prompts: Sequence[Prompt], budget: Budget, progress: Progress | None, *, shared: bool) -> list[Plan]:
+        active = self.start(prompts, budget, shared=shared)
+        drive_to_end(active, progress)
+        return [make_plan(one, self.choose) for one in active]
+
+    def plan(self, prompt: Any, budget: Budget | int | None = None, *, progress: Progress | None = None) -> Plan:
+        """Find the best completion of one prompt.
+
+        Ctrl-C ends the search with ``stop_reason="interrupted"`` and what was found so far.
+
+        Args:
+            prompt: A string, chat messages, or a dict with the key ``prompt``.
+            budget: When to stop; an integer means LM tokens.
+            progress: Called after every step.
+
+        Raises:
+            PromptError: The prompt is empty or too long.
+        """
+        return self._run([as_prompt(prompt)], Budget.of(budget), progress, shared=False)[0]
+
+    def plan_many(
+        self,
+        prompts: Any,
+        budget: Budget | int | None = None,
+        *,
+        shared: bool = False,
+        progress: Progress | None = None,
+    ) -> list[Plan]:
+        """Find the best completion of each prompt, in one batch of forwards.
+
+        Args:
+            prompts: See :func:`~qstar_decoding.envs.load_prompts`.
+            budget: Of each prompt; an integer means LM tokens.
+            shared: Whether the LM tokens are for all prompts together: what one does not need is there for the others.
+                Plans of a shared budget cannot be resumed.
+            progress: Called after every step of a search.
+
+        Raises:
+            ConfigurationError: ``shared``, and no budget of LM tokens.
+        """
+        return self._run(load_prompts(prompts), Budget.of(budget), progress, shared=shared)
+
+    def resume(self, plan: Plan, budget: Budget | int | None = None, *, progress: Progress | None = None) -> Plan:
+        """Go on with a search that this decoder began, paying only for what is new.
+
+        A search that does not look at its budget continues as if it had been given both budgets at once. One that does
+        - the default search with ``width=None``, which shares a budget out over the depths; a beam or a number of
+        samples chosen to fit - shares out what is new.
+
+        Args:
+            plan: What ``plan``, ``plan_many`` or ``resume`` returned last for the prompt, in this process.
+            budget: How much further; what was not used before is added to it. None is without limit.
+            progress: Called after every step.
+
+        Raises:
+            ConfigurationError: The plan is another decoder's, was resumed before, or comes from another process.
+        """
+        active = plan._active
+        if active is None:
+            raise ConfigurationError(
+                "this plan cannot be resumed: it was resumed already (go on with the newer plan), shared its budget, "
+                "or was copied from another process"
+            )
+        if active.strategy != self.select:
+            raise ConfigurationError("this plan is another decoder's; resume it with the one that made it")
+        object.__setattr__(plan, "_active", None)
+        self.mdp.evict_if_full()
+        active.search.resume(Budget.of(budget))
+        drive_to_end([active], progress)
+        return make_plan(active, self.choose)
+
+    def stream(self, prompt: Any, budget: Budget | int | None = None) -> Stream:
+        """Yield each completion that is better than all before it, as soon as it is found.
+
+        Works in ``for`` and in ``async for``, where the language model runs in a thread; the iterator's ``plan`` is
+        the plan so far.
+        """
+        return Stream(self, as_prompt(prompt), Budget.of(budget))
+
+
+class Stream:
+    """Ever better completions of one prompt; see :meth:`Decoder.stream`."""
+
+    def __init__(self, decoder: Decoder, prompt: Prompt, budget: Budget) -> None:
+        """Prepare the search; nothing runs until the first completion is asked for."""
+        self._decoder, self._prompt, self._budget = decoder, prompt, budget
+        self._active: ActiveSearch | None = None
+        self._found = self._run()
+
+    def _run(self) -> Iterator[Completion]:
+        [active] = self._decoder.start([self._prompt], self._budget)
+        self._active, search, best = active, active.search, None
+        for _ in drive([active]):
+            if search.best is not best:
+                best = search.best
+                assert best is not None
+                yield best
+
+    @property
+    def plan(self) -> Plan:
+        """The plan so far; ``resume`` goes on from it once the iterator is exhausted.
+
+        Raises:
+            ConfigurationError: Nothing was asked for yet.
+        """
+        if self._active is None:
+            raise ConfigurationError("the search has not begun; take the first completion from the iterator")
+        return make_plan(self._active, self._decoder.choose)
+
+    def __iter__(self) -> Iterator[Completion]:
+        """Return the iterator itself."""
+        return self
+
+    def __next__(self) -> Completion:
+        """Search until a better completion is found."""
+        return next(self._found)
+
+    def __aiter__(self) -> AsyncIterator[Completion]:
+        """Return the iterator itself."""
+        return self
+
+    async def __anext__(self) -> Completion:
+        """Search, in a thread, until a better completion is found."""
+        found = await asyncio.to_thread(next, self._found, None)
+        if found is None:
+            raise StopAsyncIteration
+        return found

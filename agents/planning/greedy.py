@@ -1,0 +1,64 @@
+"""Greedy decoders: the best edge at each step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ...checks import check_number
+from ...errors import ConfigurationError
+from ..search.state import Edges, Search, Status, Values
+from .decoder import Decoder
+
+__all__ = ["ARGSDecoder", "GreedyDecoder"]
+
+
+class GreedyDecoder(Decoder):
+    """Take the most likely token each time; with a heuristic, the one with the largest h: arg max Q."""
+
+    def select(self, search: Search) -> Iterator[Edges]:
+        """Yield one edge per step, until the text is finished."""
+        row = 0
+        while row >= 0 and (search.status[row] != Status.MASKED).any():  # a constraint may leave nothing to take
+            edge = Edges(*(np.array([i]) for i in (row, int(self.preferences(search, row).argmax()))))
+            yield edge
+            row = int(search.child[edge][0])
+
+    def preferences(self, search: Search, row: int) -> Values:
+        """Return what the actions of a row are chosen by, float64 [k], -inf for those that are none."""
+        values: Values = np.where(search.status[row] == Status.MASKED, -np.inf, search.f[row])
+        return values
+
+
+class ARGSDecoder(GreedyDecoder):
+    """Take the token with the largest log π(a | s) + w · φ(s·a) each time, φ being the reward of the prefix it makes.
+
+    ARGS (Khanov, Burapacheep & Li 2024), greedy version. Every candidate's prefix is scored, k reward calls a token; it
+    needs no further token of the language model for that, as the text is known.
+    """
+
+    def __init__(self, env: Any, *, reward_weight: float = 1.0, **kwargs: Any) -> None:
+        """Weigh the prefix's reward by ``reward_weight``, in nats per unit of reward.
+
+        Raises:
+            ConfigurationError: The reward has no potential, so it cannot score prefixes.
+        """
+        super().__init__(env, **kwargs)
+        self.reward_weight = check_number("reward_weight", reward_weight)
+        if not self.mdp.reward.has_potential:
+            raise ConfigurationError(
+                f"ARGS scores prefixes, and the reward {self.mdp.reward.name!r} has no potential that could"
+            )
+
+    def preferences(self, search: Search, row: int) -> Values:
+        """See :class:`GreedyDecoder`."""
+        mdp, node = search.mdp, search.node[row]
+        legal = np.flatnonzero(search.status[row] != Status.MASKED)
+        search.reward_calls += len(legal)
+        values = np.full(mdp.top_k, -np.inf)
+        values[legal] = mdp.tree.logprobs[node, legal] + self.reward_weight * mdp.edge_potentials(
+            search.prompt, int(node), legal
+        )
+        return values

@@ -1,0 +1,195 @@
+"""Decoders that draw texts: best-of-n, value-augmented sampling, majority vote, blockwise best-of-n."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ...checks import check_integer, check_number
+from ...envs import Completion, Finish
+from ...errors import ConfigurationError
+from ..search.state import NO_EDGES, Edges, IntArray, Search, Status, Values
+from .decoder import Decoder
+
+__all__ = ["BlockwiseDecoder", "ILQLDecoder", "MajorityVote", "SamplingDecoder"]
+
+
+class SamplingDecoder(Decoder):
+    """Sample completions from the top-k distribution and keep the best: best-of-n; with n = 1 ancestral sampling.
+
+    With a heuristic tokens are drawn from π(a | s) · exp(h(s, a) / β), which tilts the language model towards what Q
+    expects, as in value-augmented sampling (Han et al. 2024) and controlled decoding (Mudgal et al. 2024).
+    """
+
+    def __init__(
+        self,
+        env: Any,
+        *,
+        n: int | None = None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        beta: float = 0.05,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        """Draw ``n`` completions, by default as many as the budget surely pays for (1 without a budget).
+
+        Args:
+            env: An environment or a :class:`DecodingMDP`.
+            n: Number of completions.
+            temperature: Of the softmax over the k candidates; below 1 is more careful.
+            top_p: Draw from the smallest set of candidates that has this share (Holtzman et al. 2020).
+            beta: β, in units of J; how little the heuristic counts.
+            seed: Draws depend on the seed and the prompt only.
+            kwargs: See :class:`Decoder`.
+
+        Raises:
+            ConfigurationError: An argument is out of range.
+        """
+        super().__init__(env, **kwargs)
+        if n is not None and n < 1:
+            raise ConfigurationError(f"n is an integer >= 1 or None, got {n!r}")
+        if not temperature > 0:
+            raise ConfigurationError(f"temperature is a number > 0, got {temperature!r}")
+        self.n, self.temperature, self.seed = n, temperature, seed
+        self.top_p = check_number("top_p", top_p, low=0, high=1, open_low=True)
+        self.beta = check_number("beta", beta, low=0, open_low=True)
+
+    def select(self, search: Search) -> Iterator[Edges]:
+        """Yield the next token of each of a wave of samples; samples that share a prefix share its cost."""
+        rng = generator(self.seed, search)
+        cost = max(search.mdp.max_new_tokens - 1, 1)
+        drawn = fruitless = 0
+        while self.n is None or drawn < self.n:
+            wave = math.inf if math.isinf(search.remaining_tokens) else int(search.remaining_tokens) // cost
+            wave = min(wave, (self.n or (1 if math.isinf(wave) else math.inf)) - drawn)
+            if wave < 1 and drawn:
+                search.stop_reason = "budget"  # until it is resumed with a larger one
+                yield NO_EDGES
+                continue
+            before, rows = search.lm_tokens, np.zeros(max(int(wave), 1), dtype=np.int64)
+            drawn += len(rows)
+            while len(rows):
+                actions = self.draw(search, rows, rng)
+                new = np.unique(np.stack((rows, actions))[:, search.status[rows, actions] == Status.OPEN], axis=1)
+                if new.size:
+                    yield Edges(*new)
+                ends = search.finish[rows, actions] != Finish.NO
+                search.draws.update(zip(rows[ends].tolist(), actions[ends].tolist(), strict=True))
+                rows = search.child[rows, actions]
+                rows = rows[rows >= 0]  # the others are finished
+            # A small tree may be sampled empty long before the budget is.
+            fruitless = fruitless + 1 if search.lm_tokens == before else 0
+            if fruitless == 20:
+                return
+
+    def draw(self, search: Search, rows: IntArray, rng: np.random.Generator) -> IntArray:
+        """Return the action to take at each of these rows, int64 [n]."""
+        logits = self.logits(search, rows)
+        logits[search.status[rows] == Status.MASKED] = -np.inf
+        if self.top_p < 1:
+            order = np.argsort(-logits, axis=1, kind="stable")
+            ranked = np.take_along_axis(logits, order, axis=1)
+            p = np.exp(ranked - ranked[:, :1])
+            ranked[p.cumsum(axis=1) - p >= self.top_p * p.sum(axis=1, keepdims=True)] = -np.inf
+            np.put_along_axis(logits, order, ranked, axis=1)
+        # The Gumbel-max trick: an exact draw from the softmax, whatever the scale.
+        actions: IntArray = (logits + rng.gumbel(size=logits.shape)).argmax(axis=1)
+        return actions
+
+    def logits(self, search: Search, rows: IntArray) -> Values:
+        """Return the logits of the actions of these rows, float64 [n, k]."""
+        logits: Values = search.mdp.tree.logprobs[search.node[rows]].astype(np.float64) / self.temperature
+        if self.heuristic is not None:
+            logits += (search.f[rows] - search.g[rows, None]) / self.beta
+        return logits
+
+
+class ILQLDecoder(SamplingDecoder):
+    """Draw tokens from softmax((log π + (Q - V) / β) / temperature), V being the largest Q: the policy of ILQL.
+
+    Snell et al. 2023, with our Q in the place of theirs, which is learned offline. V cancels in the softmax; what
+    differs from :class:`SamplingDecoder` is that the temperature sharpens the sum, not the language model alone.
+    """
+
+    def logits(self, search: Search, rows: IntArray) -> Values:
+        """See :class:`SamplingDecoder`."""
+        h = search.f[rows] - search.g[rows, None]
+        legal = search.status[rows] != Status.MASKED
+        advantage = h - h.max(axis=1, where=legal, initial=-np.inf, keepdims=True)
+        logprobs = search.mdp.tree.logprobs[search.node[rows]].astype(np.float64)
+        logits: Values = (logprobs + advantage / self.beta) / self.temperature
+        return logits
+
+
+class MajorityVote(SamplingDecoder):
+    """Draw completions and propose the text that was drawn most often: self-consistency (Wang et al. 2023).
+
+    Neither the reward nor a heuristic is asked; among texts drawn equally often the likeliest is proposed.
+    """
+
+    def __init__(self, env: Any, **kwargs: Any) -> None:
+        """See :class:`SamplingDecoder`."""
+        super().__init__(env, **kwargs)
+        self.score = "q"
+
+    def choose(self, search: Search) -> Completion | None:
+        """Return the likeliest completion of the text drawn most often."""
+        votes: Counter[str] = Counter()
+        for edge, count in search.draws.items():
+            if edge in search.completions:
+                votes[search.completions[edge].text.strip()] += count
+        return max(search.completions.values(), key=lambda c: (votes[c.text.strip()], c.logprob), default=None)
+
+
+class BlockwiseDecoder(SamplingDecoder):
+    """Draw ``n`` blocks of ``block`` tokens, keep the one of highest f, and go on from there: blockwise best-of-n.
+
+    Blockwise controlled decoding (Mudgal et al. 2024). f is what the heuristic expects after the block, or J where the
+    text is finished. Where the budget allows, another text is made in the same way.
+    """
+
+    def __init__(self, env: Any, *, n: int | None = None, block: int = 4, **kwargs: Any) -> None:
+        """Draw ``n`` blocks at a time, by default as many as the budget surely pays for (4 without one)."""
+        super().__init__(env, n=n, **kwargs)
+        self.block = check_integer("block", block)
+
+    def select(self, search: Search) -> Iterator[Edges]:
+        """Yield the next token of each block."""
+        rng, cost = generator(self.seed, search), max(search.mdp.max_new_tokens - 1, 1)
+        n = self.n or (4 if math.isinf(search.remaining_tokens) else max(int(search.remaining_tokens) // cost, 1))
+        fruitless = 0
+        while fruitless < 20 and (math.isfinite(search.remaining_tokens) or not search.completions):
+            before, start = search.size + len(search.completions), 0
+            while start >= 0:
+                rows, ended = np.full(n, start), []
+                for _ in range(self.block):
+                    actions = self.draw(search, rows, rng)
+                    new = np.unique(np.stack((rows, actions))[:, search.status[rows, actions] == Status.OPEN], axis=1)
+                    if new.size:
+                        yield Edges(*new)
+                    ended += list(zip(rows.tolist(), actions.tolist(), strict=True))
+                    rows = search.child[rows, actions]
+                    rows = rows[rows >= 0]
+                    if not len(rows):
+                        break
+                done = [search.completions[edge].objective for edge in ended if edge in search.completions]
+                continuing = search.f[rows].max(axis=1) if len(rows) else np.empty(0)
+                best_done = max((value for value in done if not math.isnan(value)), default=-math.inf)
+                start = int(rows[continuing.argmax()]) if continuing.max(initial=-np.inf) > best_done else -1
+            fruitless = fruitless + 1 if search.size + len(search.completions) == before else 0
+
+    def logits(self, search: Search, rows: IntArray) -> Values:
+        """Return log π / temperature: the blocks are drawn from the language model."""
+        logits: Values = search.mdp.tree.logprobs[search.node[rows]].astype(np.float64) / self.temperature
+        return logits
+
+
+def generator(seed: int, search: Search) -> np.random.Generator:
+    """Return the random numbers of one prompt's search."""
+    return np.random.default_rng([seed, zlib.crc32(search.prompt.text.encode("utf-8", "surrogatepass"))])

@@ -1,0 +1,129 @@
+"""Budgets of a search, and what a search used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple, Protocol
+
+from ...errors import ConfigurationError
+
+__all__ = ["Budget", "SharedBudget", "TracePoint", "Usage"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When a search must stop; None is without limit.
+
+    Attributes:
+        lm_tokens: Prefixes that the language model may process. Every distinct prefix that the search asks for counts
+            once, whether or not an earlier search left it in the token tree, and so do those it prunes later; the
+            prompt itself does not count. A budget therefore means the same for every decoder and in every order.
+        reward_calls: Completions that the reward model may score.
+        seconds: Wall-clock time, looked at between steps.
+        kv_bytes: Bytes of keys and values of the prefixes processed, the prompt's included.
+        pops: Edges followed, those that end a text included.
+    """
+
+    lm_tokens: int | None = None
+    reward_calls: int | None = None
+    seconds: float | None = None
+    kv_bytes: int | None = None
+    pops: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the limits.
+
+        Raises:
+            ConfigurationError: A limit is not a positive number.
+        """
+        for name, value in vars(self).items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
+                raise ConfigurationError(f"Budget({name}=…) is a number > 0 or None, got {value!r}")
+
+    @classmethod
+    def of(cls, value: Budget | int | None) -> Budget:
+        """Return ``value`` as a budget; a plain integer means LM tokens."""
+        return value if isinstance(value, Budget) else cls(lm_tokens=value)
+
+    def extended(self, by: Budget, usage: Usage) -> Budget:
+        """Return the budget of a search that has used ``usage`` of this one and may use ``by`` more.
+
+        What was not used of this budget is not lost; a limit that ``by`` does not set is lifted.
+        """
+        more: dict[str, float | None] = {}
+        for limit in (f.name for f in fields(self)):
+            had, extra = getattr(self, limit), getattr(by, limit)
+            more[limit] = None if extra is None else extra + (getattr(usage, limit) if had is None else had)
+        return Budget(**more)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a search used.
+
+    Attributes:
+        lm_tokens: Distinct prefixes processed beyond the prompt, and those that the heuristic looked at.
+        lm_forwards: Forwards of the language model that it took part in.
+        reward_calls: Completions scored.
+        seconds: Wall-clock time from the start of the search to its end. Searches run together share it.
+        kv_bytes: Key-value memory of the prefixes processed, the prompt's included.
+        pops: Edges followed, those that end a text included.
+        prompt_tokens: Tokens of the prompt; not part of any budget.
+    """
+
+    lm_tokens: int
+    lm_forwards: int
+    reward_calls: int
+    seconds: float
+    kv_bytes: int
+    pops: int
+    prompt_tokens: int
+
+
+class TracePoint(NamedTuple):
+    """The bounds at one moment of a search; tokens and seconds count from its start."""
+
+    lm_tokens: int
+    seconds: float
+    lower_bound: float
+    upper_bound: float
+
+
+class Member(Protocol):
+    """A search that shares a budget."""
+
+    is_exhausted: bool
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it goes on no more."""
+
+
+class SharedBudget:
+    """One budget of LM tokens for several searches, each of which may spend an equal share of what is left.
+
+    A search that has followed everything promising is exhausted and leaves its share to the others.
+
+    Attributes:
+        remaining_tokens: LM tokens that no search has spent yet.
+        members: The searches that share them.
+    """
+
+    def __init__(self, lm_tokens: int) -> None:
+        """Share ``lm_tokens`` among the searches that will join."""
+        self.remaining_tokens = lm_tokens
+        self.members: list[Member] = []
+
+    @property
+    def all_exhausted(self) -> bool:
+        """Whether no search that goes on has anything promising left."""
+        return all(member.is_exhausted or member.is_over for member in self.members)
+
+    def share(self, member: Member) -> int:
+        """Return how many LM tokens a search may spend now."""
+        if self.all_exhausted:
+            return self.remaining_tokens // max(sum(not other.is_over for other in self.members), 1)
+        if member.is_exhausted:
+            return 0
+        busy = sum(not (other.is_exhausted or other.is_over) for other in self.members)
+        return -(-self.remaining_tokens // busy)

@@ -1,0 +1,5 @@
+"""The command ``qstar``."""
+
+from .app import main
+
+__all__ = ["main"]

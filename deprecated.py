@@ -1,0 +1,92 @@
+"""Module paths of version 0.1, which still import, with a warning, until version 0.3."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+__all__ = ["MOVED", "install"]
+
+_ROOT = __package__ or "qstar_decoding"
+
+# By old path, the modules that its names have moved to; relative to the package.
+MOVED: dict[str, tuple[str, ...]] = {
+    "agents.astar": ("agents.planning.astar",),
+    "agents.batch": ("agents.distributed.batch",),
+    "agents.checkpoints": ("agents.learning.checkpoints",),
+    "agents.comparison": ("agents.evaluation.comparison",),
+    "agents.contenders": ("agents.planning.registry",),
+    "agents.decoders": ("agents.planning.greedy", "agents.planning.beam", "agents.planning.sampling"),
+    "agents.diagnostics": (
+        "agents.evaluation.diagnostics",
+        "agents.evaluation.calibration",
+        "agents.evaluation.curves",
+    ),
+    "agents.experience": ("agents.learning.experience", "agents.search.backup"),
+    "agents.hub": ("agents.learning.hub",),
+    "agents.masked_dqn": ("agents.learning.masked_dqn",),
+    "agents.plots": ("agents.evaluation.plots", "agents.evaluation.curves"),
+    "agents.policies": ("agents.learning.policies",),
+    "agents.q_function": ("agents.learning.q_function",),
+    "agents.qstar": ("agents.learning.qstar",),
+    "agents.replay": ("agents.learning.replay",),
+    "agents.report": ("agents.evaluation.report",),
+    "agents.results": ("agents.evaluation.results",),
+    "agents.search_tree": ("agents.search.snapshot",),
+    "agents.tree_search": ("agents.planning.mcts", "agents.planning.levin", "agents.planning.rebase"),
+    "console": ("cli.console",),
+    "doctor": ("cli.doctor",),
+    "envs.embedded_model": ("models.embedded_model",),
+    "envs.kv_pool": ("models.tree_engine",),
+    "envs.language_model": ("models.base", "models.transformers_lm", "models.registry"),
+    "envs.prepacking": ("models.packed_weights",),
+    "envs.toy": ("models.tabular",),
+    "rewards.classifier": ("rewards.library.classifier",),
+    "rewards.creativity": ("rewards.library.creativity",),
+    "rewards.engagement": ("rewards.library.engagement",),
+    "rewards.guidelines": ("rewards.library.guidelines",),
+    "rewards.language": ("rewards.library.language",),
+    "rewards.profanity": ("rewards.library.profanity",),
+    "rewards.reasoning": ("rewards.library.reasoning",),
+    "rewards.relevance": ("rewards.library.relevance",),
+    "rewards.sentiment": ("rewards.library.sentiment",),
+}
+
+
+class _Moved(MetaPathFinder, Loader):
+    """Makes a module of an old path whose names are those of the new modules."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        del path, target
+        root, _, name = fullname.partition(".")
+        return ModuleSpec(fullname, self) if root == _ROOT and name in MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        homes = [f"{_ROOT}.{home}" for home in MOVED[module.__name__.partition(".")[2]]]
+        warnings.warn(
+            f"{module.__name__} has moved to {' and '.join(homes)}; the old path goes in version 0.3",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+
+        def find(name: str) -> Any:
+            for home in homes:
+                if hasattr(found := importlib.import_module(home), name):
+                    return getattr(found, name)
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+
+        vars(module)["__getattr__"] = find
+
+
+def install() -> None:
+    """Let Python's import find the old paths, after everything else."""
+    if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
+        sys.meta_path.append(_Moved())

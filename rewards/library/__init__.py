@@ -1,0 +1,1 @@
+"""Ready-made rewards, one file a theme."""

@@ -1,0 +1,398 @@
+"""Whether a text keeps to what was asked: words to use, a sentence to finish."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import string
+from collections.abc import Sequence
+from typing import Any
+
+import regex
+
+from ...checks import check_integer
+from ...errors import ConfigurationError
+from ..base import OnError, Reward, column_of, library
+
+__all__ = [
+    "AllKeywords",
+    "CompleteSentence",
+    "ForbiddenWords",
+    "Keywords",
+    "Length",
+    "MatchesJSON",
+    "MatchesRegex",
+    "Pangram",
+    "ShortSentences",
+]
+
+_WORD = re.compile(r"[^\W\d_]+")
+_SUFFIXES = ("", "s", "es", "d", "ed", "ing")
+_SENTENCES = re.compile(r"(?<=[.!?])\s+")
+# Looking around, referring back, anchors, possessive and fuzzy parts: in these a partial match may take the end of a
+# beginning for the end of the text.
+_AROUND = re.compile(r"\(\?[=!<(>P]|\\[0-9bBAZzGKmM]|(?<!\[)\^|\$|\{(?![0-9,])|[+*?}]\+")
+_SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*$")
+
+
+class Keywords(Reward):
+    """The share of the column ``keywords`` that the completion uses, in any inflection, from 0 to 1.
+
+    The coverage of CommonGen (Lin et al., EMNLP Findings 2020): a keyword counts if a word of the text has the same
+    lemma, so that "ran" covers "run", or is the keyword with a regular ending. A keyword of several words counts if
+    its words follow each other. The potential is the coverage so far.
+
+    Lemmas are looked up with simplemma; the first use in a process reads its English table, about 0.1 s.
+    """
+
+    name, lower, upper = "keywords", 0.0, 1.0
+    reads_token_ids = False
+
+    def __init__(self, *, on_error: OnError = "raise", penalty: float | None = None) -> None:
+        """Prepare to count; the arguments are those of `Reward`.
+
+        Raises:
+            ConfigurationError: The library simplemma is not installed.
+        """
+        super().__init__(on_error=on_error, penalty=penalty)
+        lemma_of("words")
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float | None]:
+        """Return the share of keywords covered, None where the prompt has none.
+
+        Raises:
+            ConfigurationError: No prompt has the column ``keywords``, or it is not a list of words.
+        """
+        example = "{'prompt': 'Write a sentence with dog and park:', 'keywords': ['dog', 'park']}"
+        asked = column_of(columns, "keywords", "keywords", example)
+        return [_coverage(completion, keywords) for completion, keywords in zip(completions, asked, strict=True)]
+
+    score_prefixes = score
+
+
+class AllKeywords(Keywords):
+    """1 if the completion uses all of the column ``keywords`` and ends as a sentence does, else 0."""
+
+    name = "all_keywords"
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float | None]:
+        """Return 1 or 0 for each completion, None where the prompt has no keywords; raises as `Keywords` does."""
+        covered = super().score(prompts, completions, completion_ids, **columns)
+        return [
+            None if share is None else float(share == 1 and bool(_SENTENCE_END.search(text.rstrip())))
+            for share, text in zip(covered, completions, strict=True)
+        ]
+
+    score_prefixes = score
+
+
+class CompleteSentence(Reward):
+    """1 if the completion ends as a sentence does, in ``.``, ``!`` or ``?`` (and closing quotes), else 0."""
+
+    name, lower, upper = "complete_sentence", 0.0, 1.0
+    reads_token_ids = False
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float | None]:
+        """Return 1 or 0 for each completion."""
+        return [float(bool(_SENTENCE_END.search(completion.rstrip()))) for completion in completions]
+
+
+class ForbiddenWords(Reward):
+    """1 if none of the words occurs in the completion, whatever the case, else 0.
+
+    As a reward it weighs against others; to rule words out altogether there is
+    :class:`~qstar_decoding.envs.BannedStrings`. Once a forbidden word stands there with something after it, no
+    continuation helps: the bound of such a prefix is 0.
+    """
+
+    name, lower, upper = "forbidden_words", 0.0, 1.0
+    reads_token_ids = False
+
+    def __init__(self, *words: str, on_error: OnError = "raise", penalty: float | None = None) -> None:
+        """Forbid ``words``; the other arguments are those of `Reward`.
+
+        Raises:
+            ConfigurationError: There is none, or one is not a word of letters.
+        """
+        super().__init__(on_error=on_error, penalty=penalty)
+        if not words or not all(_WORD.fullmatch(str(word)) for word in words):
+            raise ConfigurationError(f"words of letters are needed, each as an argument of its own; got {words!r}")
+        self._words = {word.lower() for word in words}
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float | None]:
+        """Return 1 or 0 for each completion."""
+        return [float(not self._words & set(_WORD.findall(text.lower()))) for text in completions]
+
+    score_prefixes = score
+
+    def bound_prefixes(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        remaining: Sequence[int],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float]:
+        """Return 0 where a forbidden word is complete, else 1; the last word may still become another."""
+        return [
+            float(not any(m.group() in self._words and m.end() < len(text) for m in _WORD.finditer(text)))
+            for text in (completion.lower() for completion in completions)
+        ]
+
+
+class MatchesRegex(Reward):
+    """1 if the whole completion, surrounding white space aside, matches a regular expression, else 0.
+
+    The library regex reads the expression: Python's own syntax, and more. It can also tell a beginning from a failure.
+    To write nothing else there is :class:`~qstar_decoding.envs.RegexConstraint`. A text that no continuation can make
+    match has the bound 0, where the pattern is plain: one that looks around, refers back or anchors has no such bounds.
+    """
+
+    name, lower, upper = "matches_regex", 0.0, 1.0
+    reads_token_ids = False
+
+    def __init__(self, pattern: str, *, on_error: OnError = "raise", penalty: float | None = None) -> None:
+        """Compile ``pattern``; the other arguments are those of `Reward`.
+
+        Raises:
+            ConfigurationError: It is no regular expression.
+        """
+        super().__init__(on_error=on_error, penalty=penalty)
+        try:
+            self._pattern = regex.compile(pattern)
+        except (regex.error, TypeError) as error:
+            raise ConfigurationError(f"{pattern!r} is no regular expression: {error}") from error
+        self._tells_beginnings = not _AROUND.search(pattern)
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float | None]:
+        """Return 1 or 0 for each completion."""
+        return [float(bool(self._pattern.fullmatch(text.strip()))) for text in completions]
+
+    def bound_prefixes(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        remaining: Sequence[int],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float]:
+        """Return 0 where nothing that begins so matches, else 1."""
+        if not self._tells_beginnings:
+            return [1.0] * len(completions)
+        matches = self._pattern.fullmatch
+        return [float(bool(matches(text.lstrip(), partial=True) or matches(text.strip()))) for text in completions]
+
+    @property
+    def has_prefix_bounds(self) -> bool:
+        """Whether the pattern is plain enough for them."""
+        return self._tells_beginnings
+
+
+class MatchesJSON(Reward):
+    """1 if the completion, surrounding white space aside, is JSON that keeps to a schema, else 0.
+
+    To write nothing else there is :class:`~qstar_decoding.envs.JSONConstraint`.
+    """
+
+    name, lower, upper = "matches_json", 0.0, 1.0
+    reads_token_ids = False
+
+    def __init__(
+        self, schema: dict[str, Any] | str, *, on_error: OnError = "raise", penalty: float | None = None
+    ) -> None:
+        """Read ``schema``, a JSON Schema as a dict or as text; ``{}`` for any JSON. The others are those of `Reward`.
+
+        Raises:
+            ConfigurationError: It is no JSON Schema, or the library jsonschema is not installed.
+        """
+        super().__init__(on_error=on_error, penalty=penalty)
+        self._schema = schema if isinstance(schema, str) else json.dumps(schema)
+        _validator(self._schema)
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float | None]:
+        """Return 1 or 0 for each completion."""
+        return [float(self._accepts(text)) for text in completions]
+
+    def _accepts(self, text: str) -> bool:
+        try:
+            return bool(_validator(self._schema).is_valid(json.loads(text)))
+        except (ValueError, RecursionError):  # of 20,000 opening brackets
+            return False
+
+
+class ShortSentences(Reward):
+    """The share of the completion's sentences that have at most ``most`` words, 0 to 1; a text without any has 1."""
+
+    name, lower, upper = "short_sentences", 0.0, 1.0
+    reads_token_ids = False
+
+    def __init__(self, most: int = 20, *, on_error: OnError = "raise", penalty: float | None = None) -> None:
+        """Allow ``most`` words; the other arguments are those of `Reward`.
+
+        Raises:
+            ConfigurationError: ``most`` is not a positive integer.
+        """
+        super().__init__(on_error=on_error, penalty=penalty)
+        self.most = check_integer("most", most)
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float | None]:
+        """Return the share for each completion."""
+        counts = [[len(part.split()) for part in _SENTENCES.split(text) if part.strip()] for text in completions]
+        return [sum(count <= self.most for count in of) / len(of) if of else 1.0 for of in counts]
+
+    score_prefixes = score
+
+
+class Length(Reward):
+    """The share of ``most`` tokens that the completion has, at most 1: a length bonus, or with a minus a malus.
+
+    Likelihood alone favours short texts, down to the empty one (Stahlberg & Byrne 2019). Without token ids words count.
+    The potential is the length so far, and what remains bounds what it can become.
+    """
+
+    name, lower, upper = "length", 0.0, 1.0
+
+    def __init__(self, most: int = 32, *, on_error: OnError = "raise", penalty: float | None = None) -> None:
+        """Count up to ``most``; the other arguments are those of `Reward`.
+
+        Raises:
+            ConfigurationError: ``most`` is not a positive integer.
+        """
+        super().__init__(on_error=on_error, penalty=penalty)
+        self.most = check_integer("most", most)
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float | None]:
+        """Return the share for each completion."""
+        return [min(count, self.most) / self.most for count in _lengths(completions, completion_ids)]
+
+    score_prefixes = score
+
+    def bound_prefixes(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        remaining: Sequence[int],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float]:
+        """Return the share that there is if all remaining tokens are used."""
+        counts = _lengths(completions, completion_ids)
+        return [min(count + left, self.most) / self.most for count, left in zip(counts, remaining, strict=True)]
+
+
+class Pangram(Reward):
+    """The share of the 26 letters a to z that the completion uses; the potential is the share so far."""
+
+    name, lower, upper = "pangram", 0.0, 1.0
+    reads_token_ids = False
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float | None]:
+        """Return the share for each completion."""
+        return [len(set(string.ascii_lowercase) & set(completion.lower())) / 26 for completion in completions]
+
+    score_prefixes = score
+
+
+@functools.lru_cache(64)
+def _validator(schema: str) -> Any:
+    """Return the process's validator of a schema; it is not kept in the reward, so that this pickles."""
+    jsonschema = library("jsonschema", "jsonschema", "matches_json")
+    try:
+        content = json.loads(schema)
+        validator = jsonschema.validators.validator_for(content)
+        validator.check_schema(content)
+    except (ValueError, TypeError, AttributeError, jsonschema.SchemaError) as error:
+        raise ConfigurationError(f"this is no JSON Schema: {str(error).splitlines()[0]}; got {schema}") from error
+    return validator(content)
+
+
+def _coverage(text: str, keywords: Any) -> float | None:
+    if keywords is None:
+        return None
+    if isinstance(keywords, str) or not isinstance(keywords, Sequence) or not keywords:
+        raise ConfigurationError(f"the column 'keywords' holds a list of words for each prompt, got {keywords!r}")
+    words = [_bases(word) for word in _words(text)]
+    return sum(_covers(words, [lemma_of(word) for word in _words(keyword)]) for keyword in keywords) / len(keywords)
+
+
+def _covers(words: list[frozenset[str]], keyword: list[str]) -> bool:
+    return any(
+        all(part in bases for part, bases in zip(keyword, words[start:], strict=False))
+        for start in range(len(words) - len(keyword) + 1)
+    )
+
+
+def _words(text: str) -> list[str]:
+    return [word.lower() for word in _WORD.findall(text)]
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _bases(word: str) -> frozenset[str]:
+    """Return the lemmas that ``word`` may be a form of."""
+    return frozenset(lemma_of(stem) for suffix in _SUFFIXES if (stem := word.removesuffix(suffix)))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def lemma_of(word: str) -> str:
+    """Return a word's dictionary form, in lower case."""
+    lemma: str = library("simplemma", "simplemma", "keywords").lemmatize(word, lang="en")
+    return lemma.lower()
+
+
+def _lengths(completions: Sequence[str], completion_ids: Sequence[Sequence[int]] | None) -> list[int]:
+    return [len(ids) for ids in completion_ids] if completion_ids is not None else [len(c.split()) for c in completions]

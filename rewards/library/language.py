@@ -1,0 +1,378 @@
+"""What a language model makes of a text: how likely it is, and which of two a reader would prefer."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ...checks import check_integer, check_number
+from ...errors import ConfigurationError
+from ..base import OnError, Reward, readable
+from ..checking import FloatArray
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...models import TransformersLM
+
+__all__ = ["Coherence", "Pair", "Preference", "read_pairs", "train_preference"]
+
+_LONGEST = 128  # tokens that are read of a prompt, from its end, and of a completion, from its beginning
+_WEIGHTS, _CONFIG = "reward.safetensors", "reward.json"
+
+
+class _Reader(Reward):
+    """A reward that rests on what a causal language model of transformers says of prompt and completion.
+
+    It reads 128 tokens of each at most: the end of the prompt, the beginning of the completion.
+    """
+
+    reads_token_ids = False
+
+    def __init__(self, model: Any, batch_size: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.batch_size = check_integer("batch_size", batch_size)
+        self._model = model
+        self._lm()
+
+    def _lm(self) -> TransformersLM:
+        """Return the language model; one that has a name is the process's own, and not pickled with the reward."""
+        from ...models import TransformersLM, load_language_model
+
+        loaded = load_language_model(str(self._model)) if isinstance(self._model, (str, Path)) else self._model
+        if not isinstance(loaded, TransformersLM):
+            raise ConfigurationError(
+                "model is a causal language model of transformers, by name or loaded by load_language_model; "
+                f"got {loaded!r}"
+            )
+        return loaded
+
+    def _batches(self, prompts: Sequence[str], completions: Sequence[str]) -> Iterator[_Batch]:
+        """Yield texts of like lengths together, in token ids padded on the right, which causal models do not see."""
+        import torch
+
+        lm = self._lm()
+        start = lm.encode("")[:1] or [min(lm.eos_token_ids, default=0)]  # what stands for an empty prompt
+        pairs = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            before = lm.encode(readable(prompt)) or start
+            after = [int(t) for t in lm.tokenizer(readable(completion), add_special_tokens=False)["input_ids"]]
+            most = min(_LONGEST, lm.context_length // 2)
+            pairs.append((before[-most:], after[:most]))
+        order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+        position = 0
+        while position < len(order):
+            # As many as `batch_size` texts, fewer long ones: what counts is the padded size.
+            rows = order[position : position + self.batch_size]
+            longest = max(sum(map(len, pairs[i])) for i in rows)
+            rows = rows[: max(self.batch_size * 64 // longest, 1)]
+            position += len(rows)
+            lengths = [sum(map(len, pairs[i])) for i in rows]
+            ids = torch.zeros((len(rows), max(lengths)), dtype=torch.long)
+            for row, i in enumerate(rows):
+                ids[row, : lengths[row]] = torch.tensor([*pairs[i][0], *pairs[i][1]])
+            mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+            begins = [len(pairs[i][0]) for i in rows]
+            yield _Batch(rows, ids.to(lm.device), mask.long().to(lm.device), begins, lengths)
+
+
+class _Batch(NamedTuple):
+    """Some of the texts: which ones, int64 [n, longest] ids and mask, where completions begin and where they end."""
+
+    rows: list[int]
+    ids: torch.Tensor
+    mask: torch.Tensor
+    begins: list[int]
+    ends: list[int]
+
+
+class Coherence(_Reader):
+    """The mean log-probability of the completion's tokens after the prompt, in nats, cut off at ``floor``: floor to 0.
+
+    Minus the logarithm of the perplexity, under any causal language model: another one than the model that decodes is
+    a second opinion of fluency. Texts repeat themselves where this alone is sought (Holtzman et al. 2020): subtract
+    ``repetition`` or ``semantic_repetition``. An empty completion has ``floor``. A text costs a forward of all of it:
+    there is no potential: it would cost as much as decoding does.
+    """
+
+    name, upper = "coherence", 0.0
+
+    def __init__(
+        self,
+        model: Any = "smollm2-135m-instruct",
+        *,
+        floor: float = -10.0,
+        batch_size: int = 16,
+        on_error: OnError = "raise",
+        penalty: float | None = None,
+    ) -> None:
+        """Load a language model.
+
+        Args:
+            model: What :func:`~qstar_decoding.envs.load_language_model` takes, or what it returned.
+            floor: The least score, in nats a token; bounds need one.
+            batch_size: Texts a forward.
+            on_error: See `Reward`.
+            penalty: See `Reward`.
+
+        Raises:
+            ConfigurationError: ``floor`` is above -0.1, or the model is none.
+            UnknownNameError: There is no such model.
+        """
+        lower = check_number("floor", floor, high=-0.1)
+        super().__init__(model, batch_size, lower=lower, on_error=on_error, penalty=penalty)
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float | None]:
+        """Return the mean for each completion."""
+        import torch
+
+        scores = [self.lower] * len(completions)
+        for batch in self._batches(prompts, completions):
+            with torch.inference_mode():
+                logits = self._lm().model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
+            for i, said, ids, begin, end in zip(batch.rows, logits, batch.ids, batch.begins, batch.ends, strict=True):
+                if begin < end:
+                    logprobs = said[begin - 1 : end - 1].float().log_softmax(-1)
+                    mean = logprobs.gather(-1, ids[begin:end, None]).mean()
+                    scores[i] = float(np.clip(mean.item(), self.lower, 0.0))
+        return scores
+
+
+class Preference(_Reader):
+    """The chance that a reader prefers the completion to an average one, 0 to 1, learned from pairs.
+
+    A Bradley-Terry head (Bradley & Terry 1952; for language models Stiennon et al. 2020) on the hidden state that a
+    frozen language model has at the end of the text. `train_preference` makes one. There is no potential, as with
+    `Coherence`.
+    """
+
+    name, lower, upper = "preference", 0.0, 1.0
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        model: Any = None,
+        batch_size: int = 16,
+        on_error: OnError = "raise",
+        penalty: float | None = None,
+    ) -> None:
+        """Load a trained head.
+
+        Args:
+            folder: What :func:`train_preference` or ``qstar train-reward`` wrote.
+            model: The language model, by default the one that the head was trained on, by name.
+            batch_size: Texts a forward.
+            on_error: See `Reward`.
+            penalty: See `Reward`.
+
+        Raises:
+            ConfigurationError: The folder holds no head, or one for another model.
+        """
+        from safetensors.numpy import load_file
+
+        folder = Path(folder)
+        try:
+            self.description = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+            head = load_file(folder / _WEIGHTS)
+            self._weight, self._mean = head["weight"].astype(np.float64), head["mean"].astype(np.float64)
+            named = self.description["model"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigurationError(
+                f"{folder} holds no trained preference ({error}); "
+                f"make one with qstar train-reward pairs.jsonl --out {folder}"
+            ) from error
+        super().__init__(named if model is None else model, batch_size, on_error=on_error, penalty=penalty)
+        if self._lm().name != named or _width(self._lm()) != len(self._weight):
+            raise ConfigurationError(
+                f"the preference in {folder} was trained on {named!r}; it says nothing about {self._lm().name!r}"
+            )
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float | None]:
+        """Return the chance for each completion."""
+        features = self._features(prompts, completions)
+        return _sigmoid((features - self._mean) @ self._weight).tolist()  # type: ignore[no-any-return]
+
+    def _features(self, prompts: Sequence[str], completions: Sequence[str]) -> FloatArray:
+        """Return the last hidden states, float64 [n, d]."""
+        import torch
+
+        lm = self._lm()
+        features = np.zeros((len(completions), _width(lm)))
+        for batch in self._batches(prompts, completions):
+            with torch.inference_mode():
+                states = lm.model.base_model(
+                    input_ids=batch.ids, attention_mask=batch.mask, use_cache=False
+                ).last_hidden_state
+            last = states[torch.arange(len(batch.rows)), torch.tensor(batch.ends) - 1]
+            features[batch.rows] = last.float().cpu().numpy()
+        return features
+
+
+class Pair(NamedTuple):
+    """Two completions of a prompt, of which the first was preferred."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+def read_pairs(path: str | Path) -> list[Pair]:
+    """Read pairs from a JSONL file, or standard input (``"-"``): ``prompt``, ``chosen`` and ``rejected``, all strings.
+
+    Raises:
+        ConfigurationError: The file cannot be read, has no pairs, or a line is not such an object; the line is named.
+    """
+    try:
+        lines = (sys.stdin.read() if str(path) == "-" else Path(path).read_text(encoding="utf-8")).splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"the pairs {str(path)!r} cannot be read: {error}") from error
+    pairs = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except ValueError as error:
+            raise ConfigurationError(f"{path}, line {number} is no JSON: {error}") from error
+        if not isinstance(item, dict):
+            raise ConfigurationError(
+                f"{path}, line {number} is no JSON object with {', '.join(Pair._fields)}: {item!r}"
+            )
+        for field in Pair._fields:
+            if not isinstance(item.get(field), str):
+                got = f"it is {item[field]!r}" if field in item else "it is missing"
+                raise ConfigurationError(f"{path}, line {number}: the field {field!r} is a string, but {got}")
+        pairs.append(Pair(*(item[field] for field in Pair._fields)))
+    if not pairs:
+        raise ConfigurationError(
+            f"{path} holds no pairs; write a line such as " + json.dumps(Pair("…", "…", "…")._asdict())
+        )
+    return pairs
+
+
+def train_preference(
+    pairs: Sequence[Pair],
+    folder: str | Path,
+    *,
+    model: Any = "smollm2-135m-instruct",
+    held_out: float = 0.2,
+    seed: int = 0,
+    command: str = "",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Learn from pairs which texts are preferred, and write it into ``folder`` for `Preference`.
+
+    Maximises the mean log σ(s(chosen) - s(rejected)) minus λ·|w|², s being linear in the language model's last hidden
+    state, each number of which is divided by its spread. λ is the one of five with which the held-out pairs are
+    likeliest; with it the head is then fitted to all pairs. It is convex: no learning rate, and the seed only chooses
+    what is held out.
+
+    Args:
+        pairs: At least 10; see `read_pairs`.
+        folder: Where to write; what it holds is replaced.
+        model: What :func:`~qstar_decoding.envs.load_language_model` takes, or what it returned.
+        held_out: The share of the pairs that chooses λ and measures the accuracy.
+        seed: Of the drawing of the held-out pairs.
+        command: Noted in the description.
+        progress: Told how many texts are read, and of how many.
+
+    Returns:
+        What was written beside the weights: model, pairs, λ, and on the held-out pairs accuracy and log-likelihood,
+        nats a pair.
+
+    Raises:
+        ConfigurationError: There are fewer than 10 pairs, or ``held_out`` is not from 0.01 to 0.5.
+    """
+    from safetensors.numpy import save_file
+
+    check_number("held_out", held_out, low=0.01, high=0.5)
+    if len(pairs) < 10:
+        raise ConfigurationError(f"a preference is learned from at least 10 pairs, got {len(pairs)}")
+    reader = _Features(model, 16)
+    texts = [(pair.prompt, text) for pair in pairs for text in (pair.chosen, pair.rejected)]
+    blocks = []
+    for start in range(0, len(texts), 64):
+        progress(start, len(texts))
+        blocks.append(reader._features(*map(list, zip(*texts[start : start + 64], strict=True))))
+    features = np.concatenate(blocks)
+    mean, spread = features.mean(0), features.std(0) + 1e-6
+    differences = (features[::2] - features[1::2]) / spread
+    order = np.random.default_rng(seed).permutation(len(pairs))
+    count = max(int(len(pairs) * held_out), 1)
+    test, train = differences[order[:count]], differences[order[count:]]
+    fits = {penalty: _fit(train, penalty) for penalty in (1e-3, 1e-2, 1e-1, 1.0, 10.0)}
+    likelihood = {penalty: float(_log_sigmoid(test @ weight).mean()) for penalty, weight in fits.items()}
+    best = max(likelihood, key=lambda penalty: likelihood[penalty])
+    description = {
+        "format": 1,
+        "model": reader._lm().name,
+        "command": command,
+        "pairs": len(pairs),
+        "held_out_pairs": count,
+        "held_out_accuracy": float((test @ fits[best] > 0).mean()),
+        "held_out_log_likelihood": likelihood[best],
+        "l2": best,
+        "seed": seed,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weight = (_fit(differences, best) / spread).astype(np.float32)
+    save_file({"weight": weight, "mean": mean.astype(np.float32)}, folder / _WEIGHTS)
+    (folder / _CONFIG).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    return description
+
+
+class _Features(Preference):
+    """Reads features before there is a head."""
+
+    def __init__(self, model: Any, batch_size: int) -> None:
+        _Reader.__init__(self, model, batch_size)
+
+
+def _fit(differences: FloatArray, penalty: float) -> FloatArray:
+    """Return the weights [d] of the penalised logistic regression of differences [n, d] that are all positive."""
+    import torch
+
+    x = torch.from_numpy(differences)
+    weight = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS([weight], max_iter=500, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimiser.zero_grad()
+        value = -torch.nn.functional.logsigmoid(x @ weight).mean() + penalty * weight.square().sum()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    optimiser.step(loss)  # type: ignore[no-untyped-call]
+    fitted: FloatArray = weight.detach().numpy()
+    return fitted
+
+
+def _sigmoid(scores: FloatArray) -> FloatArray:
+    return 0.5 * (1 + np.tanh(scores / 2))
+
+
+def _log_sigmoid(scores: FloatArray) -> FloatArray:
+    return -np.logaddexp(0, -scores)
+
+
+def _width(lm: TransformersLM) -> int:
+    return int(lm.model.config.get_text_config().hidden_size)

@@ -1,0 +1,206 @@
+"""Whether the answer is right."""
+
+from __future__ import annotations
+
+import functools
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ...errors import ConfigurationError
+from ..base import OnError, Reward, column_of, library
+from .guidelines import MatchesRegex
+
+__all__ = ["AnswerFormat", "ExactAnswer", "NumericAnswer", "ReasoningGym"]
+
+
+class _Verified(Reward):
+    """A reward in [0, 1] that sets each completion against a column of its prompt; None where the prompt has none."""
+
+    lower, upper = 0.0, 1.0
+    reads_token_ids = False
+    column = "answer"
+    example: str  # of a prompt with the column
+
+    def __init__(self, *, on_error: OnError = "raise", penalty: float | None = None) -> None:
+        """Compare answers; the arguments are those of `Reward`."""
+        super().__init__(on_error=on_error, penalty=penalty)
+
+    @abstractmethod
+    def verify(self, completion: str, wanted: Any) -> float:
+        """Return how right a completion is, where its prompt's column says ``wanted``."""
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float | None]:
+        """Return how right each completion is, None where the prompt's column is None.
+
+        Raises:
+            ConfigurationError: No prompt has the column, or it holds what nothing can be compared with.
+        """
+        column = column_of(columns, self.column, self.name, self.example)
+        return [
+            None if wanted is None else self.verify(completion, wanted)
+            for completion, wanted in zip(completions, column, strict=True)
+        ]
+
+
+class ExactAnswer(_Verified):
+    """1 if the completion is the column ``answer``, surrounding white space aside, else 0.
+
+    The score that verifiable rewards give (Lambert et al. 2024, "Tülu 3", section 6). There is no potential, but what
+    has begun otherwise than the answer does can only be wrong: its bound is 0.
+    """
+
+    name, example = "exact_answer", "{'prompt': '2+2=', 'answer': '4'}"
+
+    def verify(self, completion: str, wanted: Any) -> float:
+        """Return 1 for the right answer, 0 for a wrong one."""
+        return float(completion.strip() == str(wanted).strip())
+
+    def bound_prefixes(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        remaining: Sequence[int],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Sequence[Any],
+    ) -> Sequence[float]:
+        """Return 1 where the answer begins so, or stands there with white space after it, else 0."""
+        column = column_of(columns, self.column, self.name, self.example)
+        return [
+            float(wanted is None or str(wanted).strip().startswith(begun.lstrip()) or self.verify(begun, wanted))
+            for begun, wanted in zip(completions, column, strict=True)
+        ]
+
+
+class NumericAnswer(_Verified):
+    r"""1 if the completion's answer equals the column ``answer`` as mathematics, else 0.
+
+    math-verify (Kydlíček 2025) finds the answer in the text and compares: "so it is \\(\\frac{1}{2}\\)" and 0.5 are
+    equal. The last expression in the text counts as its answer. There is no potential.
+    """
+
+    name, example = "numeric_answer", "{'prompt': 'A half of 3 is', 'answer': '1.5'}"
+
+    def __init__(self, *, on_error: OnError = "raise", penalty: float | None = None) -> None:
+        """Compare answers; the arguments are those of `Reward`.
+
+        Raises:
+            ConfigurationError: The library math-verify is not installed.
+        """
+        super().__init__(on_error=on_error, penalty=penalty)
+        _math("1")
+
+    def verify(self, completion: str, wanted: Any) -> float:
+        """Return 1 for the right answer, 0 for a wrong one.
+
+        Raises:
+            ConfigurationError: The answer is no mathematics.
+        """
+        return float(_equal(str(wanted), completion))
+
+
+class AnswerFormat(MatchesRegex):
+    """1 if the completion thinks and then answers, ``<think>…</think><answer>…</answer>``, else 0.
+
+    The format reward of DeepSeek-R1 (DeepSeek-AI 2025, section 2.2.2); another format is another ``pattern``.
+    """
+
+    name = "answer_format"
+
+    def __init__(
+        self,
+        pattern: str = r"(?s)<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>",
+        *,
+        on_error: OnError = "raise",
+        penalty: float | None = None,
+    ) -> None:
+        """Compile ``pattern``; see :class:`~qstar_decoding.rewards.library.guidelines.MatchesRegex`."""
+        super().__init__(pattern, on_error=on_error, penalty=penalty)
+
+
+class ReasoningGym(_Verified):
+    """What a data set of reasoning-gym says of the answer, 0 to 1, by the column ``entry``.
+
+    Stojanovski et al. 2025, "Reasoning Gym". An entry is what its data sets yield, with ``metadata.source_dataset``, so
+    that prompts of many data sets can be mixed; for a data set object of your own there is
+    :func:`~qstar_decoding.rewards.adapters.from_reasoning_gym`. There is no potential.
+    """
+
+    name, column, example = "reasoning_gym", "entry", "{'prompt': entry['question'], 'entry': entry}"
+
+    def __init__(self, *, on_error: OnError = "raise", penalty: float | None = None) -> None:
+        """Score answers; the arguments are those of `Reward`.
+
+        Raises:
+            ConfigurationError: The library reasoning-gym is not installed.
+        """
+        super().__init__(on_error=on_error, penalty=penalty)
+        gym_module()
+
+    def verify(self, completion: str, wanted: Any) -> float:
+        """Return the data set's score of the answer.
+
+        Raises:
+            ConfigurationError: The entry is of no data set that there is.
+        """
+        return float(_scorer(_source(wanted))(completion.strip(), wanted))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def gym_module() -> Any:
+    """Return the package reasoning_gym.
+
+    Raises:
+        ConfigurationError: It is not installed.
+    """
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise ConfigurationError(
+            "reasoning-gym is needed, which is not installed: run pip install reasoning-gym"
+        ) from error
+    return reasoning_gym
+
+
+def _source(entry: Any) -> str:
+    try:
+        return str(entry["metadata"]["source_dataset"])
+    except (TypeError, KeyError):
+        raise ConfigurationError(
+            "the column 'entry' holds what a data set of reasoning-gym yields, with metadata.source_dataset; "
+            f"got {entry!r}"
+        ) from None
+
+
+@functools.lru_cache(256)
+def _scorer(name: str) -> Callable[..., float]:
+    try:
+        scorer: Callable[..., float] = gym_module().get_score_answer_fn(name)
+    except ValueError as error:
+        raise ConfigurationError(f"reasoning-gym has no data set {name!r}: {error}") from error
+    return scorer
+
+
+@functools.lru_cache(1 << 14)
+def _math(text: str) -> Any:
+    """Return the mathematics that a text ends in; empty if there is none."""
+    parse = library("math_verify", "math-verify", "numeric_answer").parse
+    # Its own time limits are signals, which only a main thread can have; PooledReward has one for any reward.
+    return tuple(parse(text, parsing_timeout=None))
+
+
+def _equal(answer: str, completion: str) -> bool:
+    from math_verify import verify
+
+    gold = _math(answer)
+    if not gold:
+        raise ConfigurationError(f"the column 'answer' holds {answer!r}, in which math-verify finds no mathematics")
+    return bool(verify(list(gold), list(_math(completion)), timeout_seconds=None))
