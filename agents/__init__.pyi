@@ -6,6 +6,7 @@ from .evaluation.calibration import calibration as calibration
 from .evaluation.diagnostics import Diagnostics as Diagnostics
 from .evaluation.evaluate import Outcomes as Outcomes
 from .evaluation.evaluate import evaluate as evaluate
+from .evaluation.evaluate import mean_figures as mean_figures
 from .evaluation.evaluate import paired_bootstrap as paired_bootstrap
 from .heuristics import BoundHeuristic as BoundHeuristic
 from .heuristics import CombinedHeuristic as CombinedHeuristic
@@ -51,3 +52,6 @@ from .search.budget import Budget as Budget
 from .search.budget import Usage as Usage
 from .search.plan import Plan as Plan
 from .search.state import Search as Search
+from .training import TrainingResult as TrainingResult
+from .training import held_out_figures as held_out_figures
+from .training import train_task as train_task

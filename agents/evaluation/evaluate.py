@@ -13,7 +13,7 @@ from ..search.budget import Budget
 from ..search.plan import Plan
 from ..search.state import Search, Values
 
-__all__ = ["Outcomes", "evaluate", "paired_bootstrap"]
+__all__ = ["Outcomes", "evaluate", "mean_figures", "paired_bootstrap"]
 
 
 class Outcomes(NamedTuple):
@@ -63,6 +63,23 @@ def evaluate(
         rewards[unknown] = decoder.mdp.rewards([loaded[i] for i in unknown], texts, ids)
     objectives = decoder.mdp.logprob_weight * np.array([plan.logprob for plan in plans]) + rewards
     return Outcomes(plans, rewards, objectives, np.array([plan.usage.lm_tokens for plan in plans], dtype=np.float64))
+
+
+def mean_figures(outcomes: Sequence[Outcomes]) -> dict[str, float]:
+    """Return means over all prompts, rounded to 4 digits: reward, logprob (nats), objective, lm_tokens, seconds.
+
+    Texts that cannot be scored are left out of ``reward`` and ``objective``.
+    """
+    plans = [plan for found in outcomes for plan in found.plans]
+    means = {
+        "reward": np.nanmean(np.concatenate([found.rewards for found in outcomes])),
+        "logprob": np.mean([plan.logprob for plan in plans]),
+        "objective": np.nanmean(np.concatenate([found.objectives for found in outcomes])),
+        "lm_tokens": np.mean([plan.usage.lm_tokens for plan in plans]),
+        # Searches that were run together share their seconds.
+        "seconds": sum(found.plans[0].usage.seconds for found in outcomes) / len(plans),
+    }
+    return {name: round(float(value), 4) for name, value in means.items()}
 
 
 def paired_bootstrap(
