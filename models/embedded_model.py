@@ -1,12 +1,14 @@
 """The embedded language model: from the GGUF file in an installed wheel to a folder that loads in a second.
 
-Dequantising takes some 20 seconds, so it is done once per machine and kept in the user's cache folder
+Converting takes some ten seconds, so it is done once per machine and kept in the user's cache folder
 (``QSTAR_CACHE``, else the platform's). A folder there is either complete or absent: it is made under another name
 and renamed, and a manifest of checksums tells whether something was damaged since.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import logging
 import mmap
@@ -14,10 +16,12 @@ import os
 import shutil
 import tempfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from ..errors import CacheError
 
@@ -90,7 +94,7 @@ def embedded_model_folder(name: str) -> Path | None:
             if folder.exists():
                 logger.warning("the cached model in %s is damaged or incomplete: it is made again", folder)
                 shutil.rmtree(folder)
-            logger.warning("converting %s once into %s (about 20 s)", name, folder)
+            logger.warning("converting %s once into %s (about 10 s)", name, folder)
             _convert(gguf, folder)
     except OSError as error:
         if error.errno is None:
@@ -117,8 +121,9 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        with _read_once():
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         # The weights are plain float32 now; with these marks left on, save_pretrained refuses.
         model.hf_quantizer, model.is_quantized = None, False
         del model.config.quantization_config
@@ -129,6 +134,20 @@ def _convert(gguf: Path, folder: Path) -> None:
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _read_once() -> Iterator[None]:
+    """Let transformers parse a GGUF file once instead of three times, and build its map of names once a model.
+
+    Measured on 2026-11-27, 2 busy cores: 9 s instead of 25 s.
+    """
+    import gguf
+
+    with contextlib.ExitStack() as stack:
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            stack.enter_context(mock.patch.object(gguf, name, functools.cache(getattr(gguf, name))))
+        yield
 
 
 def is_intact(folder: Path) -> bool:
