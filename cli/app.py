@@ -452,7 +452,7 @@ def demo(
     limits, spec = Budget.of(budget), load_task(task)
     if svg is not None:
         check_writable(svg.parent)
-    with status("loading the language model (the first time it is converted: about 20 s)"):
+    with status("loading the language model (the first time it is converted: about 10 s)"):
         quiet()
         mdp = spec.mdp()
     heuristic = _heuristic(mdp, spec, None)
