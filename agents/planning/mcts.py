@@ -14,42 +14,121 @@ from .decoder import Decoder
 
 __all__ = ["MCTS"]
 
+Path = list[tuple[int, int]]  # the rows and actions of a simulation, from the root on
+
+_UNBUDGETED_SIMULATIONS = 8
+
 
 class NodeStats:
-    """What simulations found out about the edges of one row.
+    """Statistics of the edges of one row, from the simulations that passed it.
 
     Attributes:
-        mean: float64 [k]; of an edge that was not visited yet, what the heuristic says it will be.
-        weighted_prior: c · prior, float64 [k].
-        closed: 0, or -inf where an edge is masked, float64 [k].
-        visits: float64 [k].
-        totals: float64 [k].
+        mean: float64 [k], mean value; of an edge that was not visited yet, the heuristic's f.
+        weighted_prior: float64 [k], c · prior.
+        closed: float64 [k], 0, or -inf where an edge is masked.
+        visits: float64 [k], simulations by way of the edge.
+        totals: float64 [k], sum of their values.
         simulations: Visits of all edges.
     """
 
     __slots__ = ("closed", "mean", "simulations", "totals", "visits", "weighted_prior")
 
     def __init__(self, mean: Values, weighted_prior: Values, closed: Values) -> None:
-        """Start without any."""
+        """Start without any simulation."""
         self.mean, self.weighted_prior, self.closed = mean, weighted_prior, closed
         self.visits, self.totals, self.simulations = np.zeros(len(mean)), np.zeros(len(mean)), 0
 
     def add(self, action: int, value: float) -> None:
-        """Enter what a simulation by way of this edge came to."""
+        """Enter the value of a simulation by way of this edge."""
         self.visits[action] += 1
         self.totals[action] += value
         self.simulations += 1
         self.mean[action] = self.totals[action] / self.visits[action]
 
 
+class Simulations:
+    """The simulations of one search, in the four phases of MCTS (Browne et al. 2012, section 3.1).
+
+    Attributes:
+        search: The search that they explore.
+        low: The smallest value seen.
+        high: The largest; values are normalised to [0, 1] between them (Schrittwieser et al. 2020, appendix B).
+    """
+
+    def __init__(self, search: Search, exploration: float, temperature: float) -> None:
+        """Start without any; see :class:`MCTS` for the arguments."""
+        self.search, self._exploration, self._temperature = search, exploration, temperature
+        self._stats: list[NodeStats] = []  # by row
+        known = search.f[0][(search.status[0] != Status.MASKED) & np.isfinite(search.f[0])]
+        self.low, self.high = float(known.min(initial=math.inf)), float(known.max(initial=-math.inf))
+
+    def select(self, root: int) -> Path:
+        """Follow the edges of largest PUCT score from a row, until one is not expanded yet."""
+        self._enter_new_rows()
+        row, path = root, []
+        while True:
+            action = self._best(self._stats[row])
+            path.append((row, action))
+            if self.search.status[row, action] != Status.EXPANDED:
+                return path
+            row = int(self.search.child[row, action])
+
+    def expand(self, path: Path) -> Edges | None:
+        """Return the last edge, if it is still to be followed."""
+        row, action = path[-1]
+        if self.search.status[row, action] != Status.OPEN:
+            return None
+        return Edges(np.array([row]), np.array([action]))
+
+    def evaluate(self, path: Path) -> float:
+        """Return J where the text ended, else the largest f behind the last edge; -inf where nothing may follow."""
+        edge, search = path[-1], self.search
+        if edge in search.completions:
+            return search.completions[edge].objective
+        child = search.child[edge]
+        return float(search.f[child].max(where=search.status[child] != Status.MASKED, initial=-np.inf))
+
+    def backup(self, path: Path, value: float) -> None:
+        """Add the value to the mean of every edge on the way; what cannot be scored counts as the worst."""
+        if math.isfinite(value):
+            self.low, self.high = min(self.low, value), max(self.high, value)
+        for row, action in path:
+            self._stats[row].add(action, value if math.isfinite(value) else self.low)
+
+    def most_visited(self, row: int) -> int:
+        """Return the row behind the most visited edge; -1 where the text ended."""
+        return int(self.search.child[row, int(self._stats[row].visits.argmax())])
+
+    def _best(self, stats: NodeStats) -> int:
+        low, spread = self.low, self.high - self.low
+        value = np.minimum(np.maximum((stats.mean - low) / spread, 0.0), 1.0) if spread > 0 else 0.5
+        score = value + stats.weighted_prior * math.sqrt(stats.simulations + 1) / (1 + stats.visits) + stats.closed
+        return int(score.argmax())
+
+    def _enter_new_rows(self) -> None:
+        """Enter what was expanded since the last simulation; late in a search that is mostly nothing."""
+        search = self.search
+        if len(self._stats) == search.size:
+            return
+        rows: IntArray = np.arange(len(self._stats), search.size)
+        legal = search.status[rows] != Status.MASKED
+        logprobs = search.mdp.tree.logprobs[search.node[rows]].astype(np.float64) / self._temperature
+        most = logprobs.max(axis=1, where=legal, initial=-np.inf, keepdims=True)
+        with np.errstate(invalid="ignore"):  # a constraint may leave nothing to take
+            prior = np.where(legal, np.exp(logprobs - most), 0.0)
+        prior *= self._exploration / np.maximum(prior.sum(axis=1, keepdims=True), 1e-300)
+        closed = np.where(legal, 0, -np.inf)
+        self._stats += [NodeStats(*columns) for columns in zip(search.f[rows].copy(), prior, closed, strict=True)]
+
+
 class MCTS(Decoder):
     """Monte Carlo tree search by PUCT, with the language model as prior and the heuristic as value.
 
     Silver et al. 2017; for texts Feng et al. 2023 (TS-LLM) and Liu et al. 2023 (PPO-MCTS). A simulation follows the
-    edges of largest value + c · prior · √visits / (1 + own visits) until it leaves what is expanded, expands
-    that edge, and adds f = max h there, or J where the text ended, to the mean of every edge on its way. After some
-    simulations the most visited edge is taken for good and its subtree is kept; at the end of a text the search begins
-    again at the prompt with everything it knows.
+    edges of largest value + c · prior · √visits / (1 + own visits) to one that is not expanded, expands it, and adds
+    its value (the largest f there, or J where the text ended) to the mean of every edge on its way. After some
+    simulations the most visited edge is taken for good, and its subtree is kept. At the end of a text the search begins
+    again at the prompt, with all statistics kept.
     """
 
     def __init__(
@@ -80,59 +159,18 @@ class MCTS(Decoder):
 
     def select(self, search: Search) -> Iterator[Edges]:
         """Yield the edge that each simulation ends with."""
-        horizon = search.mdp.max_new_tokens
         unlimited = math.isinf(search.remaining_tokens)
-        most = self.simulations or (8 if unlimited else max(int(search.remaining_tokens) // horizon, 1))
-        seen: list[NodeStats] = []
-        known = search.f[0][(search.status[0] != Status.MASKED) & np.isfinite(search.f[0])]
-        low, high = float(known.min(initial=math.inf)), float(known.max(initial=-math.inf))
+        budgeted = _UNBUDGETED_SIMULATIONS if unlimited else int(search.remaining_tokens) // search.mdp.max_new_tokens
+        per_token = self.simulations or max(budgeted, 1)
+        simulations = Simulations(search, self.exploration, self.temperature)
         root = fruitless = 0
-        while fruitless < 20 * most and search.can_improve and not (unlimited and root < 0):
-            root, before = max(root, 0), search.size + len(search.completions)
-            for _ in range(most):
-                if len(seen) < search.size:  # most simulations late in a search expand nothing
-                    seen += self._unvisited(search, np.arange(len(seen), search.size))
-                row, path = root, []
-                while True:
-                    action = self._pick(seen[row], low, high)
-                    path.append((row, action))
-                    if search.status[row, action] != Status.EXPANDED:
-                        break
-                    row = int(search.child[row, action])
-                if search.status[row, action] == Status.OPEN:
-                    yield Edges(np.array([row]), np.array([action]))
-                value = self._value(search, row, action)
-                if math.isfinite(value):
-                    low, high = min(low, value), max(high, value)
-                for row, action in path:
-                    seen[row].add(action, value if math.isfinite(value) else low)
-            taken = int(seen[root].visits.argmax())
-            root = int(search.child[root, taken])  # -1 where the text ended: begin again
-            fruitless = fruitless + most if search.size + len(search.completions) == before else 0
-
-    def _unvisited(self, search: Search, rows: IntArray) -> Iterator[NodeStats]:
-        """Yield what is known of each of these rows before any simulation has come by."""
-        legal = search.status[rows] != Status.MASKED
-        logprobs = search.mdp.tree.logprobs[search.node[rows]].astype(np.float64) / self.temperature
-        most = logprobs.max(axis=1, where=legal, initial=-np.inf, keepdims=True)
-        with np.errstate(invalid="ignore"):  # a constraint may leave nothing to take
-            prior = np.where(legal, np.exp(logprobs - most), 0.0)
-        prior /= np.maximum(prior.sum(axis=1, keepdims=True), 1e-300)
-        for f, weighted_prior, closed in zip(
-            search.f[rows], self.exploration * prior, np.where(legal, 0, -np.inf), strict=True
-        ):
-            yield NodeStats(f.copy(), weighted_prior, closed)
-
-    @staticmethod
-    def _pick(edges: NodeStats, low: float, high: float) -> int:
-        value = np.minimum(np.maximum((edges.mean - low) / (high - low), 0.0), 1.0) if high > low else 0.5
-        score = value + edges.weighted_prior * math.sqrt(edges.simulations + 1) / (1 + edges.visits) + edges.closed
-        return int(score.argmax())
-
-    @staticmethod
-    def _value(search: Search, row: int, action: int) -> float:
-        if (row, action) in search.completions:
-            return search.completions[row, action].objective
-        child = search.child[row, action]
-        legal = search.status[child] != Status.MASKED
-        return float(search.f[child].max(where=legal, initial=-np.inf))
+        while fruitless < 20 * per_token and search.can_improve and not (unlimited and root < 0):
+            root, before = max(root, 0), search.pops
+            for _ in range(per_token):
+                path = simulations.select(root)
+                edge = simulations.expand(path)
+                if edge is not None:
+                    yield edge
+                simulations.backup(path, simulations.evaluate(path))
+            root = simulations.most_visited(root)  # -1 where the text ended: begin again
+            fruitless = fruitless + per_token if search.pops == before else 0
