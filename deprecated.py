@@ -1,4 +1,4 @@
-"""Module paths of version 0.1, which still import, with a warning, until version 0.3."""
+"""Module paths and names of version 0.1, which still import, with a warning, until version 0.3."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["MOVED", "install"]
+__all__ = ["MOVED", "MOVED_NAMES", "find_moved_name", "install"]
 
 _ROOT = __package__ or "qstar_decoding"
 
@@ -57,6 +57,33 @@ MOVED: dict[str, tuple[str, ...]] = {
     "rewards.relevance": ("rewards.library.relevance",),
     "rewards.sentiment": ("rewards.library.sentiment",),
 }
+
+# By module that is still there, the names that have left it, and their new homes.
+MOVED_NAMES: dict[str, dict[str, str]] = {
+    "agents.heuristics": {
+        "QHeuristic": "agents.learning.q_heuristic",
+        "ValueHeuristic": "agents.learning.q_heuristic",
+        "shipped_heuristic": "agents.learning.q_heuristic",
+    },
+    "agents.planning": {"Plan": "agents.search.plan", "mdp_of": "envs.mdp"},
+}
+
+
+def find_moved_name(module: str, name: str) -> Any:
+    """Return a name that has left ``module``, with a warning; the ``__getattr__`` of such modules.
+
+    Raises:
+        AttributeError: The module never had such a name.
+    """
+    home = MOVED_NAMES[module.partition(".")[2]].get(name)
+    if home is None:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    warnings.warn(
+        f"{module}.{name} has moved to {_ROOT}.{home}; the old place goes in version 0.3",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return getattr(importlib.import_module(f"{_ROOT}.{home}"), name)
 
 
 class _Moved(MetaPathFinder, Loader):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from ..checks import check_integer, check_number
+from ..deprecated import find_moved_name
 from ..envs import DecodingMDP, Finish, Prompt
 from ..errors import ConfigurationError
 from .search.problem import Heuristic
@@ -254,3 +256,7 @@ def _add(values: Values) -> Values:
 
 def _slots(heuristics: Sequence[Heuristic]) -> str:
     return ", ".join(["{}"] * len(heuristics))
+
+
+def __getattr__(name: str) -> Any:
+    return find_moved_name(__name__, name)
