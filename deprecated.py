@@ -1,17 +1,19 @@
-"""Module paths and names of version 0.1, which still import, with a warning, until version 0.3."""
+"""Old names that work with a warning until version 0.3: module paths, names and methods of version 0.1."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["MOVED", "MOVED_NAMES", "find_moved_name", "install"]
+__all__ = ["MOVED", "MOVED_NAMES", "find_moved_name", "install", "with_old_names"]
+
+C = TypeVar("C", bound=type)
 
 _ROOT = __package__ or "qstar_decoding"
 
@@ -117,3 +119,27 @@ def install() -> None:
     """Let Python's import find the old paths, after everything else."""
     if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
         sys.meta_path.append(_Moved())
+
+
+def with_old_names(**names: str) -> Callable[[C], C]:
+    """Return a class decorator that adds deprecated methods.
+
+    Args:
+        names: By old name, the method that it calls.
+    """
+
+    def decorate(cls: C) -> C:
+        for old, new in names.items():
+            setattr(cls, old, _alias(f"{cls.__name__}.{old}", new))
+        return cls
+
+    return decorate
+
+
+def _alias(old: str, new: str) -> Callable[..., Any]:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        warnings.warn(f"{old} is called {new} now; the old name goes in version 0.3", DeprecationWarning, stacklevel=2)
+        return getattr(self, new)(*args, **kwargs)
+
+    method.__doc__ = f"Call :meth:`{new}` (deprecated)."
+    return method

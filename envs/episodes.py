@@ -1,4 +1,4 @@
-"""Episodes stepped together: what the single and the vector environments are faces of."""
+"""Episodes stepped together: the core of the single and the vector environments."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ _NONE = -1  # the node of an episode that has not begun or has ended
 
 
 class Steps(NamedTuple):
-    """What one step of ``N`` episodes brought.
+    """Outcome of one step of ``N`` episodes.
 
     Attributes:
-        observation: Arrays [N, …] to go on from; where an episode ended and none began in its place, what follows the
-            end.
+        observation: Arrays [N, …], the next observations; those after the end where an episode ended and none began.
         rewards: float64 [N].
         terminated: bool [N].
-        tokens: int64 [N], what was appended.
+        tokens: int64 [N], the appended tokens.
         logprobs: float32 [N], nats.
-        ended: By episode, what ``info`` says of a completion; only of those that ended.
+        ended: By episode that ended, the entries of ``info`` about its completion.
     """
 
     observation: Observation
@@ -43,7 +42,7 @@ class Steps(NamedTuple):
 
 @dataclass(eq=False)
 class EpisodeState:
-    """Where ``N`` episodes stand, to come back to; as much to keep, whatever the lengths of prompt and completion.
+    """State of ``N`` episodes; its size does not depend on the lengths of prompt and completion.
 
     Attributes:
         node: int64 [N], nodes of the token tree, -1 before an episode's beginning and after its end.
@@ -60,13 +59,13 @@ class Episodes:
     """``N`` episodes of one MDP, stepped with one forward of the language model and one call of the reward.
 
     Attributes:
-        node: int64 [N], where each stands in the token tree, -1 before its beginning and after its end.
+        node: int64 [N], nodes of the token tree, -1 before an episode's beginning and after its end.
         prompt: The prompt of each.
         ended: The last completion of each that has ended, else None.
     """
 
     def __init__(self, mdp: DecodingMDP, observer: Observer, count: int, *, shaping: bool, gamma: float) -> None:
-        """Prepare ``count`` episodes, none of them begun."""
+        """Prepare ``count`` episodes that have not begun."""
         self._mdp, self._observer, self._shaping, self._gamma = mdp, observer, shaping, gamma
         self.node = np.full(count, _NONE, dtype=np.int64)
         self.prompt: list[Prompt | None] = [None] * count
@@ -87,7 +86,7 @@ class Episodes:
         return observation
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
-        """Return which actions may be taken, bool [N, k]; all ones where there is no episode."""
+        """Return the legal actions, bool [N, k]; all ones where there is no episode."""
         masks = np.ones((len(self.node), self._mdp.top_k), dtype=bool)
         alive = self.node != _NONE
         if alive.any():
@@ -99,7 +98,7 @@ class Episodes:
 
         Args:
             actions: ``N`` integers.
-            restart: Given the indices of those that end, the prompts with which they begin anew in this very step.
+            restart: Given the indices of those that end, returns the prompts with which they begin anew in this step.
 
         Raises:
             EpisodeError: An episode has not begun or has ended.
@@ -113,7 +112,7 @@ class Episodes:
         terminated = mdp.finishes(nodes)[rows, ranks] != Finish.NO
         rewards = mdp.edge_returns(nodes)[rows, ranks]
         tokens, logprobs = mdp.tree.tokens[nodes, ranks], mdp.tree.logprobs[nodes, ranks]
-        # The reward comes first: it can fail without a trace, and a forward that nobody uses is merely cached.
+        # The reward comes first: it may fail, and until then nothing has changed. An unused forward is only cached.
         ending, continuing = np.flatnonzero(terminated), np.flatnonzero(~terminated)
         completions = mdp.complete([self._prompt(i) for i in ending.tolist()], nodes[ending], ranks[ending])
         fresh = list(restart(ending)) if restart and len(ending) else []
@@ -149,22 +148,22 @@ class Episodes:
         return Steps(observation, rewards, terminated, tokens, logprobs, ended)
 
     def token_info(self, steps: Steps, index: int) -> dict[str, Any]:
-        """Return what ``info`` says of one episode's step, but for the mask."""
+        """Return the entries of ``info`` about one episode's step, except the mask."""
         token = int(steps.tokens[index])
         info = {"token": token, "token_text": self._mdp.token_text(token), "logprob": float(steps.logprobs[index])}
         return info | steps.ended.get(index, {})
 
     def get_state(self) -> EpisodeState:
-        """Return where the episodes stand, for :meth:`set_state`."""
+        """Return the state of the episodes, for :meth:`set_state`."""
         state = EpisodeState(self.node.copy(), self._mdp, self.prompt.copy(), self.ended.copy(), self._potential.copy())
         self._mdp.tree.pin(state)
         return state
 
     def set_state(self, state: EpisodeState) -> None:
-        """Go back, or over, to ``state``.
+        """Restore ``state``.
 
         Raises:
-            ConfigurationError: It is no state, or one of another environment.
+            ConfigurationError: It is not a state of this environment.
         """
         if not isinstance(state, EpisodeState):
             raise ConfigurationError(f"set_state takes what get_state returned, got {type(state).__name__}")
@@ -192,7 +191,7 @@ class Episodes:
             inside = (actions >= 0) & (actions < masks.shape[1])
             if inside.all() and masks[np.arange(len(masks)), actions].all():
                 return actions.astype(np.int64)
-        # One by one: to take what is an integer in other clothes, and to name what is wrong.
+        # One by one: arrays of one integer are accepted too, and an error names the action that is wrong.
         return np.array([_rank(action, mask) for action, mask in zip(actions, masks, strict=True)], dtype=np.int64)
 
 

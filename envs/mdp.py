@@ -1,4 +1,4 @@
-"""Decoding as a Markov decision process: the one definition that env, learners and planners share."""
+"""The Markov decision process of decoding: the one definition that environment, learners and planners share."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..checks import check_integer, check_number
+from ..columns import GrowableColumns
+from ..deprecated import with_old_names
 from ..errors import ConfigurationError, ConstraintError, PromptError
 from ..models.base import IntArray, LanguageModel, free_memory
 from ..models.registry import load_language_model
@@ -25,7 +27,7 @@ Values = npt.NDArray[np.float64]
 
 
 class Finish(IntEnum):
-    """Why an edge finishes its completion."""
+    """Reason why an edge finishes its completion."""
 
     NO = 0
     EOS = 1
@@ -40,7 +42,7 @@ class Completion(NamedTuple):
         text: The completion without end-of-sequence token, cut off where a stop string begins.
         token_ids: All its tokens, an end-of-sequence token included.
         logprob: Sum of the tokens' log-probabilities, nats.
-        reward: The reward model's score r, NaN where it could not be scored.
+        reward: The reward model's score r; NaN where there is none.
         objective: J = α · logprob + r.
         stop: ``"eos"``, ``"stop"`` or ``"length"``.
     """
@@ -53,25 +55,26 @@ class Completion(NamedTuple):
     stop: str
 
 
+@with_old_names(fresh="with_empty_tree", make_room="evict_if_full", check_going_on="check_can_continue")
 class DecodingMDP:
     """Decoding with a finite horizon as a deterministic MDP.
 
-    A state is a node of the :class:`TokenTree`, that is a prompt with the tokens generated since. An action is a rank
-    in the node's top-k list. An edge that ends the text (end-of-sequence, stop string, horizon) leads to no state and
-    needs no language model; its completion y is scored there, so that the undiscounted return from the prompt x is
+    A state is a node of the :class:`TokenTree`: a prompt and the tokens generated so far. An action is a rank in the
+    node's top-k list. An edge that ends the text (end-of-sequence, stop string, horizon) leads to no state and needs no
+    language model. Its completion y is scored at once. The undiscounted return from the prompt x is
 
         J(y | x) = α · Σ_t log π(y_t | x, y_<t) + r(x, y).
 
-    Everything is batched over ``n`` edges or nodes; a single one is a batch of one.
+    All methods are batched over ``n`` edges or nodes.
 
     Attributes:
         model: The language model π.
         reward: The reward model r.
-        tree: The prefixes computed so far, shared by everybody who uses this MDP.
+        tree: The prefixes computed so far, shared by all users of this MDP.
         top_k: Number k of actions.
         max_new_tokens: The horizon T, in tokens.
         logprob_weight: α.
-        max_prefixes: How many prefixes are remembered, about.
+        max_prefixes: Approximate number of prefixes kept in the tree.
     """
 
     def __init__(
@@ -101,21 +104,21 @@ class DecodingMDP:
             top_p: Actions outside the smallest set of tokens with this probability are masked; 1 masks none.
             max_new_tokens: The horizon, in tokens.
             stop: Strings that end a completion where they appear.
-            logprob_weight: α, how much fluency (nats) counts against the reward.
+            logprob_weight: α, the weight of a nat of log-probability against the reward.
             device: See :func:`load_language_model`.
             dtype: See :func:`load_language_model`.
-            kv_budget: Bytes of key-value memory for the tree; None for a share of the free memory. Prefixes whose
-                keys and values are given up keep their outputs, and are computed again when they are continued.
-            max_prefixes: Prefixes whose outputs are remembered, about; beyond, those not asked for longest are
-                forgotten. None for what an eighth of the free memory holds.
+            kv_budget: Bytes of key-value memory for the tree; None for a share of the free memory. A prefix whose keys
+                and values were evicted keeps its outputs. Its keys and values are computed again when it is continued.
+            max_prefixes: Approximate number of prefixes whose outputs are kept; the least recently used are evicted.
+                None for as many as fit into an eighth of the free memory.
             hidden_layers: Decoder layers, from 0, whose states are observed beside the last one's (see
-                :class:`TransformersLM`); of a model given by name.
-            constraint: What every completion must be like: a :class:`~qstar_decoding.envs.constraints.Constraint` or a
-                list of them. The actions of a state are then the likeliest tokens that it allows.
-            model_kwargs: Handed to ``from_pretrained``.
+                :class:`TransformersLM`). They can be chosen for a model given by name only.
+            constraint: A :class:`~qstar_decoding.envs.constraints.Constraint` on every completion, or a list of them.
+                The actions of a state are the likeliest tokens that it allows.
+            model_kwargs: Further arguments of ``from_pretrained``.
 
         Raises:
-            ConfigurationError: An argument is out of range, or a name is not known.
+            ConfigurationError: An argument is out of range, or a name is unknown.
         """
         self.max_new_tokens = check_integer("max_new_tokens", max_new_tokens, meaning="the horizon")
         self.top_k = check_integer("top_k", top_k)
@@ -124,7 +127,7 @@ class DecodingMDP:
         self.stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
         if not all(self.stop):
             raise ConfigurationError(f"stop is a non-empty string or a list of them, got {stop!r}")
-        # The reward is resolved first: a misspelt name should not cost the loading of a model.
+        # The reward is resolved first, so that a misspelt name is reported before a model is loaded.
         self.reward: Reward = as_reward(reward)
         if isinstance(model, str) and model != TOY:
             options = {"hidden_layers": hidden_layers, **(model_kwargs or {})}
@@ -144,12 +147,12 @@ class DecodingMDP:
         self._eos = np.array(sorted(self.model.eos_token_ids), dtype=np.int64)
         self._encoded: dict[tuple[Any, ...], list[int]] = {}
         self._texts: dict[int, str] = {}
-        self._potentials = np.empty(0)  # per node, NaN where not yet asked for
-        self._prompts: dict[int, Prompt] = {}  # whose potentials these are, by root
+        self._potentials = GrowableColumns({"value": ((), np.float64)})  # per node, NaN where unknown
+        self._prompts: dict[int, Prompt] = {}  # by root, the prompt that the potentials belong to
         self._token_texts: dict[int, str] = {}
 
     def with_empty_tree(self) -> DecodingMDP:
-        """Return the same process with an empty tree; model and reward are shared."""
+        """Return the same process with an empty tree and the same model and reward."""
         return DecodingMDP(
             self.model,
             reward=self.reward,
@@ -169,7 +172,7 @@ class DecodingMDP:
         """Return the prompt's token ids.
 
         Raises:
-            PromptError: With the horizon it is longer than the model's context.
+            PromptError: It is empty, or the prompt and the horizon exceed the model's context.
         """
         is_chat = not isinstance(prompt.content, str)
         key = prompt.token_ids or (is_chat, str(prompt.content))
@@ -190,37 +193,36 @@ class DecodingMDP:
         return self.tree.roots([self.encode(prompt) for prompt in prompts])
 
     def grow(self, prompts: Sequence[Prompt], nodes: IntArray, actions: IntArray) -> tuple[IntArray, IntArray]:
-        """Return the initial states of ``m`` prompts and where ``n`` edges lead, all in one forward."""
+        """Return the initial states of ``m`` prompts and the successors of ``n`` edges, all in one forward."""
         return self.tree.grow([self.encode(prompt) for prompt in prompts], nodes, actions)
 
     def evict_if_full(self) -> None:
-        """Forget what was not asked for lately, once more than ``max_prefixes`` are remembered.
+        """Evict the least recently used half of the nodes once there are more than ``max_prefixes``.
 
-        Nodes change their numbers: only those in a :meth:`TokenTree.pin` survive. Half of the room is made at once, so
-        that this is rare.
+        Nodes are renumbered. Pinned nodes survive, and their holders get the new numbers (:meth:`TokenTree.pin`).
         """
         if len(self.tree) <= self.max_prefixes:
             return
         new = self.tree.evict(self.max_prefixes // 2)
         self._texts = {int(new[node]): text for node, text in self._texts.items() if new[node] >= 0}
         self._prompts = {int(new[root]): prompt for root, prompt in self._prompts.items() if new[root] >= 0}
-        self._potentials = self._potentials[: len(new)][new[: len(self._potentials)] >= 0]
+        self._potentials.keep(np.flatnonzero(new[: self._potentials.size] >= 0))
         self._encoded.clear()
 
     def remaining(self, nodes: IntArray) -> IntArray:
-        """Return how many tokens may still be generated, int64 [n]."""
+        """Return the number of tokens that may still be generated, int64 [n]."""
         return self.max_new_tokens - self.tree.depth[nodes]
 
     def action_mask(self, nodes: IntArray) -> npt.NDArray[np.bool_]:
-        """Return which actions may be taken, bool [n, k]; the most likely one may, unless a constraint forbids all."""
+        """Return the legal actions, bool [n, k]; without a constraint the most likely one is always legal."""
         probabilities = np.exp(self.tree.logprobs[nodes])
         mask = probabilities > 0
-        if self.top_p < 1:  # where the first token has all of what float32 can tell, even 1 would mask the others
+        if self.top_p < 1:  # with top_p = 1, rounding of the sum could mask tokens that are possible
             mask &= probabilities.cumsum(axis=1) - probabilities < self.top_p
         if self._rules is None:
             mask[:, 0] = True
             return mask
-        # A text that the horizon or a stop string ends must be one that may end there; -inf is what is not allowed.
+        # A text that the horizon or a stop string ends must satisfy the constraint; forbidden tokens have -inf.
         ends = np.isin(self.finishes(nodes), (Finish.LENGTH, Finish.STOP)) & mask
         for row in np.flatnonzero(ends.any(axis=1)).tolist():
             prefix, tokens = self.tree.completion_ids(int(nodes[row])), self.tree.tokens[nodes[row]].tolist()
@@ -250,42 +252,42 @@ class DecodingMDP:
         """Return φ, the reward model's score of ``n`` unfinished prefixes, float64 [n]."""
         if not self.reward.has_potential:
             return np.zeros(len(nodes))
-        if len(self._potentials) < len(self.tree):
-            unknown = np.full(max(2 * len(self._potentials), len(self.tree)) - len(self._potentials), np.nan)
-            self._potentials = np.concatenate((self._potentials, unknown))
-        values: Values = self._potentials[nodes]
-        # Prompts of the same text may differ in their columns, which the reward may read: the first one's are kept.
+        new_rows = self._potentials.append(max(len(self.tree) - self._potentials.size, 0))
+        cache = self._potentials["value"]
+        cache[new_rows] = np.nan
+        values: Values = cache[nodes]
+        # Prompts of one text may differ in columns that the reward reads. Only the first one's potentials are cached.
         roots = self.tree.root[nodes].tolist()
-        kept = np.array([_same(self._prompts.setdefault(r, p), p) for r, p in zip(roots, prompts, strict=True)], bool)
-        asked = np.flatnonzero(np.isnan(values) | ~kept)
-        if len(asked):
-            ids, texts = self.tree.completions(nodes[asked]), self.texts(nodes[asked])
-            whose = [prompts[i] for i in asked.tolist()]
-            values[asked] = self.reward.potential([p.text for p in whose], texts, ids, **columns_of(whose))
-            fresh = asked[kept[asked]]
-            self._potentials[nodes[fresh]] = values[fresh]
+        owns = np.array([_same(self._prompts.setdefault(r, p), p) for r, p in zip(roots, prompts, strict=True)], bool)
+        unknown = np.flatnonzero(np.isnan(values) | ~owns)
+        if len(unknown):
+            ids, texts = self.tree.completions(nodes[unknown]), self.texts(nodes[unknown])
+            asking = [prompts[i] for i in unknown.tolist()]
+            values[unknown] = self.reward.potential([p.text for p in asking], texts, ids, **columns_of(asking))
+            cacheable = unknown[owns[unknown]]
+            cache[nodes[cacheable]] = values[cacheable]
         return values
 
     def edge_potentials(self, prompt: Prompt, node: int, actions: IntArray) -> Values:
-        """Return φ of the prefixes that ``m`` edges of one state make, float64 [m]; it costs no forward."""
+        """Return φ of the prefixes that ``m`` edges of one state make, float64 [m], without a forward."""
         prefix, [tokens] = self.tree.completion_ids(node), self.tree.tokens[[node]]
         ids = [[*prefix, token] for token in tokens[actions].tolist()]
         same = [prompt] * len(ids)
         return self.reward.potential([p.text for p in same], [self._decode(x) for x in ids], ids, **columns_of(same))
 
     def reward_bound(self, prompts: Sequence[Prompt], nodes: IntArray) -> Values:
-        """Return r_max(s), what the reward of no completion of each state exceeds, float64 [n]."""
+        """Return r_max(s), an upper bound of the reward of every completion of each state, float64 [n]."""
         if not self.reward.has_prefix_bounds:
             return np.full(len(nodes), self.reward.upper)
         ids, texts = self.tree.completions(nodes), [self._settled(text) for text in self.texts(nodes)]
-        whose, remaining = [p.text for p in prompts], self.remaining(nodes).tolist()
-        return self.reward.upper_bound(whose, texts, remaining, ids, **columns_of(prompts))
+        remaining = self.remaining(nodes).tolist()
+        return self.reward.upper_bound([p.text for p in prompts], texts, remaining, ids, **columns_of(prompts))
 
     def check_can_continue(self, nodes: IntArray) -> None:
-        """Check that in each of ``n`` states something may be written.
+        """Check that each of ``n`` states has a legal action.
 
         Raises:
-            ConstraintError: The constraint allows nothing there.
+            ConstraintError: The constraint allows none.
         """
         if self._rules is not None and not (alive := self.action_mask(nodes).any(axis=1)).all():
             node = int(nodes[~alive][0])
@@ -297,7 +299,7 @@ class DecodingMDP:
     # -- edges --------------------------------------------------------------------------------------------------------
 
     def finishes(self, nodes: IntArray) -> npt.NDArray[np.int8]:
-        """Return for every action how it ends the completion, if it does: :class:`Finish` as int8 [n, k]."""
+        """Return for every action whether and how it ends the completion: :class:`Finish` as int8 [n, k]."""
         tokens = self.tree.tokens[nodes]
         kinds = np.where((self.remaining(nodes) <= 1)[:, None], Finish.LENGTH, Finish.NO).astype(np.int8)
         kinds = np.broadcast_to(kinds, tokens.shape).copy()
@@ -310,19 +312,19 @@ class DecodingMDP:
         return kinds
 
     def edge_returns(self, nodes: IntArray) -> Values:
-        """Return what the edges themselves pay, α · log π(a | s), float64 [n, k]."""
+        """Return the edges' own rewards, α · log π(a | s), float64 [n, k]."""
         # α = 0 must give 0 even where a token has probability 0.
         logprobs = np.maximum(self.tree.logprobs[nodes].astype(np.float64), -1e6)
         return self.logprob_weight * logprobs
 
     def path_return(self, nodes: IntArray) -> Values:
-        """Return g, what the path from the prompt has paid, float64 [n]."""
+        """Return g, the sum of the edges' own rewards since the prompt, float64 [n]."""
         return self.logprob_weight * self.tree.path_logprob[nodes]
 
     def complete(
         self, prompts: Sequence[Prompt], nodes: IntArray, actions: IntArray, *, score: bool = True
     ) -> list[Completion]:
-        """Return the completions that ``n`` finishing edges make, with their rewards, or NaN where not to be scored.
+        """Return the completions that ``n`` finishing edges make; their rewards are NaN unless ``score``.
 
         Raises:
             RewardError: The reward model did not return one number within its bounds per completion.
@@ -341,7 +343,7 @@ class DecodingMDP:
         ]
 
     def rewards(self, prompts: Sequence[Prompt], texts: Sequence[str], ids: Sequence[Sequence[int]]) -> Values:
-        """Return the reward model's score of ``n`` texts, float64 [n], NaN for what cannot be scored.
+        """Return the reward model's score of ``n`` texts, float64 [n], NaN where it gives none.
 
         Raises:
             RewardError: The reward model did not return one number within its bounds per text.
@@ -349,9 +351,9 @@ class DecodingMDP:
         return self.reward([p.text for p in prompts], list(texts), list(ids), **columns_of(prompts))
 
     def components(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> dict[str, Values]:
-        """Return what each reward that the reward is made of says of ``n`` completions, by name, float64 [n] each.
+        """Return by name the parts of a composed reward for ``n`` completions, float64 [n] each.
 
-        They have been scored already, so this asks nobody again.
+        The completions have been scored already; no reward is called again.
         """
         texts, ids = [c.text for c in completions], [c.token_ids for c in completions]
         return self.reward.components([p.text for p in prompts], texts, ids, **columns_of(prompts))
@@ -368,8 +370,8 @@ class DecodingMDP:
     def _settled(self, text: str) -> str:
         """Return the part of an unfinished text that every completion of it begins with.
 
-        Left out are half a character, which the next token may complete, and what may turn out to be the beginning of a
-        stop string, which would be cut off.
+        The rest is half a character, which the next token may complete, or a possible beginning of a stop string, which
+        would be cut off.
         """
         text = text.rstrip("\ufffd")
         cut = (n for s in self.stop for n in range(min(len(s) - 1, len(text)), 0, -1) if text.endswith(s[:n]))
@@ -380,7 +382,7 @@ class DecodingMDP:
 
 
 def mdp_of(env: Any) -> DecodingMDP:
-    """Return the decoding MDP of an environment, a vector environment, or the MDP itself.
+    """Return the decoding MDP of an environment or of a vector environment; an MDP is returned as it is.
 
     Raises:
         ConfigurationError: There is none.

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from gymnasium import spaces
 
 from ..checks import check_integer
+from ..deprecated import with_old_names
 from ..models.base import FloatArray, IntArray, LanguageModel
 from .mdp import DecodingMDP, Values
 
@@ -20,6 +21,7 @@ _MAX_POTENTIAL = 1e4  # a reward without bounds could otherwise leave the observ
 Observation = dict[str, npt.NDArray[np.generic]]
 
 
+@with_old_names(after_the_end="terminal_observation")
 class Observer:
     """Turns states into observations.
 

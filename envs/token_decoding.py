@@ -1,4 +1,4 @@
-"""``TokenDecoding-v0``: text generation as a Gymnasium environment."""
+"""The Gymnasium environment ``TokenDecoding-v0``: text generation, one token per step."""
 
 from __future__ import annotations
 
@@ -22,43 +22,99 @@ __all__ = ["TokenDecodingEnv"]
 
 
 class TokenDecodingEnv(gym.Env[Observation, np.int64]):
-    """Generate a completion, one token per step, and be rewarded for how good it is.
+    """Generate a completion, one token per step, and be rewarded for the quality of the finished text.
 
     ## Description
-    A frozen language model π proposes the k most likely next tokens; the agent picks one. The completion y of a prompt
-    x is worth J(y | x) = α · Σ log π(y_t | x, y_<t) + r(x, y), with a pluggable reward model r. The MDP is
-    deterministic and has a finite horizon T = ``max_new_tokens``; the discount is 1.
+    A frozen language model π proposes the k most likely next tokens, and the agent picks one. The environment is the
+    deterministic Markov decision process (S, A, P, R, γ) of :class:`~qstar_decoding.envs.mdp.DecodingMDP`:
+
+    - S: a prompt x and the tokens y_1 … y_t generated so far, t < T = ``max_new_tokens``; and one state after the end.
+    - A: the ranks 0 … k - 1 in the list of the most likely next tokens, less the masked ones.
+    - P: the token of the chosen rank is appended, with probability 1.
+    - R: α · log π(y_t | x, y_<t) for every token, and r(x, y) for the finished text; see Rewards.
+    - γ: 1, as the horizon T is finite.
+
+    The undiscounted return of an episode is J(y | x) = α · Σ_t log π(y_t | x, y_<t) + r(x, y), which planners and
+    learners maximise. A reward model r is pluggable.
 
     ## Action Space
-    ``Discrete(k)``: a rank in the list of the most likely next tokens, 0 = most likely. ``info["action_mask"]`` and
-    :meth:`action_masks` say which may be taken; another one is an error and leaves the state as it was.
+    ``Discrete(k)``: the rank of the next token, 0 = most likely. ``info["action_mask"]`` and :meth:`action_masks` say
+    which actions are legal. An illegal action raises an error and leaves the state as it was.
 
     ## Observation Space
-    A ``Dict``; see :class:`~qstar_decoding.envs.observations.Observer`.
+    A ``Dict`` of arrays, where d is the model's hidden size and e is ``candidate_dims``:
+
+    | Key           | Shape   | Dtype   | Range           | Meaning                                                 |
+    |---------------|---------|---------|-----------------|---------------------------------------------------------|
+    | `hidden`      | (d,)    | float32 | [-√d, √d]       | the last hidden state, scaled to root mean square 1     |
+    | `candidates`  | (k·e,)  | float32 | bounded         | the k candidates' embeddings, projected to e dimensions |
+    | `logprobs`    | (k,)    | float32 | [-50, 0]        | the candidates' log-probabilities, nats                 |
+    | `potential`   | (1,)    | float32 | bounds of r     | φ(s), the reward model's score of the unfinished text   |
+    | `remaining`   | (1,)    | float32 | [0, 1]          | share of the horizon that is left                       |
+    | `action_mask` | (k,)    | int8    | {0, 1}          | 1 = the action is legal                                 |
+
+    After the end every array is 0, except ``action_mask``, which is 1.
 
     ## Starting State
-    A prompt drawn uniformly from ``prompts``, or the one given as ``reset(options={"prompt": …})``.
+    A prompt drawn uniformly from ``prompts``, with no token generated. ``reset(options={"prompt": …})`` starts from a
+    given prompt instead.
 
     ## Rewards
-    Each step pays α · log π of its token, and the last one r(x, y) besides. With ``shaping`` it pays
-    γ · φ(s') - φ(s) as well (Ng, Harada & Russell 1999), φ being the reward model's score of the unfinished text and 0
-    at the end: the return is then J - φ(empty prefix), and the optimal policy the same.
+    - Every step: α · log π of its token (α = ``logprob_weight``).
+    - Last step, in addition: r(x, y); 0 where the reward model gives no score.
+    - With ``shaping``, every step in addition: γ · φ(s') - φ(s), where φ(s') = 0 at the end (Ng, Harada & Russell
+      1999). The return becomes J - φ(prompt), and the optimal policy stays the same.
 
     ## Episode End
-    Terminated by an end-of-sequence token, a stop string or the horizon, which is part of the MDP (``remaining`` is
-    observed). Never truncated; that is left to wrappers.
+    - Termination:
+        1. An end-of-sequence token is chosen.
+        2. The text contains a stop string; the completion ends before it.
+        3. T tokens have been generated. The horizon is part of the MDP, since ``remaining`` is observed.
+    - Truncation: never. Wrappers such as ``TimeLimit`` may truncate.
 
     ## Information
-    Every step: ``action_mask`` int8 [k], ``token``, ``token_text``, ``logprob`` (nats). The last one also
-    ``completion``, ``reward`` (r), ``rewards`` (what r is made of, by name), ``objective`` (J), ``stop`` (``"eos"``,
-    ``"stop"`` or ``"length"``).
-    ``reset`` gives ``action_mask`` and ``prompt``.
+    ``reset()`` returns a dict with these keys:
+
+    - `action_mask`: int8 [k], 1 = legal.
+    - `prompt`: the prompt as text.
+
+    ``step()`` returns a dict with these keys:
+
+    - `action_mask`: int8 [k], 1 = legal.
+    - `token`, `token_text`: the appended token's id and text.
+    - `logprob`: its log-probability, nats.
+
+    The last step adds these keys:
+
+    - `completion`: the finished text.
+    - `stop`: `"eos"`, `"stop"` or `"length"`.
+    - `reward`: r(x, y), None where there is no score.
+    - `rewards`: the parts of a composed reward, by name.
+    - `objective`: J(y | x), None where there is no score.
 
     ## Arguments
-    See ``__init__``.
+    ```python
+    import gymnasium as gym
+    gym.make(
+        "TokenDecoding-v0",
+        model="smollm2-135m-instruct",
+        prompts=None,
+        reward="sentiment",
+        top_k=8,
+        top_p=1.0,
+        max_new_tokens=24,
+        stop=None,
+        logprob_weight=0.02,
+        shaping=True,
+        gamma=1.0,
+        candidate_dims=32,
+    )
+    ```
+
+    ``__init__`` describes these, and :class:`~qstar_decoding.envs.mdp.DecodingMDP` the further ones.
 
     ## Version History
-    * v0: first version.
+    - v0: Initial release.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["ansi", "human"], "render_fps": 4}  # noqa: RUF012 as Gymnasium declares it
@@ -91,15 +147,15 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
             top_p: Mask actions outside the smallest set of tokens with this probability.
             max_new_tokens: The horizon, in tokens.
             stop: Strings that end a completion.
-            logprob_weight: α, how much fluency (nats) counts against the reward.
-            shaping: Pay the change of the potential on the way.
-            gamma: The discount used in the shaping term; 1 by default, as the horizon is finite.
+            logprob_weight: α, the weight of a nat of log-probability against the reward.
+            shaping: Whether every step pays the change of the potential as well.
+            gamma: Discount of the shaping term.
             candidate_dims: Numbers per candidate token in the observation.
             render_mode: None, ``"ansi"`` (a string) or ``"human"`` (printed).
-            mdp_kwargs: ``device``, ``dtype``, ``kv_budget``, ``hidden_layers``, …; see :class:`DecodingMDP`.
+            mdp_kwargs: ``constraint``, ``device``, ``dtype``, ``hidden_layers``, …; see :class:`DecodingMDP`.
 
         Raises:
-            ConfigurationError: An argument is out of range or a name unknown.
+            ConfigurationError: An argument is out of range, or a name is unknown.
             PromptError: There is no usable prompt.
         """
         self.gamma = check_number("gamma", gamma, low=0, high=1, open_low=True)
@@ -117,7 +173,7 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
             **mdp_kwargs,
         )
         for prompt in self.prompts:
-            self.mdp.encode(prompt)  # too long a prompt is better told now than in the middle of a training
+            self.mdp.encode(prompt)  # reports a prompt that is too long before a training begins
         self.observer = Observer(self.mdp, candidate_dims)
         self.shaping, self.render_mode = bool(shaping), render_mode
         self.observation_space = cast("spaces.Space[Observation]", self.observer.space)
@@ -176,22 +232,22 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
     # -- beyond Gymnasium's interface ---------------------------------------------------------------------------------
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
-        """Return which actions may be taken now, bool [k]; sb3-contrib's convention."""
+        """Return the legal actions, bool [k]; the convention of sb3-contrib."""
         mask: npt.NDArray[np.bool_] = self._episodes.action_masks()[0]
         return mask
 
     def get_state(self) -> EpisodeState:
-        """Return where the episode stands, to come back to with :meth:`set_state`: for planners and tree searches.
+        """Return the state of the episode, for :meth:`set_state`.
 
-        It costs the same whatever the length of the text. The random numbers that choose prompts are no part of it.
+        Its size does not depend on the length of the text. The random generator of prompts is not included.
         """
         return self._episodes.get_state()
 
     def set_state(self, state: EpisodeState) -> None:
-        """Go back, or over, to ``state``; the same one can be used as often as needed.
+        """Restore ``state``; the same one can be restored any number of times.
 
         Raises:
-            ConfigurationError: It is no state, or one of another environment.
+            ConfigurationError: It is not a state of this environment.
         """
         self._episodes.set_state(state)
 

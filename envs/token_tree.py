@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..checks import check_integer
+from ..deprecated import with_old_names
 from ..models.base import FloatArray, IntArray, LanguageModel
 
 __all__ = ["GrowRequest", "Holder", "TokenTree", "grow_together"]
@@ -25,6 +26,7 @@ class Holder(Protocol):
     node: IntArray  # -1 for none
 
 
+@with_old_names(hold="pin", forget="evict")
 class TokenTree:
     """A cache of prefixes: each is computed once, whoever asks, and known by a node number from then on.
 

@@ -1,7 +1,7 @@
-"""Many environments at once: one core, :class:`Episodes`, behind the interfaces of Gymnasium and stable-baselines3.
+"""Vector environments of Gymnasium and stable-baselines3 on one core, :class:`Episodes`.
 
 A vector step costs one forward of the language model and one call of the reward for all environments together. An
-episode that ends begins anew in the same step, and what followed the end is handed over as ``final_obs`` (Gymnasium) or
+episode that ends begins anew in the same step. The observation after the end is in ``final_obs`` (Gymnasium) or
 ``terminal_observation`` (stable-baselines3).
 """
 
@@ -30,7 +30,7 @@ __all__ = ["TokenDecodingVecEnv", "TokenDecodingVectorEnv"]
 
 
 class _Core:
-    """``N`` environments that share one MDP; each draws its prompts from a generator of its own."""
+    """``N`` environments that share one MDP and draw their prompts from generators of their own."""
 
     def __init__(self, num_envs: int, **kwargs: Any) -> None:
         self.count = check_integer("num_envs", num_envs)
@@ -62,7 +62,7 @@ class _Core:
         return [prompts[int(self.generators[i].integers(len(prompts)))] for i in which]
 
     def step(self, actions: Any) -> Steps:
-        """Step all; those that end begin anew. On an error nothing has happened, and nothing has been drawn."""
+        """Step all; those that end begin anew. After an error, episodes and generators are as they were."""
         drawn: dict[int, Any] = {}
 
         def restart(ending: IntArray) -> list[Prompt]:
@@ -99,7 +99,7 @@ class TokenDecodingVectorEnv(VectorEnv[Observation, Any, Any]):
 
         Args:
             num_envs: N.
-            max_episode_steps: Handed over by ``make_vec``; there must be none, as the horizon is part of the MDP.
+            max_episode_steps: Passed by ``make_vec``; must be None, as the horizon is part of the MDP.
             kwargs: See :class:`TokenDecodingEnv`.
 
         Raises:
@@ -144,7 +144,7 @@ class TokenDecodingVectorEnv(VectorEnv[Observation, Any, Any]):
         core, steps = self._core, self._core.step(actions)
         done, truncated = steps.terminated, np.zeros(self.num_envs, dtype=bool)
         texts = np.array([core.env.mdp.token_text(token) for token in steps.tokens.tolist()], dtype=object)
-        # As Gymnasium lays out the infos of many environments: arrays, and where ``_key`` is False there is none.
+        # Gymnasium's layout of vector infos: an array for each key, valid where the array ``_key`` is True.
         taken = {"token": steps.tokens, "token_text": texts, "logprob": steps.logprobs.astype(np.float64)}
         info = self._masks(steps.observation)
         if not done.any():
@@ -171,15 +171,15 @@ class TokenDecodingVectorEnv(VectorEnv[Observation, Any, Any]):
         return steps.observation, steps.rewards, done, truncated, info
 
     def get_state(self) -> EpisodeState:
-        """Return where the environments stand; see :meth:`TokenDecodingEnv.get_state`."""
+        """Return the state of the episodes; see :meth:`TokenDecodingEnv.get_state`."""
         return self._core.episodes.get_state()
 
     def set_state(self, state: EpisodeState) -> None:
-        """Go back, or over, to ``state``; see :meth:`TokenDecodingEnv.set_state`."""
+        """Restore ``state``; see :meth:`TokenDecodingEnv.set_state`."""
         self._core.episodes.set_state(state)
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
-        """Return which actions may be taken now, bool [N, k]."""
+        """Return the legal actions, bool [N, k]."""
         return self._core.episodes.action_masks()
 
     def render(self) -> tuple[str, ...] | None:
@@ -198,12 +198,12 @@ class TokenDecodingVectorEnv(VectorEnv[Observation, Any, Any]):
 
 
 def _marked(arrays: dict[str, Any], which: npt.NDArray[np.bool_]) -> dict[str, Any]:
-    """Add to each array, under its name after an underscore, for which environments it says something."""
+    """Add to each array, under its name after an underscore, the environments in which it is valid."""
     return arrays | {f"_{key}": which.copy() for key in arrays}
 
 
 class TokenDecodingVecEnv(VecEnv):
-    """The same as a native ``VecEnv`` of stable-baselines3."""
+    """``N`` environments as a native ``VecEnv`` of stable-baselines3."""
 
     def __init__(self, num_envs: int = 1, **kwargs: Any) -> None:
         """Make ``num_envs`` environments of one model, tree and reward; ``kwargs`` as for :class:`TokenDecodingEnv`."""
@@ -245,24 +245,24 @@ class TokenDecodingVecEnv(VecEnv):
             last = core.terminal_observation()
             infos[i] |= {"action_mask": last["action_mask"].copy(), "terminal_observation": last}
             infos[i]["TimeLimit.truncated"] = False
-            # What stable-baselines3's Monitor would add; its logs of returns rest on it.
+            # The entry that stable-baselines3's Monitor would add; its logs of returns read it.
             length = int(self._episode_lengths[i])
             infos[i]["episode"] = {"r": float(self._episode_returns[i]), "l": length, "t": 0.0}
             self._episode_returns[i], self._episode_lengths[i] = 0, 0
         return steps.observation, steps.rewards.astype(np.float32), steps.terminated, infos
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
-        """Return which actions may be taken now, bool [N, k]."""
+        """Return the legal actions, bool [N, k]."""
         return self._core.episodes.action_masks()
 
     def get_state(self) -> EpisodeState:
-        """Return where the environments stand; see :meth:`TokenDecodingEnv.get_state`."""
+        """Return the state of the episodes; see :meth:`TokenDecodingEnv.get_state`."""
         return self._core.episodes.get_state()
 
     def set_state(self, state: EpisodeState) -> None:
-        """Go back, or over, to ``state``; see :meth:`TokenDecodingEnv.set_state`.
+        """Restore ``state``; see :meth:`TokenDecodingEnv.set_state`.
 
-        The sums of rewards that the logs of episodes show go on from where they are.
+        The returns and lengths in ``info["episode"]`` are not restored.
         """
         self._core.episodes.set_state(state)
 
@@ -281,7 +281,7 @@ class TokenDecodingVecEnv(VecEnv):
         return [getattr(self._core.env, attr_name)] * len(which)
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Note an attribute for some environments; those that define the process cannot be changed.
+        """Store an attribute for some environments; attributes that define the process cannot be changed.
 
         Raises:
             ConfigurationError: The attribute is shared by all environments.
@@ -296,7 +296,7 @@ class TokenDecodingVecEnv(VecEnv):
         """Call a method of each environment; ``action_masks`` is one vectorised call.
 
         Raises:
-            ConfigurationError: The method moves an episode on, or tells where it stands; these are stepped together.
+            ConfigurationError: The method steps an episode or reads its state; the episodes are stepped together.
         """
         which = list(self._get_indices(indices))
         if method_name == "action_masks":
@@ -307,7 +307,7 @@ class TokenDecodingVecEnv(VecEnv):
         return [method(*method_args, **method_kwargs) for _ in which]
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: Any = None) -> list[bool]:
-        """Return False for each, but for ``Monitor``, whose part is done here."""
+        """Return False for each wrapper except ``Monitor``, whose work is done here."""
         from stable_baselines3.common.monitor import Monitor
 
         return [issubclass(wrapper_class, Monitor)] * len(list(self._get_indices(indices)))

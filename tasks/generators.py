@@ -1,4 +1,4 @@
-"""Prompts made by a rule instead of listed in the YAML: each generator returns disjoint train, dev and test prompts."""
+"""Generators of prompts: each returns disjoint train, dev and test prompts made by a rule."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def addition(*, low: int, high: int, dev: int, test: int, train: int | None = No
         dev: Number of dev problems.
         test: Number of test problems.
         train: Number of training problems; None for all that are left.
-        seed: Of the shuffling. The three solved examples are the same in every prompt and no problems themselves.
+        seed: Seed of the shuffling. Every prompt has the same three solved examples, which are no problems themselves.
     """
     rng = np.random.default_rng(seed)
     pairs = list(itertools.product(range(low, high + 1), repeat=2))
@@ -48,8 +48,8 @@ def keyword_sets(
         test: Number of test prompts.
         train: Number of training prompts.
         chat: Whether the request is a chat message of the user instead of plain text.
-        seed: Of the drawing. A fifth of each group's words are in no training prompt; dev and test prompts have at
-            least one of these.
+        seed: Seed of the drawing. A fifth of each group's words are in no training prompt. Dev and test prompts have
+            at least one of these.
     """
     rng = np.random.default_rng(seed)
     kept_back = [set(rng.permutation(group)[: max(len(group) // 5, 1)].tolist()) for group in groups]
@@ -57,7 +57,7 @@ def keyword_sets(
     new = [any(word in back for word, back in zip(words, kept_back, strict=True)) for words in sets]
     prompts = []
     for i in rng.permutation(len(sets)).tolist():
-        words = rng.permutation(sets[i]).tolist()  # the groups' order would tell the words' roles
+        words = rng.permutation(sets[i]).tolist()  # the order of the groups would give away the words' roles
         request = template.format(words=", ".join(words))
         content: Any = [{"role": "user", "content": request}] if chat else request
         prompts.append((new[i], {"prompt": content, "keywords": words}))
@@ -85,7 +85,7 @@ def reasoning_gym(
         test: Number of test prompts of each.
         train: The most training prompts of each; small data sets have fewer different questions.
         shots: Solved examples before each question, the same for all of a data set.
-        seed: Of the data sets.
+        seed: Seed of the data sets.
 
     Raises:
         ConfigurationError: The library is not installed, or a data set has not enough different questions.

@@ -1,0 +1,92 @@
+"""A task, read from its YAML file: environment, prompts, training and planner."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from ..errors import ConfigurationError, UnknownNameError
+from .prompt_sets import PromptSet, Strict
+
+if TYPE_CHECKING:
+    from ..envs import DecodingMDP
+
+__all__ = ["Task", "load_task", "task_names"]
+
+_NOT_OF_THE_MDP = {"shaping", "gamma", "candidate_dims"}
+
+_FOLDER = Path(__file__).parent
+
+
+class Task(Strict):
+    """An environment, its prompts, and how Q is trained for it.
+
+    Attributes:
+        name: The file's name without ``.yaml``.
+        description: One sentence.
+        env: Arguments of ``gym.make("TokenDecoding-v0")`` other than ``prompts``.
+        prompts: The prompts.
+        steps: LM tokens to train for.
+        training: Arguments of :class:`~qstar_decoding.agents.QStar`.
+        planner: Arguments of :class:`~qstar_decoding.agents.AStarPlanner`, chosen on the dev prompts.
+        gold: A second reward that is measured beside the first and never optimised.
+        budgets: LM tokens a prompt at which Q is evaluated during and after the training.
+    """
+
+    name: str
+    description: str
+    env: dict[str, Any]
+    prompts: PromptSet
+    steps: int = Field(ge=1)
+    training: dict[str, Any] = Field(default_factory=dict)
+    planner: dict[str, Any] = Field(default_factory=dict)
+    gold: str | None = None
+    budgets: list[Annotated[int, Field(ge=1)]] = Field([50, 200], min_length=1)
+
+    def mdp(self, **changes: Any) -> DecodingMDP:
+        """Return the decoding process of this task; ``changes`` replace arguments of its environment.
+
+        Arguments that concern only step rewards and observations, such as shaping, are left out.
+        """
+        from ..envs import DecodingMDP
+
+        arguments = {**self.env, **changes}
+        return DecodingMDP(**{key: value for key, value in arguments.items() if key not in _NOT_OF_THE_MDP})
+
+
+def task_names() -> list[str]:
+    """Return the names of the tasks that the package ships."""
+    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def load_task(name: str | Path) -> Task:
+    """Read a task by name, or from the path of a YAML file.
+
+    Raises:
+        UnknownNameError: There is no such task or file.
+        ConfigurationError: A key is unknown or missing, or a value has the wrong type; all are named.
+    """
+    path = Path(name) if str(name).endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        raise UnknownNameError("task", str(name), task_names(), "The path of a .yaml file works too.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{path} is not YAML: {error}") from error
+    try:
+        return Task.model_validate({"name": path.stem, **content} if isinstance(content, dict) else content)
+    except ValidationError as error:
+        problems = "; ".join(_describe(problem) for problem in error.errors())
+        raise ConfigurationError(f"task file {path}: {problems}") from error
+
+
+def _describe(problem: Any) -> str:
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(problem["loc"][-1]), [*Task.model_fields, *PromptSet.model_fields], n=1)
+        return f"unknown key {place!r}" + (f", did you mean {near[0]!r}?" if near else "")
+    return f"missing key {place!r}" if problem["type"] == "missing" else f"{place}: {problem['msg']}"
