@@ -13,6 +13,8 @@ from .language_models import load_language_model as load_language_model
 from .mdp import Completion as Completion
 from .mdp import DecodingMDP as DecodingMDP
 from .mdp import Finish as Finish
+from .observations import FEATURES as FEATURES
+from .observations import Feature as Feature
 from .observations import Observer as Observer
 from .prompts import Prompt as Prompt
 from .prompts import load_prompts as load_prompts

@@ -1,19 +1,23 @@
-"""What an agent sees of a state: a Dict of small, bounded arrays."""
+"""Observations of a state: a Dict of small, bounded arrays, each declared once."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
 from ..checks import check_integer
+from ..columns import Layout
 from ..deprecated import with_old_names
 from ..models.base import FloatArray, IntArray, LanguageModel
 from .mdp import DecodingMDP, Values
 
-__all__ = ["Observer", "token_features"]
+__all__ = ["FEATURES", "Feature", "Observer", "observation_table", "token_features"]
 
 _MIN_LOGPROB = -50.0  # nats; below it a token is as good as impossible
 _MAX_POTENTIAL = 1e4  # a reward without bounds could otherwise leave the observation space
@@ -21,48 +25,181 @@ _MAX_POTENTIAL = 1e4  # a reward without bounds could otherwise leave the observ
 Observation = dict[str, npt.NDArray[np.generic]]
 
 
-@with_old_names(after_the_end="terminal_observation")
-class Observer:
-    """Turns states into observations.
-
-    | key | shape, dtype | meaning |
-    |---|---|---|
-    | ``hidden``      | [d] float32   | the LM's last hidden state, scaled to a root mean square of 1 |
-    | ``candidates``  | [k·e] float32 | the k candidate tokens' embeddings, reduced to e dimensions each |
-    | ``logprobs``    | [k] float32   | their log-probabilities, nats, cut off at -50 |
-    | ``potential``   | [1] float32   | φ(s), the reward of the unfinished prefix |
-    | ``remaining``   | [1] float32   | share of the horizon that is left, 1 at the prompt |
-    | ``action_mask`` | [k] int8      | 1 = the action may be taken |
-
-    ``candidates`` is flat because stable-baselines3 takes 2-D boxes for broken images; ``reshape(k, e)`` gives rows.
-    After the end there is no state: everything is 0 but the mask, which is 1, so that a masked maximum stays finite.
+class States(NamedTuple):
+    """A batch of n states, as the features read it.
 
     Attributes:
+        observer: Their observer.
+        tokens: int64 [n, k], the candidates' token ids.
+        nodes: int64 [n]; not given where a feature is made again from the token ids.
+        potential: float64 [n], φ; likewise.
+    """
+
+    observer: Observer
+    tokens: IntArray
+    nodes: IntArray = np.zeros(0, dtype=np.int64)
+    potential: Values = np.zeros(0)
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One entry of the observation. Space, experience, policies and documentation derive from it.
+
+    Attributes:
+        name: Its key.
+        axes: Shape of one state's entry: ``"d"`` (hidden size), ``"k"`` (actions), ``"k·e"`` (all candidates' numbers,
+            flat: stable-baselines3 takes 2-D boxes for images) or ``"1"``.
+        meaning: One phrase.
+        values: From n states to an array [n, …].
+        bounds: From an observer to the least and the greatest value; None for 0 or 1 (``MultiBinary``).
+        stored: Dtype in the experience of ``QStar``. None: it depends on ``States.tokens`` alone and is not stored.
+        end: Value after the end of an episode, where there is no state.
+    """
+
+    name: str
+    axes: str
+    meaning: str
+    values: Callable[[States], npt.NDArray[Any]]
+    bounds: Callable[[Observer], tuple[float, float]] | None
+    stored: npt.DTypeLike | None
+    end: int = 0
+
+    @property
+    def dtype(self) -> type[np.generic]:
+        """The dtype in the observation."""
+        return np.int8 if self.bounds is None else np.float32
+
+    def space(self, observer: Observer) -> spaces.Space[Any]:
+        """Return the space of one state's entry."""
+        shape = observer.shape(self)
+        if self.bounds is None:
+            return spaces.MultiBinary(shape[0])
+        return spaces.Box(*self.bounds(observer), shape, np.float32)
+
+
+def _hidden(states: States) -> FloatArray:
+    hidden = states.observer.mdp.tree.hidden[states.nodes]
+    scale = np.sqrt(np.mean(np.square(hidden), axis=1, keepdims=True))
+    return np.asarray(hidden / np.maximum(scale, 1e-6), np.float32)
+
+
+def _hidden_bounds(observer: Observer) -> tuple[float, float]:
+    high = float(np.sqrt(observer.mdp.model.hidden_size)) * 1.001
+    return -high, high
+
+
+def _candidates(states: States) -> FloatArray:
+    n, k = states.tokens.shape
+    return states.observer.features[states.tokens].reshape(n, k * states.observer.candidate_dims)
+
+
+def _candidate_bounds(observer: Observer) -> tuple[float, float]:
+    high = float(np.abs(observer.features).max())
+    return -high, high
+
+
+def _potential_bounds(observer: Observer) -> tuple[float, float]:
+    # float32 does not reach beyond 3e38; a bound out there is as good as none.
+    lower, upper = observer.mdp.reward.lower, observer.mdp.reward.upper
+    return min(lower, 0.0) if lower > -1e30 else -_MAX_POTENTIAL, max(upper, 0.0) if upper < 1e30 else _MAX_POTENTIAL
+
+
+FEATURES = (
+    Feature(
+        "hidden",
+        "d",
+        "the LM's last hidden state, scaled to a root mean square of 1",
+        _hidden,
+        _hidden_bounds,
+        stored=np.float16,
+    ),
+    Feature(
+        "candidates",
+        "k·e",
+        "the candidate tokens' embeddings, reduced to e numbers each; ``reshape(k, e)`` gives rows",
+        _candidates,
+        _candidate_bounds,
+        stored=None,
+    ),
+    Feature(
+        "logprobs",
+        "k",
+        "the candidates' log-probabilities, nats, cut off at -50",
+        lambda states: np.clip(states.observer.mdp.tree.logprobs[states.nodes], _MIN_LOGPROB, 0.0),
+        lambda _: (_MIN_LOGPROB, 0.0),
+        stored=np.float32,
+    ),
+    Feature(
+        "potential",
+        "1",
+        "φ(s), the reward of the unfinished prefix",
+        lambda states: np.clip(states.potential, *_potential_bounds(states.observer))[:, None],
+        _potential_bounds,
+        stored=np.float32,
+    ),
+    Feature(
+        "remaining",
+        "1",
+        "share of the horizon that is left, 1 at the prompt",
+        lambda states: (states.observer.mdp.remaining(states.nodes) / states.observer.mdp.max_new_tokens)[:, None],
+        lambda _: (0.0, 1.0),
+        stored=np.float32,
+    ),
+    Feature(
+        "action_mask",
+        "k",
+        "1 = the action may be taken",
+        lambda states: states.observer.mdp.action_mask(states.nodes),
+        bounds=None,
+        stored=np.int8,
+        end=1,  # so that a masked maximum stays finite
+    ),
+)
+
+
+def observation_table() -> str:
+    """Return the observation as a Markdown table."""
+    rows = [f"| ``{f.name}`` | {np.dtype(f.dtype).name} [{f.axes}] | {f.meaning} |" for f in FEATURES]
+    return "\n".join(["| key | dtype, shape | meaning |", "|---|---|---|", *rows])
+
+
+@with_old_names(after_the_end="terminal_observation")
+class Observer:
+    """Observations of states, as :data:`FEATURES` declares them.
+
+    k is the number of actions, d the width of the LM's hidden state, e is ``candidate_dims``.
+    After the end there is no state: everything is 0 but the mask, which is 1.
+
+    Attributes:
+        mdp: The states' MDP.
         space: The observation space.
         features: float32 [V, e], every token's reduced embedding.
         candidate_dims: e.
     """
 
+    mdp: DecodingMDP
+    features: FloatArray
+    candidate_dims: int
+
     def __init__(self, mdp: DecodingMDP, candidate_dims: int = 32) -> None:
-        """Describe the states of ``mdp``, each candidate token by ``candidate_dims`` numbers."""
-        self._mdp, self.candidate_dims = mdp, check_integer("candidate_dims", candidate_dims)
+        """Describe the states of ``mdp``, each candidate token by ``candidate_dims`` numbers.
+
+        Raises:
+            ConfigurationError: ``candidate_dims`` is not a positive integer.
+        """
+        self.mdp, self.candidate_dims = mdp, check_integer("candidate_dims", candidate_dims)
         self.features = token_features(mdp.model, candidate_dims)
-        k, d, e = mdp.top_k, mdp.model.hidden_size, candidate_dims
-        # float32 does not reach beyond 3e38; a bound out there is as good as none.
-        low = min(mdp.reward.lower, 0.0) if mdp.reward.lower > -1e30 else -_MAX_POTENTIAL
-        high = max(mdp.reward.upper, 0.0) if mdp.reward.upper < 1e30 else _MAX_POTENTIAL
-        self._potential_range = low, high
-        hidden, candidate = float(np.sqrt(d)) * 1.001, float(np.abs(self.features).max())
-        self.space = spaces.Dict(
-            {
-                "hidden": spaces.Box(-hidden, hidden, (d,), np.float32),
-                "candidates": spaces.Box(-candidate, candidate, (k * e,), np.float32),
-                "logprobs": spaces.Box(_MIN_LOGPROB, 0.0, (k,), np.float32),
-                "potential": spaces.Box(low, high, (1,), np.float32),
-                "remaining": spaces.Box(0.0, 1.0, (1,), np.float32),
-                "action_mask": spaces.MultiBinary(k),
-            }
-        )
+        self.space = spaces.Dict({feature.name: feature.space(self) for feature in FEATURES})
+
+    def shape(self, feature: Feature) -> tuple[int]:
+        """Return the shape of one state's entry."""
+        k = self.mdp.top_k
+        sizes = {"1": 1, "d": self.mdp.model.hidden_size, "k": k, "k·e": k * self.candidate_dims}
+        return (sizes[feature.axes],)
+
+    def stored(self) -> Layout:
+        """Return shape and dtype of the features that an experience stores, by name."""
+        return {f.name: (self.shape(f), f.stored) for f in FEATURES if f.stored is not None}
 
     def observe(self, potential: Values, nodes: IntArray) -> Observation:
         """Return the observations of ``n`` states, every array with a leading axis n and memory of its own.
@@ -71,23 +208,20 @@ class Observer:
             potential: float64 [n], φ of the states, as :meth:`DecodingMDP.potential` gives it.
             nodes: int64 [n].
         """
-        mdp, tree, n = self._mdp, self._mdp.tree, len(nodes)
-        hidden = tree.hidden[nodes]
-        scale = np.sqrt(np.mean(np.square(hidden), axis=1, keepdims=True))
-        return {
-            "hidden": hidden / np.maximum(scale, 1e-6),
-            "candidates": self.features[tree.tokens[nodes]].reshape(n, mdp.top_k * self.candidate_dims),
-            "logprobs": np.clip(tree.logprobs[nodes], _MIN_LOGPROB, 0.0),
-            "potential": np.clip(potential, *self._potential_range).astype(np.float32)[:, None],
-            "remaining": (mdp.remaining(nodes) / mdp.max_new_tokens).astype(np.float32)[:, None],
-            "action_mask": mdp.action_mask(nodes).astype(np.int8),
-        }
+        states = States(self, self.mdp.tree.tokens[nodes], nodes, potential)
+        return {feature.name: np.asarray(feature.values(states), feature.dtype) for feature in FEATURES}
+
+    def from_tokens(self, tokens: IntArray) -> Observation:
+        """Return the features that depend on the candidates' token ids [n, k] alone, by name."""
+        states = States(self, tokens)
+        return {f.name: np.asarray(f.values(states), f.dtype) for f in FEATURES if f.stored is None}
 
     def terminal_observation(self, count: int) -> Observation:
         """Return ``count`` observations of what follows an episode's end."""
-        shapes = {key: (space.dtype, space.shape or ()) for key, space in self.space.spaces.items()}
-        empty = {key: np.zeros((count, *shape), dtype) for key, (dtype, shape) in shapes.items()}
-        return {**empty, "action_mask": np.ones((count, self._mdp.top_k), dtype=np.int8)}
+        return {f.name: np.full((count, *self.shape(f)), f.end, f.dtype) for f in FEATURES}
+
+
+Observer.__doc__ = f"{Observer.__doc__}\n\n{observation_table()}\n"
 
 
 @lru_cache(maxsize=8)
@@ -102,5 +236,5 @@ def token_features(model: LanguageModel, dims: int) -> FloatArray:
     projection = np.random.default_rng(0).standard_normal((embeddings.shape[1], dims))
     features = embeddings @ projection.astype(np.float32)
     features = np.asarray(features / max(float(np.sqrt(np.mean(features**2))), 1e-6), dtype=np.float32)
-    features.flags.writeable = False  # shared by everyone who asks
+    features.flags.writeable = False  # shared by all callers
     return features

@@ -14,6 +14,7 @@ from stable_baselines3.dqn.policies import DQNPolicy
 from torch import Tensor, nn
 
 from ...checks import check_integer
+from ...envs.observations import FEATURES
 from ...errors import ConfigurationError
 
 __all__ = ["TokenQNetwork", "TokenQPolicy", "TokenQuantilePolicy", "TokenScorer"]
@@ -165,7 +166,7 @@ class TokenQNetwork(BasePolicy):
         """
         super().__init__(observation_space, action_space)
         keys = set(getattr(observation_space, "spaces", ()))
-        missing = {"hidden", "candidates", "logprobs", "potential", "remaining"} - keys
+        missing = {feature.name for feature in FEATURES} - keys
         if missing:
             raise ConfigurationError(
                 f"TokenQPolicy needs the observations of TokenDecoding-v0; {sorted(missing)} are not in them"

@@ -236,7 +236,7 @@ class QStar(DQN):
             batch = self.experience.sample(batch_size, self.rng, self.priority)
             inputs = {key: torch.from_numpy(value).to(self.device) for key, value in batch.observation.items()}
             answers = scorer.answers(inputs)  # [batch, k, heads]
-            wanted = torch.from_numpy(batch.target).to(self.device).unsqueeze(-1)
+            wanted = torch.from_numpy(batch.targets).to(self.device).unsqueeze(-1)
             heard = ~torch.isnan(wanted).expand_as(answers)
             if scorer.heads > 1:  # each head learns from half of the states, so that they stay apart
                 heard = heard & (torch.rand(len(answers), 1, scorer.heads, device=self.device) < 0.5)

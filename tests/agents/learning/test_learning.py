@@ -315,7 +315,7 @@ def test_the_experience_is_a_ring():
     assert small.experience.size == small.experience.capacity < 1200
     keys = small.experience.state()["key"]
     assert len(set(keys.tolist())) == len(keys)
-    assert np.isfinite(small.experience.sample(64, np.random.default_rng(0)).target).any(axis=1).all()
+    assert np.isfinite(small.experience.sample(64, np.random.default_rng(0)).targets).any(axis=1).all()
 
 
 def test_a_policy_without_mask_support_still_plans_within_the_mask():
