@@ -1,4 +1,4 @@
-"""Reward functions written for other libraries, taken as they are: TRL, RL4LMs, trlX, verifiers, reasoning-gym."""
+"""Adapters for reward functions of other libraries: TRL, RL4LMs, trlX, verifiers, reasoning-gym."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..errors import ConfigurationError
-from .base import OnError, Reward
+from .base import Reward
 from .functions import FunctionReward, as_reward
 from .registry import required_parameters
+from .types import OnError
 
 __all__ = ["from_reasoning_gym", "from_rl4lms", "from_trl", "from_trlx", "from_verifiers"]
 

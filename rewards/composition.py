@@ -1,11 +1,11 @@
-"""Rewards made of rewards, beyond weighted sums: products, minima, clipping, normalising. Their bounds follow."""
+"""Rewards made of rewards: weighted sums, products, minima, clipping and normalising; their bounds follow."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,13 @@ import numpy as np
 from ..checks import check_number
 from ..errors import ConfigurationError
 from .base import Reward
-from .checking import FloatArray
+from .types import Bounds, Column, Counts, FloatArray, Scores, Texts, TokenIds
 
-__all__ = ["Composition", "clip", "minimum", "normalise", "product"]
+__all__ = ["Composition", "WeightedSum", "clip", "minimum", "normalise", "product"]
 
 
 class Composition(Reward):
-    """A function of other rewards' values; what one of them cannot score, it cannot score either.
+    """A function of other rewards' values; a text that one of them cannot score has no score.
 
     Attributes:
         parts: The rewards.
@@ -39,50 +39,31 @@ class Composition(Reward):
         """Return an upper bound, float64 [n], where the parts are at most ``uppers``, float64 [parts, n]."""
         return self.combine(uppers)  # most are larger where their parts are
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Combine the parts' scores."""
         values = self.combine(np.stack([part(prompts, completions, completion_ids, **columns) for part in self.parts]))
         return [None if math.isnan(value) else value for value in values.tolist()]
 
     def score_prefixes(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+        self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column
+    ) -> Scores:
         """Combine the parts' potentials."""
         parts = [part.potential(prompts, completions, completion_ids, **columns) for part in self.parts]
         values: list[float] = self.combine(np.stack(parts)).tolist()
         return values
 
     def bound_prefixes(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        remaining: Sequence[int],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float]:
-        """Bound the composition by what its parts can still reach."""
+        self, prompts: Texts, completions: Texts, remaining: Counts, completion_ids: TokenIds = None, **columns: Column
+    ) -> Bounds:
+        """Bound the composition by the values that its parts can still reach."""
         parts = [part.upper_bound(prompts, completions, remaining, completion_ids, **columns) for part in self.parts]
         bounds: list[float] = self.bound(np.stack(parts)).tolist()
         return bounds
 
     def components(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
+        self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column
     ) -> dict[str, FloatArray]:
-        """See `Reward.components`: those of all parts."""
+        """Score finished texts by each part, unweighted; see `Reward.components`."""
         return {
             name: values
             for part in self.parts
@@ -98,6 +79,69 @@ class Composition(Reward):
     def has_potential(self) -> bool:
         """Whether every part has a potential: half of a product says nothing."""
         return all(part.has_potential for part in self.parts)
+
+
+class WeightedSum(Composition):
+    """A weighted sum of rewards: Σᵢ wᵢ · rᵢ.
+
+    Its bounds follow by interval arithmetic: the lower one is Σᵢ wᵢ · (lowerᵢ if wᵢ > 0 else upperᵢ), where a weight
+    of 0 makes any term 0, and the upper one likewise. They hold, but need not be reached: ``a - a`` does not know that
+    it is 0. The terms' own ``on_error`` apply. A term of weight 0 only shows its values in `components`.
+
+    Attributes:
+        terms: The weights and rewards; sums within the sum have been multiplied out.
+    """
+
+    def __init__(self, terms: Iterable[tuple[float, Reward]]) -> None:
+        """Build the sum; ``0.7 * a + 0.3 * b`` does it more readably.
+
+        Args:
+            terms: The weights, finite, and the rewards.
+
+        Raises:
+            ConfigurationError: There is no term, a weight is not finite, or a term is no reward.
+        """
+        self.terms: tuple[tuple[float, Reward], ...] = tuple(
+            (float(weight) * inner_weight, inner)
+            for weight, reward in terms
+            for inner_weight, inner in (reward.terms if isinstance(reward, WeightedSum) else [(1.0, reward)])
+        )
+        if not self.terms:
+            raise ConfigurationError("a sum of rewards needs at least one term.")
+        parts = _checked("a sum", [reward for _, reward in self.terms])
+        for weight, reward in self.terms:
+            if not math.isfinite(weight):
+                raise ConfigurationError(f"reward {reward.name!r} has the weight {weight}; expected a finite number.")
+        super().__init__(
+            parts,
+            name=_sum_name(self.terms),
+            lower=sum(_scaled(w, r.lower if w > 0 else r.upper) for w, r in self.terms),
+            upper=sum(_scaled(w, r.upper if w > 0 else r.lower) for w, r in self.terms),
+        )
+
+    def combine(self, values: FloatArray) -> FloatArray:
+        """Add up the terms, in the same order as the bounds, so that rounding cannot carry the sum past them."""
+        total = np.zeros(values.shape[1])
+        for (weight, _), part in zip(self.terms, values, strict=True):
+            total += weight * part
+        return total
+
+    def bound(self, uppers: FloatArray) -> FloatArray:
+        """Add up the terms' bounds; a term that is subtracted counts with its least value."""
+        total = np.zeros(uppers.shape[1])
+        for (weight, reward), upper in zip(self.terms, uppers, strict=True):
+            total += weight * upper if weight > 0 else _scaled(weight, reward.lower)
+        return total
+
+    @property
+    def has_prefix_bounds(self) -> bool:
+        """Whether any term that is added has bounds for prefixes."""
+        return any(weight > 0 and reward.has_prefix_bounds for weight, reward in self.terms)
+
+    @property
+    def has_potential(self) -> bool:
+        """Whether any term has a potential."""
+        return any(reward.has_potential for reward in self.parts)
 
 
 class _Product(Composition):
@@ -162,7 +206,7 @@ def product(*rewards: Reward) -> Reward:
 
 
 def minimum(*rewards: Reward) -> Reward:
-    """Return the least of rewards: none can be bought with another. ``"min(a, b)"`` in a spec.
+    """Return the least of several rewards, ``"min(a, b)"`` in a spec: a good value of one cannot outweigh a bad one.
 
     Raises:
         ConfigurationError: There is none, or something else than a reward is among them.
@@ -171,7 +215,7 @@ def minimum(*rewards: Reward) -> Reward:
 
 
 def clip(reward: Reward, low: float, high: float) -> Reward:
-    """Return a reward that is at least ``low`` and at most ``high``; what lies beyond earns nothing more.
+    """Return a reward whose values are cut off at ``low`` and ``high``.
 
     Raises:
         ConfigurationError: It is no reward, or not ``low < high``.
@@ -211,3 +255,22 @@ def _interval(low: Any, high: Any) -> tuple[float, float]:
 def _times(factors: Sequence[float]) -> float:
     """Multiply bounds, with 0 · inf = 0: 0 times anything finite is 0, however large."""
     return 0.0 if 0.0 in factors else math.prod(factors)
+
+
+def _scaled(weight: float, bound: float) -> float:
+    """Multiply a bound, with 0 · inf = 0: a weight of 0 leaves nothing to bound."""
+    return weight * bound if weight else 0.0
+
+
+def _sum_name(terms: Iterable[tuple[float, Reward]]) -> str:
+    """Write a sum as its spec: ``"0.7 * sentiment - length"``."""
+    name = ""
+    for weight, reward in terms:
+        sign = ("- " if weight < 0 else "+ ") if name else ("-" if weight < 0 else "")
+        factor = "" if abs(weight) == 1 else f"{abs(weight):g} * "
+        name += f"{' ' if name else ''}{sign}{factor}{reward.name}"
+    return name
+
+
+# The operators of `Reward`.
+Reward._sum, Reward._product = WeightedSum, product

@@ -1,19 +1,21 @@
-"""Whatever a user gives as a reward, as a `Reward`: a name, a weighted sum, or a plain function."""
+"""Conversion of names, weighted sums and plain functions to rewards."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, Unpack, cast
 
 from ..errors import ConfigurationError
-from .base import OnError, Reward, WeightedSum
-from .composition import clip, minimum, normalise, product
+from .base import Reward
+from .checking import check_keywords
+from .composition import WeightedSum, clip, minimum, normalise, product
 from .registry import make_reward, required_parameters, reward_names
 from .specs import Call, Made, Terms, parse_spec
+from .types import Column, FunctionOptions, Scores, Texts, TokenIds
 
 __all__ = ["FunctionReward", "RewardSpec", "as_reward"]
 
@@ -28,15 +30,9 @@ _BATCHED_NAMES = {"prompts", "completions", "completion_ids"}
 
 
 def as_reward(
-    spec: RewardSpec,
-    *,
-    lower: float | None = None,
-    upper: float | None = None,
-    potential: Callable[..., Any] | None = None,
-    on_error: OnError = "raise",
-    penalty: float | None = None,
+    spec: RewardSpec, *, potential: Callable[..., Any] | None = None, **options: Unpack[FunctionOptions]
 ) -> Reward:
-    """Return what `spec` stands for as a `Reward`.
+    """Return the `Reward` that `spec` stands for.
 
     ::
 
@@ -50,11 +46,8 @@ def as_reward(
     Args:
         spec: A reward, which is returned as it is; a registered name; the spec of a weighted sum, as text or as a
             mapping from names to weights; or a callable, in one of the two shapes that `FunctionReward` describes.
-        lower: The callable's lower bound; by default its attribute ``lower``, or else ``-inf``: unknown.
-        upper: The callable's upper bound; by default its attribute ``upper``, or else ``inf``: unknown.
-        potential: A callable that scores unfinished texts, in either shape.
-        on_error: What becomes of a text that the callable fails to score; see `Reward`.
-        penalty: The value that ``on_error="penalty"`` gives.
+        potential: A callable that scores unfinished texts, in either shape; only with a callable.
+        **options: ``lower``, ``upper``, ``on_error``, ``penalty`` and ``name`` of a callable; see `FunctionOptions`.
 
     Returns:
         The reward.
@@ -63,7 +56,7 @@ def as_reward(
         UnknownNameError: A name is not registered.
         ConfigurationError: The spec is nothing of the above, or the other arguments contradict it or each other.
     """
-    describes_a_function = (lower, upper, potential, on_error, penalty) != (None, None, None, "raise", None)
+    describes_a_function = potential is not None or any(value not in (None, "raise") for value in options.values())
     if describes_a_function and isinstance(spec, Reward | str | Mapping):
         raise ConfigurationError(
             "lower, upper, potential, on_error and penalty describe a function, but the reward given is "
@@ -75,7 +68,7 @@ def as_reward(
         return _weighted_sum(parse_spec(spec, reward_names()))
     if isinstance(spec, Mapping):
         return _weighted_sum(_checked_weights(spec))
-    return FunctionReward(spec, lower=lower, upper=upper, potential=potential, on_error=on_error, penalty=penalty)
+    return FunctionReward(spec, potential=potential, **options)
 
 
 class FunctionReward(Reward):
@@ -86,20 +79,17 @@ class FunctionReward(Reward):
         def reward(prompts, completions, completion_ids=None, **columns) -> list[float | None]
         def reward(prompt: str, completion: str) -> float
 
-    The first, TRL's, gets all texts at once, and by name just the arguments that it has: a function that
-    takes ``completions`` and ``answer`` works where the prompts come with a column ``answer``. The second gets one text
-    at a time. None means that a text cannot be scored.
+    The first is TRL's. It gets all texts at once, and by name the arguments that it has: a function that takes
+    ``completions`` and ``answer`` works if the prompts have a column ``answer``. The second gets one text at a time.
+    None means that a text cannot be scored.
     """
 
     def __init__(
         self,
         function: Callable[..., Any],
         *,
-        lower: float | None = None,
-        upper: float | None = None,
         potential: Callable[..., Any] | None = None,
-        on_error: OnError = "raise",
-        penalty: float | None = None,
+        **options: Unpack[FunctionOptions],
     ) -> None:
         """Wrap a function; `as_reward` describes the arguments.
 
@@ -107,34 +97,25 @@ class FunctionReward(Reward):
             ConfigurationError: The function or the potential has neither of the two shapes, or the bounds or the
                 penalty contradict each other.
         """
+        check_keywords("FunctionReward", options, ["potential", *FunctionOptions.__annotations__])
         self._function = _shaped(function)
         self._potential = None if potential is None else _shaped(potential)
         self.reads_token_ids = any(f.reads_token_ids for f in (self._function, self._potential) if f is not None)
-        super().__init__(
-            name=_name(function),
-            lower=getattr(function, "lower", None) if lower is None else lower,
-            upper=getattr(function, "upper", None) if upper is None else upper,
-            on_error=on_error,
-            penalty=penalty,
-        )
+        own: FunctionOptions = {
+            "name": _name(function),
+            "lower": getattr(function, "lower", None),
+            "upper": getattr(function, "upper", None),
+        }
+        given = {option: value for option, value in options.items() if value is not None}
+        super().__init__(**cast(FunctionOptions, {**own, **given}))
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Call the function."""
         return self._function(prompts, completions, completion_ids, columns)
 
     def score_prefixes(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+        self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column
+    ) -> Scores:
         """Call the function that was given as the potential."""
         if self._potential is None:
             return super().score_prefixes(prompts, completions, completion_ids, **columns)
@@ -159,11 +140,7 @@ class _Batched:
         return self.accepted is None or "completion_ids" in self.accepted
 
     def __call__(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None,
-        columns: Mapping[str, Sequence[Any]],
+        self, prompts: Texts, completions: Texts, completion_ids: TokenIds, columns: Mapping[str, Column]
     ) -> Any:
         given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
         missing = self.required - given.keys()
@@ -184,11 +161,7 @@ class _PerText:
     reads_token_ids = False
 
     def __call__(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None,
-        columns: Mapping[str, Sequence[Any]],
+        self, prompts: Texts, completions: Texts, completion_ids: TokenIds, columns: Mapping[str, Column]
     ) -> list[float | None]:
         return [self.function(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
 

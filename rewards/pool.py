@@ -1,10 +1,9 @@
-"""Slow rewards: several texts at a time in threads or processes, and a limit on how long one may take."""
+"""Workers for slow rewards: several texts at a time in threads or processes, with a time limit per text."""
 
 from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
@@ -14,8 +13,9 @@ from typing import Any, Literal, get_args
 from ..checks import check_integer, check_number
 from ..errors import ConfigurationError, RewardError
 from .base import Reward
-from .checking import _shown
+from .checking import shown
 from .functions import RewardSpec, as_reward
+from .types import Bounds, Column, Counts, Scores, Texts, TokenIds
 
 __all__ = ["PooledReward"]
 
@@ -70,13 +70,7 @@ class PooledReward(Reward):
         )
         self._executor: Executor | None = None
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Hand each text to a worker.
 
         Raises:
@@ -102,23 +96,14 @@ class PooledReward(Reward):
         return scores
 
     def score_prefixes(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+        self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column
+    ) -> Scores:
         """Ask the reward itself."""
         return self.inner.score_prefixes(prompts, completions, completion_ids, **columns)
 
     def bound_prefixes(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        remaining: Sequence[int],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float]:
+        self, prompts: Texts, completions: Texts, remaining: Counts, completion_ids: TokenIds = None, **columns: Column
+    ) -> Bounds:
         """Ask the reward itself."""
         return self.inner.bound_prefixes(prompts, completions, remaining, completion_ids, **columns)
 
@@ -163,13 +148,13 @@ class PooledReward(Reward):
         except FutureTimeoutError:
             self.close()
             raise RewardError(
-                f"reward {self.name!r} took more than {self.time_limit:g} s for the completion {_shown(completion)}. "
+                f"reward {self.name!r} took more than {self.time_limit:g} s for the completion {shown(completion)}. "
                 "Make it faster, raise time_limit, or let on_error='skip' or 'penalty' deal with such texts."
             ) from None
         except BrokenProcessPool as error:
             self.close()
             raise RewardError(
-                f"a process of reward {self.name!r} died at or before the completion {_shown(completion)}. It may have "
+                f"a process of reward {self.name!r} died at or before the completion {shown(completion)}. It may have "
                 "run out of memory; use fewer workers."
             ) from error
         except BaseException:

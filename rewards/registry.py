@@ -1,6 +1,7 @@
-"""Rewards by name: ``make_reward("sentiment")``.
+"""Registry of rewards by name: ``make_reward("sentiment")``.
 
-The built-in rewards are listed by entry point and imported when they are asked for.
+The tables list the ready-made rewards by entry point; `make_reward` imports one when it is first used.
+A new ready-made reward needs its own file in library/, a line in a table, and a line in docs/reference/rewards.md.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 from ..errors import ConfigurationError, UnknownNameError
 from .base import Reward
+from .checking import check_keywords, keywords_of
 
 __all__ = ["make_reward", "register_reward", "reward_names"]
 
@@ -46,7 +48,7 @@ _factories: dict[str, str | RewardFactory] = {
     "short_sentences": ".library.guidelines:ShortSentences",
     "static_relevance": ".library.relevance:StaticRelevance",
 }
-# Those that mean nothing without arguments, such as forbidden_words("very").
+# Rewards that require arguments, such as forbidden_words("very").
 WITH_ARGUMENTS: dict[str, str | RewardFactory] = {
     "classifier": ".library.classifier:Classifier",
     "forbidden_words": ".library.guidelines:ForbiddenWords",
@@ -58,7 +60,7 @@ WITH_ARGUMENTS: dict[str, str | RewardFactory] = {
 
 
 def register_reward(name: str) -> Callable[[Factory], Factory]:
-    """Return a decorator that makes a reward known by name, in specs, on the command line and to `make_reward`.
+    """Return a decorator that registers a reward by name, for specs, the command line and `make_reward`.
 
     ::
 
@@ -85,7 +87,7 @@ def register_reward(name: str) -> Callable[[Factory], Factory]:
         raise ConfigurationError(f"there is a reward named {name!r} already; register this one under another name.")
 
     def register(factory: Factory) -> Factory:
-        # Decorating the reward function itself is the likely mistake; found now rather than at the first use.
+        # The likely mistake is to decorate the reward function itself; this finds it before the first use.
         if not isinstance(factory, type) and required_parameters(factory):
             raise ConfigurationError(
                 f"{factory!r} cannot be registered as the reward {name!r}, for it requires arguments; expected a "
@@ -113,18 +115,21 @@ def make_reward(name: str, *args: Any, **kwargs: Any) -> Reward:
 
     Raises:
         UnknownNameError: There is no such reward.
-        ConfigurationError: What is registered returned something other than a `Reward`, or does not take these
-            arguments, or cannot be built.
+        ConfigurationError: The registered factory does not take these arguments, cannot build the reward, or returned
+            something other than a `Reward`.
     """
     entry = _factories.get(name) or WITH_ARGUMENTS.get(name)
     if entry is None:
         raise UnknownNameError("reward", name, reward_names(), hint="register_reward adds one.")
     factory = _load(entry) if isinstance(entry, str) else entry
+    if (known := keywords_of(factory)) is not None:
+        check_keywords(f"the reward {name!r}", kwargs, known)
+    signature = inspect.signature(factory)
     try:
-        signature = inspect.signature(factory)
         signature.bind(*args, **kwargs)
     except TypeError as error:
-        shown = ", ".join(str(p.replace(annotation=p.empty)) for p in signature.parameters.values())
+        parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
+        shown = ", ".join([*map(str, parameters), *(known or [])[len(parameters) :]])
         raise ConfigurationError(f"the reward {name!r}: {error}; it is made as {name}({shown})") from None
     reward = factory(*args, **kwargs)
     if not isinstance(reward, Reward):

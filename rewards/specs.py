@@ -1,8 +1,8 @@
-"""The little language in which rewards are composed: ``"0.6 * sentiment + 0.3 * min(keywords, length) - pangram"``.
+"""Parser of reward specs: ``"0.6 * sentiment + 0.3 * min(keywords, length) - pangram"``.
 
 A spec is a Python expression of names, numbers, ``+``, ``-``, ``*``, parentheses, and the functions ``min``, ``clip``
-and ``normalise``. Rewards that take arguments are written as calls: ``"sentiment + forbidden_words('very')"``. It is
-parsed, never evaluated.
+and ``normalise``. Rewards that take arguments are written as calls: ``"sentiment + forbidden_words('very')"``. A spec
+is parsed, never evaluated.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Laws that every reward must keep: run ``check_reward(my_reward)`` on your own, as you run ``check_env`` on an env."""
+"""Laws of rewards as a check: ``check_reward(my_reward)``, the counterpart of ``check_env``."""
 
 from __future__ import annotations
 

@@ -1,21 +1,22 @@
-"""Any sequence-classification model of transformers as a reward: sentiment, toxicity, a reward model."""
+"""Rewards from sequence-classification models of transformers: sentiment, toxicity, reward models."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from ...checks import check_integer, check_number
 from ...errors import ConfigurationError
-from ..base import OnError, Reward, readable
+from ..base import Reward
+from ..types import Column, RewardOptions, Scores, Texts, TokenIds
+from .helpers import readable
 
 __all__ = ["Classifier"]
 
 
 class Classifier(Reward):
-    """What a sequence-classification model says of a text.
+    """The score that a sequence-classification model gives a text.
 
     With several labels the probability of one of them, 0 to 1; with a single output, as reward models have, that
     number, without bounds, or with ``sigmoid=True`` its sigmoid, 0 to 1. The potential is the unfinished text's score.
@@ -35,9 +36,7 @@ class Classifier(Reward):
         sigmoid: bool = False,
         batch_size: int = 32,
         device: str = "cpu",
-        name: str | None = None,
-        on_error: OnError = "raise",
-        penalty: float | None = None,
+        **options: Unpack[RewardOptions],
     ) -> None:
         """Load a model, or use one.
 
@@ -50,9 +49,7 @@ class Classifier(Reward):
             sigmoid: Whether a single output goes through a sigmoid, which bounds it.
             batch_size: Texts a forward.
             device: Where a model given by name is loaded to.
-            name: Replaces "classifier" in errors and logs.
-            on_error: See `Reward`.
-            penalty: See `Reward`.
+            **options: Those of every reward; see `RewardOptions`.
 
         Raises:
             ConfigurationError: The model cannot be loaded, has no such label, or is no classifier.
@@ -66,15 +63,9 @@ class Classifier(Reward):
         self._sigmoid = sigmoid and self._label is None
         is_probability = self._label is not None or self._sigmoid
         self.lower, self.upper = (0.0, 1.0) if is_probability else (-math.inf, math.inf)
-        super().__init__(name=name, on_error=on_error, penalty=penalty)
+        super().__init__(**options)
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Return the model's answer to each text; one that is too long loses its beginning."""
         import torch
 

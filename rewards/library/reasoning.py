@@ -1,15 +1,17 @@
-"""Whether the answer is right."""
+"""Rewards for right answers."""
 
 from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Unpack
 
 from ...errors import ConfigurationError
-from ..base import OnError, Reward, column_of, library
+from ..base import Reward
+from ..types import Bounds, Column, Counts, RewardOptions, Scores, Texts, TokenIds
 from .guidelines import MatchesRegex
+from .helpers import column_of, library
 
 __all__ = ["AnswerFormat", "ExactAnswer", "NumericAnswer", "ReasoningGym"]
 
@@ -22,21 +24,15 @@ class _Verified(Reward):
     column = "answer"
     example: str  # of a prompt with the column
 
-    def __init__(self, *, on_error: OnError = "raise", penalty: float | None = None) -> None:
+    def __init__(self, **options: Unpack[RewardOptions]) -> None:
         """Compare answers; the arguments are those of `Reward`."""
-        super().__init__(on_error=on_error, penalty=penalty)
+        super().__init__(**options)
 
     @abstractmethod
     def verify(self, completion: str, wanted: Any) -> float:
         """Return how right a completion is, where its prompt's column says ``wanted``."""
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Return how right each completion is, None where the prompt's column is None.
 
         Raises:
@@ -63,13 +59,8 @@ class ExactAnswer(_Verified):
         return float(completion.strip() == str(wanted).strip())
 
     def bound_prefixes(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        remaining: Sequence[int],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float]:
+        self, prompts: Texts, completions: Texts, remaining: Counts, completion_ids: TokenIds = None, **columns: Column
+    ) -> Bounds:
         """Return 1 where the answer begins so, or stands there with white space after it, else 0."""
         column = column_of(columns, self.column, self.name, self.example)
         return [
@@ -87,13 +78,13 @@ class NumericAnswer(_Verified):
 
     name, example = "numeric_answer", "{'prompt': 'A half of 3 is', 'answer': '1.5'}"
 
-    def __init__(self, *, on_error: OnError = "raise", penalty: float | None = None) -> None:
+    def __init__(self, **options: Unpack[RewardOptions]) -> None:
         """Compare answers; the arguments are those of `Reward`.
 
         Raises:
             ConfigurationError: The library math-verify is not installed.
         """
-        super().__init__(on_error=on_error, penalty=penalty)
+        super().__init__(**options)
         _math("1")
 
     def verify(self, completion: str, wanted: Any) -> float:
@@ -116,12 +107,10 @@ class AnswerFormat(MatchesRegex):
     def __init__(
         self,
         pattern: str = r"(?s)<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>",
-        *,
-        on_error: OnError = "raise",
-        penalty: float | None = None,
+        **options: Unpack[RewardOptions],
     ) -> None:
         """Compile ``pattern``; see :class:`~qstar_decoding.rewards.library.guidelines.MatchesRegex`."""
-        super().__init__(pattern, on_error=on_error, penalty=penalty)
+        super().__init__(pattern, **options)
 
 
 class ReasoningGym(_Verified):
@@ -134,13 +123,13 @@ class ReasoningGym(_Verified):
 
     name, column, example = "reasoning_gym", "entry", "{'prompt': entry['question'], 'entry': entry}"
 
-    def __init__(self, *, on_error: OnError = "raise", penalty: float | None = None) -> None:
+    def __init__(self, **options: Unpack[RewardOptions]) -> None:
         """Score answers; the arguments are those of `Reward`.
 
         Raises:
             ConfigurationError: The library reasoning-gym is not installed.
         """
-        super().__init__(on_error=on_error, penalty=penalty)
+        super().__init__(**options)
         gym_module()
 
     def verify(self, completion: str, wanted: Any) -> float:

@@ -1,25 +1,26 @@
-"""What a completion is about, by embeddings: is it the prompt's subject, and does it say the same thing twice?"""
+"""Rewards from embeddings: relevance to the prompt, and repetition in other words."""
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from ...checks import check_integer
 from ...errors import ConfigurationError
-from ..base import OnError, Reward, library, readable
-from ..checking import FloatArray
+from ..base import Reward
+from ..types import Column, FloatArray, RewardOptions, Scores, Texts, TokenIds
+from .helpers import library, readable
 
 __all__ = ["KeywordOverlap", "Relevance", "SemanticRepetition", "StaticRelevance"]
 
 _WORD = re.compile(r"[^\W\d_]{3,}")
 _SENTENCE = re.compile(r"[^.!?\n]+[.!?]*")
-# Words that say nothing of what a text is about.
+# Words without a topic.
 _COMMON = frozenset(
     _WORD.findall(
         """
@@ -46,21 +47,19 @@ class _Embedding(Reward):
         model: str | Path | None = None,
         *,
         batch_size: int = 64,
-        on_error: OnError = "raise",
-        penalty: float | None = None,
+        **options: Unpack[RewardOptions],
     ) -> None:
         """Load an embedding model.
 
         Args:
             model: A folder or hub id that sentence-transformers loads; None for the model in the wheel.
             batch_size: Texts a forward.
-            on_error: See `Reward`.
-            penalty: See `Reward`.
+            **options: Those of every reward; see `RewardOptions`.
 
         Raises:
             ConfigurationError: sentence-transformers or the model is not there.
         """
-        super().__init__(on_error=on_error, penalty=penalty)
+        super().__init__(**options)
         self._path, self.batch_size = str(model or _wheel()), check_integer("batch_size", batch_size)
         _encoder(self._path)
 
@@ -84,13 +83,7 @@ class Relevance(_Embedding):
 
     name, lower, upper = "relevance", -1.0, 1.0
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Return the similarity of each pair."""
         pairs = [(_text(prompt), _text(completion)) for prompt, completion in zip(prompts, completions, strict=True)]
         vectors = self._embed(text for pair in pairs for text in pair)
@@ -103,19 +96,13 @@ class SemanticRepetition(_Embedding):
     """How much a sentence of the completion repeats an earlier one in other words, 0 to 1; to be subtracted.
 
     The largest cosine similarity of two of its sentences' embeddings, negative ones counting as 0; with fewer than two
-    sentences 0. Where ``repetition`` counts words, this one reads them. The
-    potential is the repetition so far.
+    sentences 0. ``repetition`` counts words; this one compares meanings. The potential is
+    the repetition so far.
     """
 
     name, lower, upper = "semantic_repetition", 0.0, 1.0
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Return the largest similarity for each completion."""
         split = [[part for text in _SENTENCE.findall(c) if (part := _text(text))] for c in completions]
         vectors = self._embed(part for parts in split for part in parts)
@@ -133,13 +120,7 @@ class KeywordOverlap(Reward):
     name, lower, upper = "keyword_overlap", 0.0, 1.0
     reads_token_ids = False
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Return the share for each pair."""
         pairs = zip(map(_words, prompts), map(_words, completions), strict=True)
         return [len(asked & said) / len(asked) if asked else 1.0 for asked, said in pairs]
@@ -162,26 +143,18 @@ class StaticRelevance(Reward):
     def __init__(
         self,
         model: str = "smollm2-135m-instruct",
-        *,
-        on_error: OnError = "raise",
-        penalty: float | None = None,
+        **options: Unpack[RewardOptions],
     ) -> None:
         """Take the embeddings of ``model``, a name; the other arguments are those of `Reward`.
 
         Raises:
             UnknownNameError: There is no such language model.
         """
-        super().__init__(on_error=on_error, penalty=penalty)
+        super().__init__(**options)
         self._model = model
         _static(model)
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Return the similarity of each pair."""
         vectors = {text: self._embed(text) for text in dict.fromkeys([*prompts, *completions])}
         return [float(np.clip(vectors[a] @ vectors[b], -1, 1)) for a, b in zip(prompts, completions, strict=True)]

@@ -1,13 +1,14 @@
-"""How positive a text sounds."""
+"""Sentiment of a text."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
-from ..base import OnError, Reward, library
+from ..base import Reward
+from ..types import Column, RewardOptions, Scores, Texts, TokenIds
+from .helpers import library
 
 __all__ = ["Afinn", "Sentiment"]
 
@@ -28,26 +29,19 @@ class Sentiment(Reward):
     name, lower, upper = "sentiment", -1.0, 1.0
     reads_token_ids = False
 
-    def __init__(self, *, on_error: OnError = "raise", penalty: float | None = None) -> None:
+    def __init__(self, **options: Unpack[RewardOptions]) -> None:
         """Load the lexicon unless this process has it already.
 
         Args:
-            on_error: See `Reward`.
-            penalty: See `Reward`.
+            **options: Those of every reward; see `RewardOptions`.
 
         Raises:
             ConfigurationError: The library vaderSentiment is not installed.
         """
-        super().__init__(on_error=on_error, penalty=penalty)
+        super().__init__(**options)
         _analyzer()
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Return the polarity of each completion."""
         return [_analyzer().polarity_scores(text)["compound"] for text in completions]
 
@@ -64,22 +58,16 @@ class Afinn(Reward):
     name, lower, upper = "afinn", -1.0, 1.0
     reads_token_ids = False
 
-    def __init__(self, *, on_error: OnError = "raise", penalty: float | None = None) -> None:
+    def __init__(self, **options: Unpack[RewardOptions]) -> None:
         """Load the word list; the arguments are those of `Reward`.
 
         Raises:
             ConfigurationError: The library afinn is not installed.
         """
-        super().__init__(on_error=on_error, penalty=penalty)
+        super().__init__(**options)
         _afinn()
 
-    def score(
-        self,
-        prompts: Sequence[str],
-        completions: Sequence[str],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Sequence[Any],
-    ) -> Sequence[float | None]:
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Return the valence of each completion."""
         sums = [_afinn().score(text) for text in completions]
         return [x / math.sqrt(x * x + 15) for x in sums]

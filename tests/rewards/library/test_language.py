@@ -1,0 +1,69 @@
+"""Coherence and preferences."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from qstar_decoding.errors import ConfigurationError
+from qstar_decoding.rewards.library.language import Coherence, Preference, read_pairs, train_preference
+
+from ..samples import PAIRS
+
+
+def test_coherence_is_the_mean_logprob_of_the_completions_tokens(tiny_lm):
+    lm = tiny_lm("Llama")
+    prompts, completions = ["w2 w3", "w9"], [" w4 w5 w6", " w7"]
+    expected = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        before, after = lm.encode(prompt), lm.encode(completion)
+        _, logprobs = lm.forward([before + after[:i] for i in range(len(after))])
+        expected.append(np.mean([row[token] for row, token in zip(logprobs, after, strict=True)]))
+    reward = Coherence(lm, floor=-50.0)
+    assert reward(prompts, completions) == pytest.approx(expected, abs=1e-4)
+    assert reward(["w2"], [""])[0] == -50.0
+    assert Coherence(lm, floor=-0.5)(prompts, completions).tolist() == [-0.5, -0.5]
+
+
+def test_a_preference_is_learned_from_pairs(tiny_lm, tmp_path):
+    lm = tiny_lm("Llama")
+    found = train_preference(PAIRS, tmp_path, model=lm, seed=1)
+    assert found["held_out_pairs"] == 3
+    assert -5 < found["held_out_log_likelihood"] <= 0
+    reward = Preference(tmp_path, model=lm)
+    scores = reward([pair.prompt for pair in PAIRS] * 2, [p.chosen for p in PAIRS] + [p.rejected for p in PAIRS])
+    assert (scores[: len(PAIRS)] > scores[len(PAIRS) :]).mean() > 0.8
+    with pytest.raises(ConfigurationError, match="trained on 'tiny-Llama'; it says nothing about 'tiny-GPT2'"):
+        Preference(tmp_path, model=tiny_lm("GPT2"))
+    with pytest.raises(ConfigurationError, match="at least 10 pairs, got 2"):
+        train_preference(PAIRS[:2], tmp_path, model=lm)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b"}',
+            "line 2: .*'rejected' .*missing",
+        ),
+        ('\n{"prompt": "a", "chosen": 1, "rejected": "c"}', "line 2: .*'chosen' is a string, but it is 1"),
+        ("{", "line 1 is no JSON"),
+        ("[]", "line 1 is no JSON object with prompt, chosen, rejected"),
+        ("\n", "holds no pairs"),
+    ],
+)
+def test_a_wrong_file_of_pairs_names_the_line(tmp_path, text, message):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(text)
+    with pytest.raises(ConfigurationError, match=message):
+        read_pairs(path)
+
+
+def test_a_file_of_pairs(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps({**pair._asdict(), "by": "us"}) for pair in PAIRS))
+    assert read_pairs(path) == PAIRS
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        read_pairs(tmp_path / "absent.jsonl")
