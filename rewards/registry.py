@@ -105,7 +105,7 @@ def reward_names() -> list[str]:
     return sorted(_factories | WITH_ARGUMENTS)
 
 
-def make_reward(name: str, *args: Any, **kwargs: Any) -> Reward:
+def make_reward(name: str, /, *args: Any, **kwargs: Any) -> Reward:
     """Build the reward registered as `name`.
 
     Args:
