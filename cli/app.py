@@ -1029,8 +1029,7 @@ def _figures(outcomes: list[Outcomes]) -> dict[str, float]:
         np.mean([plan.logprob for plan in plans]),
         np.nanmean(np.concatenate([found.objectives for found in outcomes])),
         np.mean([plan.usage.lm_tokens for plan in plans]),
-        # Searches that were run together share their seconds.
-        sum(found.plans[0].usage.seconds for found in outcomes) / len(plans),
+        np.mean([plan.usage.seconds for plan in plans]),
     )
     return {name: round(float(value), 4) for name, value in zip(_FIGURES, means, strict=True)}
 

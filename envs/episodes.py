@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,21 @@ from .prompts import Prompt
 
 __all__ = ["EpisodeState", "Episodes", "Steps"]
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 _NONE = -1  # the node of an episode that has not begun or has ended
+
+
+def _in_turn(method: Callable[Concatenate[Episodes, P], T]) -> Callable[Concatenate[Episodes, P], T]:
+    """Let threads take turns with the language model, one call at a time."""
+
+    @functools.wraps(method)
+    def call(self: Episodes, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._mdp.model.lock:
+            return method(self, *args, **kwargs)
+
+    return call  # type: ignore[return-value]  # wraps() names the first argument
 
 
 class Steps(NamedTuple):
@@ -73,6 +88,7 @@ class Episodes:
         self._potential = np.zeros(count)
         mdp.tree.pin(self)
 
+    @_in_turn
     def begin(self, which: Sequence[int], prompts: Sequence[Prompt]) -> Observation:
         """Start the episodes ``which`` [m] anew; return observations [m, …]. All of them start, or none."""
         self._mdp.evict_if_full()
@@ -85,6 +101,7 @@ class Episodes:
         self.node[which], self._potential[which] = nodes, potential
         return observation
 
+    @_in_turn
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """Return the legal actions, bool [N, k]; all ones where there is no episode."""
         masks = np.ones((len(self.node), self._mdp.top_k), dtype=bool)
@@ -93,6 +110,7 @@ class Episodes:
             masks[alive] = self._mdp.action_mask(self.node[alive])
         return masks
 
+    @_in_turn
     def step(self, actions: Any, restart: Callable[[IntArray], Sequence[Prompt]] | None = None) -> Steps:
         """Take one action in each episode. Either all steps happen or, on any error, none does.
 
@@ -153,12 +171,14 @@ class Episodes:
         info = {"token": token, "token_text": self._mdp.token_text(token), "logprob": float(steps.logprobs[index])}
         return info | steps.ended.get(index, {})
 
+    @_in_turn
     def get_state(self) -> EpisodeState:
         """Return the state of the episodes, for :meth:`set_state`."""
         state = EpisodeState(self.node.copy(), self._mdp, self.prompt.copy(), self.ended.copy(), self._potential.copy())
         self._mdp.tree.pin(state)
         return state
 
+    @_in_turn
     def set_state(self, state: EpisodeState) -> None:
         """Restore ``state``.
 

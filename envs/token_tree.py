@@ -162,6 +162,10 @@ class TokenTree:
         """Let no ``evict`` forget the nodes in ``holder.node``, and renumber them there, for as long as it lives."""
         self._holders.add(holder)
 
+    def unpin(self, holder: Holder) -> None:
+        """Let the nodes in ``holder.node`` be evicted again."""
+        self._holders.discard(holder)
+
     def evict(self, most: int) -> IntArray:
         """Forget nodes that were not asked for lately, so that at most ``most`` others stay beside those held.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,11 @@ FloatArray = npt.NDArray[np.float32]
 
 
 Message = Mapping[str, str]
+
+
+# By language model. Kept beside the models, which are pickled and whose subclasses need not call ``__init__``.
+_LOCKS: WeakKeyDictionary[LanguageModel, threading.RLock] = WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
 
 
 class Outputs(NamedTuple):
@@ -82,11 +89,15 @@ class LanguageModel(ABC):
         context_length: Longest sequence the model takes, in tokens.
         eos_token_ids: The tokens that end a text.
         hidden_layers: The layers whose states follow the last one's in the hidden state.
+        logprob_error: Largest absolute error of a log-probability, nats, beside its rounding to float32. Bounds over
+            the full vocabulary allow for it. The default covers a float32 softmax of logits up to 64 over 2^18 tokens:
+            rounding the normaliser (2^-18) and summing its terms in blocks (18 · 2^-24).
         kv_token_bytes: Bytes of keys and values per token over all layers; None where none are kept, or not yet known.
     """
 
     name: str
     hidden_layers: tuple[int, ...] = ()
+    logprob_error: float = 1e-5
     kv_token_bytes: int | None = None
     vocab_size: int
     hidden_size: int
@@ -118,6 +129,12 @@ class LanguageModel(ABC):
         """Return the fastest exact engine for this model; ``kv_budget`` in bytes, None for a sensible default."""
         del kv_budget  # nothing is cached
         return PrefixEngine(self, top_k)
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Lock of everything that grows, reads or evicts a token tree of this model; threads take turns with it."""
+        with _LOCKS_LOCK:
+            return _LOCKS.setdefault(self, threading.RLock())
 
     # ``env.spec`` deep-copies the arguments of ``gym.make``: a model given as an object must not be copied with it.
     def __copy__(self) -> Self:

@@ -24,6 +24,8 @@ class TabularLM(LanguageModel):
     is padded with token 0 on its left. Token ``V - 1`` ends a text unless told otherwise.
     """
 
+    logprob_error = 1e-12  # computed in float64
+
     def __init__(
         self,
         table: npt.ArrayLike,

@@ -77,7 +77,7 @@ def mean_figures(outcomes: Sequence[Outcomes]) -> dict[str, float]:
         "objective": np.nanmean(np.concatenate([found.objectives for found in outcomes])),
         "lm_tokens": np.mean([plan.usage.lm_tokens for plan in plans]),
         # Searches that were run together share their seconds.
-        "seconds": sum(found.plans[0].usage.seconds for found in outcomes) / len(plans),
+        "seconds": np.mean([plan.usage.seconds for plan in plans]),
     }
     return {name: round(float(value), 4) for name, value in means.items()}
 

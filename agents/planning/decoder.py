@@ -18,7 +18,7 @@ from ...envs.mdp import Completion, mdp_of
 from ...envs.prompts import Prompt, as_prompt, load_prompts
 from ...errors import ConfigurationError
 from ..search.budget import Budget, SharedBudget
-from ..search.loop import ActiveSearch, Progress, begin, drive, drive_to_end
+from ..search.loop import ActiveSearch, Progress, begin, drive, drive_to_end, turn
 from ..search.plan import Plan, make_plan
 from ..search.problem import Heuristic, Problem, Scope, Score
 from ..search.state import Edges, Search
@@ -181,8 +181,10 @@ class Decoder(ABC):
         if active.strategy != self.select:
             raise ConfigurationError("this plan is another decoder's; resume it with the one that made it")
         object.__setattr__(plan, "_active", None)
-        self.mdp.evict_if_full()
-        active.search.resume(Budget.of(budget))
+        with turn([active.search]):
+            self.mdp.evict_if_full()
+            active.search.resume(Budget.of(budget))
+            self.mdp.tree.pin(active.search)
         drive_to_end([active], progress)
         return make_plan(active, self.choose)
 

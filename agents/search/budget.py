@@ -65,7 +65,8 @@ class Usage:
         lm_tokens: Distinct prefixes processed beyond the prompt, and those that the heuristic looked at.
         lm_forwards: Forwards of the language model that it took part in.
         reward_calls: Completions scored.
-        seconds: Wall-clock time from the start of the search to its end. Searches run together share it.
+        seconds: Wall-clock time of the search's steps; of steps taken together with other searches, its share. The sum
+            over the plans of one ``plan_many`` is the time of the whole batch.
         kv_bytes: Key-value memory of the prefixes processed, the prompt's included.
         pops: Edges followed, those that end a text included.
         prompt_tokens: Tokens of the prompt; not part of any budget.

@@ -7,7 +7,9 @@ of one language model is one forward; what they ask of one heuristic or one rewa
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -18,7 +20,7 @@ from ...models.base import IntArray
 from .problem import Problem
 from .state import NO_EDGES, Edges, Search, Status
 
-__all__ = ["ActiveSearch", "Progress", "Strategy", "begin", "drive", "drive_to_end", "score_completions"]
+__all__ = ["ActiveSearch", "Progress", "Strategy", "begin", "drive", "drive_to_end", "score_completions", "turn"]
 
 Strategy = Callable[[Search], Iterator[Edges]]
 Progress = Callable[[Search], None]
@@ -59,27 +61,38 @@ class ActiveSearch:
 
 def begin(searches: Sequence[Search]) -> None:
     """Expand the prompts of new searches, in one forward of each language model."""
-    for mdp in {id(search.mdp): search.mdp for search in searches}.values():
-        mdp.evict_if_full()
-    requests = [GrowRequest(s.mdp.tree, [s.mdp.encode(s.prompt)], _NO_NODES, _NO_NODES) for s in searches]
-    roots = [roots for roots, _ in grow_together(requests)]
-    for search, nodes, (h, tokens) in zip(searches, roots, _evaluate(searches, roots), strict=True):
-        search.add(nodes, h, parent_edges=None)
-        search.charge(tokens)
+    with turn(searches):
+        start = time.perf_counter()
+        for mdp in {id(search.mdp): search.mdp for search in searches}.values():
+            mdp.evict_if_full()
+        requests = [GrowRequest(s.mdp.tree, [s.mdp.encode(s.prompt)], _NO_NODES, _NO_NODES) for s in searches]
+        roots = [roots for roots, _ in grow_together(requests)]
+        for search, nodes, (h, tokens) in zip(searches, roots, _evaluate(searches, roots), strict=True):
+            search.add(nodes, h, parent_edges=None)
+            search.charge(tokens)
+            search.mdp.tree.pin(search)
+        _charge_seconds(searches, [1] * len(searches), start)
+    for search in searches:
         search.record()
 
 
 def drive(active: Sequence[ActiveSearch]) -> Iterator[list[Search]]:
-    """Advance the searches in lock-step until all are over; yield, after every step, those that took it."""
+    """Advance the searches in lock-step until all are over; yield, after every step, those that took it.
+
+    Threads take turns with a language model, step by step.
+    """
     continuing = list(active)
-    while continuing:
-        asked = [(one, one.next_edges()) for one in continuing]
-        continuing = [one for one, edges in asked if edges is not None]
-        _follow([(one.search, edges) for one, edges in asked if edges is not None and len(edges.rows)])
-        for one in continuing:
-            one.search.record()
-        if continuing:
-            yield [one.search for one in continuing]
+    try:
+        while continuing:
+            asked = _step(continuing)
+            continuing = [one for one, edges in zip(continuing, asked, strict=True) if edges is not None]
+            for one in continuing:
+                one.search.record()
+            if continuing:
+                yield [one.search for one in continuing]
+    finally:
+        for one in active:
+            one.search.mdp.tree.unpin(one.search)
 
 
 def drive_to_end(active: Sequence[ActiveSearch], progress: Progress | None = None) -> None:
@@ -105,7 +118,29 @@ def score_completions(searches: Sequence[Search]) -> None:
         search.completions.update(zip(zip(*(e.tolist() for e in edges), strict=True), completions, strict=True))
 
 
+@contextlib.contextmanager
+def turn(searches: Sequence[Search]) -> Iterator[None]:
+    """Keep other threads from the language models of these searches, and from their trees, while the context lasts."""
+    models = {id(search.mdp.model): search.mdp.model for search in searches}
+    with contextlib.ExitStack() as stack:
+        for _, model in sorted(models.items()):  # in one order, so that two threads never wait for each other
+            stack.enter_context(model.lock)
+        yield
+
+
 # -- one step ---------------------------------------------------------------------------------------------------------
+
+
+def _step(active: Sequence[ActiveSearch]) -> list[Edges | None]:
+    """Follow what each search's strategy asks for; return that, None where the search is over."""
+    searches = [one.search for one in active]
+    with turn(searches):
+        start = time.perf_counter()
+        asked = [one.next_edges() for one in active]
+        batch = [(search, edges) for search, edges in zip(searches, asked, strict=True) if edges is not None]
+        _follow([(search, edges) for search, edges in batch if len(edges.rows)])
+        _charge_seconds(searches, [0 if edges is None else len(edges.rows) for edges in asked], start)
+    return asked
 
 
 def _follow(batch: Sequence[tuple[Search, Edges]]) -> None:
@@ -173,3 +208,10 @@ def _grouped(searches: Sequence[Search], key: Callable[[Problem], object]) -> li
     for i, search in enumerate(searches):
         groups.setdefault(key(search.problem), []).append(i)
     return list(groups.values())
+
+
+def _charge_seconds(searches: Sequence[Search], shares: Sequence[int], start: float) -> None:
+    """Divide the wall-clock time since ``start`` among searches, in proportion to their shares of the step's work."""
+    elapsed, total = time.perf_counter() - start, sum(shares)
+    for search, share in zip(searches, shares, strict=True):
+        search.busy_seconds += elapsed * (share / total if total else 1 / len(searches))

@@ -14,7 +14,7 @@ from ...checks import check_integer, check_number
 from ...envs.mdp import Completion
 from ...errors import ConfigurationError, ConstraintError
 from .budget import TracePoint, Usage
-from .loop import ActiveSearch
+from .loop import ActiveSearch, turn
 from .problem import Scope
 from .snapshot import SearchTree
 from .state import Search, Status
@@ -127,6 +127,11 @@ def make_plan(active: ActiveSearch, choose: Callable[[Search], Completion | None
     Raises:
         ConstraintError: The constraint left nothing to write.
     """
+    with turn([active.search]):
+        return _make_plan(active, choose)
+
+
+def _make_plan(active: ActiveSearch, choose: Callable[[Search], Completion | None]) -> Plan:
     search = active.search
     scored = [completion for completion in search.completions.values() if not math.isnan(completion.objective)]
     if not search.completions and not search.can_improve:

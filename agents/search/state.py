@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 import time
 from collections import Counter
@@ -23,8 +22,10 @@ from .problem import Problem
 
 __all__ = ["NO_EDGES", "Edges", "IntArray", "Search", "Status", "Values"]
 
-# Sums of float32 log-probabilities taken in another order differ by about this much.
+# J and U that differ by less count as equal: sums of the same float64 numbers in another order differ by about 1e-15.
 EPSILON = 1e-9
+# Unit round-offs, relative: of float32, in which log-probabilities come, and of float64, in which bounds are summed.
+_FLOAT32, _FLOAT64 = 2.0**-24, 2.0**-53
 # By how much a completion may exceed its bound before the bound is called broken: rewards round.
 _TOLERANCE = 1e-6
 
@@ -78,6 +79,7 @@ class Search:
         completions: What was finished, by row and action.
         draws: How often a sampler drew each finishing edge.
         heuristic_tokens: LM tokens that the heuristic has used; see :class:`LookAheadHeuristic`.
+        busy_seconds: Wall-clock time of its steps; of steps taken together with others, its share.
         is_exhausted: Whether it has followed everything promising; see :class:`SharedBudget`.
         stop_reason: Why it is over; empty while it is not. See :class:`Plan`.
     """
@@ -120,11 +122,12 @@ class Search:
         self._publish()
         self.completions: dict[tuple[int, int], Completion] = {}
         self.best: Completion | None = None
-        self._leaders: list[float] = []  # a heap of the best few objectives
+        self._leaders: dict[str, float] = {}  # the n best texts, with the best J of each
         self._unscored = -math.inf  # the largest U of what was finished without asking the reward
         self.draws: Counter[tuple[int, int]] = Counter()
         self.trace: list[TracePoint] = []
         self.lm_forwards = self.reward_calls = self.heuristic_tokens = 0
+        self.busy_seconds = 0.0
         self._started, self._seconds_before = time.perf_counter(), 0.0
 
     # -- what a strategy asks -----------------------------------------------------------------------------------------
@@ -141,8 +144,11 @@ class Search:
 
     @property
     def nth_best(self) -> float:
-        """J that a text must exceed to be among the n best; -inf while there are fewer."""
-        return self._leaders[0] if len(self._leaders) == self.problem.n_best else -math.inf
+        """J that a text must exceed to be among the n best; -inf while there are fewer.
+
+        Completions of the same text by other tokens count once.
+        """
+        return min(self._leaders.values()) if len(self._leaders) == self.problem.n_best else -math.inf
 
     @property
     def lower_bound(self) -> float:
@@ -233,8 +239,8 @@ class Search:
             self._publish()
         self.node[rows], self.depth[rows], self.g[rows] = nodes, mdp.tree.depth[nodes], mdp.path_return(nodes)
         self.f[rows] = self.g[rows, None] + h
-        self.bound[rows] = self.g[rows, None] + edge + most[:, None]
-        self.omitted[rows] = self.g[rows] + omitted
+        self.bound[rows] = _sum_outward(self.g[rows, None], edge, most[:, None])
+        self.omitted[rows] = _sum_outward(self.g[rows], omitted)
         if parent_edges is not None:
             # What bounded the edge bounds everything below it.
             self.bound[rows] = np.minimum(self.bound[rows], self.bound[parent_edges][:, None])
@@ -272,8 +278,7 @@ class Search:
             if completion.objective > self.incumbent:  # False for NaN: what cannot be scored is no candidate
                 self.best = completion
             if not math.isnan(completion.objective):
-                enter = heapq.heappush if len(self._leaders) < self.problem.n_best else heapq.heappushpop
-                enter(self._leaders, completion.objective)
+                self._enter_leader(completion)
         if self.score == "q":
             self._unscored = max(self._unscored, float(self.bound[edges].max(initial=-math.inf)))
         self.status[edges] = Status.FINISHED
@@ -311,7 +316,7 @@ class Search:
         """Let the search go on with a further budget; its nodes, maybe evicted, are looked up again."""
         self.budget = self.budget.extended(budget, self.usage)
         self.stop_reason = ""
-        self._seconds_before, self._started = self.usage.seconds, time.perf_counter()
+        self._seconds_before, self._started = self.trace[-1].seconds if self.trace else 0.0, time.perf_counter()
         self.node[:1] = self.mdp.roots([self.prompt])
         row, action = np.nonzero(self.child[: self.size] >= 0)
         depth = self.depth[row]
@@ -327,13 +332,20 @@ class Search:
             lm_tokens=self.lm_tokens,
             lm_forwards=self.lm_forwards,
             reward_calls=self.reward_calls,
-            seconds=self.trace[-1].seconds if self.stop_reason and self.trace else self.seconds,
+            seconds=self.busy_seconds,
             kv_bytes=(prompt_tokens + self.lm_tokens) * (self.mdp.model.kv_token_bytes or 0),
             pops=self.pops,
             prompt_tokens=prompt_tokens,
         )
 
     # -----------------------------------------------------------------------------------------------------------------
+
+    def _enter_leader(self, completion: Completion) -> None:
+        """Note the best J of a text, if it is among the n best."""
+        leaders, text = self._leaders, completion.text.strip()
+        leaders[text] = max(leaders.get(text, -math.inf), completion.objective)
+        if len(leaders) > self.problem.n_best:
+            del leaders[min(leaders, key=leaders.__getitem__)]
 
     def _update_open_bound(self, rows: IntArray) -> None:
         is_open = self.status[rows] == Status.OPEN
@@ -343,18 +355,32 @@ class Search:
         """Make the tables' arrays, which growing replaces, attributes of the search."""
         for name in self._tables:
             setattr(self, name, self._tables[name])
+        self.node[self.size :] = -1  # no node, as the token tree that renumbers them reads it
+
+
+def _sum_outward(*terms: Values) -> Values:
+    """Return the sum of the terms, rounded up by more than the error of summing them in any order."""
+    total: Values = sum(terms[1:], start=terms[0])
+    with np.errstate(invalid="ignore"):  # infinite terms have no error
+        error = 2 * len(terms) * _FLOAT64 * sum(np.abs(term) for term in terms)
+    return total + np.where(np.isfinite(error), error, 0.0)
 
 
 def _omitted_bound(mdp: DecodingMDP, nodes: IntArray, mask: npt.NDArray[np.bool_], most: Values) -> Values:
     """Bound what the tokens that are no actions could bring from here on: α · log π + r_max(s), float64 [n].
 
-    A token outside the top k is at most as likely as the k-th, and as all of them together.
+    A token outside the top k is at most as likely as the k-th, and as all of them together. What is left for them is 1
+    less the sum of the others. Each of those, and the omitted token's own log-probability, may be too large by
+    :attr:`LanguageModel.logprob_error` and the rounding of a float32.
     """
     logprobs = mdp.tree.logprobs[nodes].astype(np.float64)
     outside = np.full(len(nodes), -np.inf)
     if mdp.top_k < mdp.model.vocab_size:
-        # Rounding may leave a sum slightly above 1; 1e-7 keeps the bound an upper one.
-        left = np.log(np.maximum(1 - np.exp(logprobs).sum(axis=1), 0) + 1e-7)
+        listed = np.where(np.isneginf(logprobs), 0.0, logprobs)  # a probability of 0 has no error
+        inside = np.exp(logprobs - mdp.model.logprob_error - _FLOAT32 * np.abs(listed)).sum(axis=1)
+        with np.errstate(divide="ignore"):
+            left = np.log(np.maximum(1 - inside * (1 - mdp.top_k * _FLOAT64), 0.0))
+        left = left + mdp.model.logprob_error + _FLOAT32 * np.abs(np.where(np.isneginf(left), 0.0, left))
         outside = np.minimum(logprobs[:, -1], left)
     masked = np.where(mask, -np.inf, logprobs).max(axis=1)
     best = np.maximum(outside, masked)
