@@ -17,6 +17,7 @@ __all__ = [
     "EpisodeError",
     "HeuristicError",
     "IllegalActionError",
+    "InternalError",
     "PromptError",
     "QStarError",
     "RewardError",
@@ -94,6 +95,10 @@ class TrainingDivergedError(QStarError, FloatingPointError):
 
 class CacheError(QStarError, OSError):
     """Raised when the model cache cannot be written."""
+
+
+class InternalError(QStarError, RuntimeError):
+    """Raised when a result breaks a promise of this package; a mistake of the package, not of its caller."""
 
 
 class WorkerError(QStarError, RuntimeError):

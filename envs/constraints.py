@@ -1,16 +1,18 @@
-"""Hard constraints on what is written: masks over the vocabulary, so that nothing illegal is even a candidate.
+"""Hard constraints on completions, and the stop strings that end them.
 
-A constraint is given to the environment (``gym.make("TokenDecoding-v0", constraint=…)``) or to the MDP: the k
-candidates of a state are then the k likeliest *allowed* tokens, with the log-probabilities of the full softmax. Several
-are given as a list, and all must hold.
+A constraint is given to the environment (``gym.make("TokenDecoding-v0", constraint=…)``) or to the MDP. The k
+candidates of a state are then the k likeliest *allowed* tokens, with the log-probabilities of the full softmax. All
+constraints of a list must hold. Every constraint speaks of the returned text: the completion up to its stop string.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,45 +22,96 @@ from ..checks import check_integer
 from ..errors import ConfigurationError
 from ..models.base import LanguageModel
 
-__all__ = ["BannedStrings", "Constraint", "ForcedStrings", "JSONConstraint", "MinTokens", "RegexConstraint", "Rules"]
+__all__ = [
+    "BannedStrings",
+    "Constraint",
+    "ForcedStrings",
+    "JSONConstraint",
+    "MinTokens",
+    "RegexConstraint",
+    "Rule",
+    "Rules",
+    "StopStrings",
+]
 
 BoolArray = npt.NDArray[np.bool_]
 _REMEMBERED = 1 << 16  # prefixes
+_END = "\x03"  # follows every text that an automaton reads
+_HALF = "\ufffd"  # the text of a character whose bytes are not complete yet
 
 
 class Constraint(ABC):
-    """What a completion must be like, for any language model."""
+    """A condition on completions, independent of the language model."""
 
     @abstractmethod
     def bind(self, model: LanguageModel) -> Rule:
         """Return the rule for one language model's tokens.
 
         Raises:
-            ConfigurationError: The constraint cannot be kept with these tokens.
+            ConfigurationError: These tokens cannot satisfy the constraint.
         """
 
 
 class Rule(ABC):
-    """A constraint on the tokens of one language model."""
+    """A constraint bound to the tokens of one language model."""
 
     @abstractmethod
     def allowed(self, token_ids: Sequence[int]) -> BoolArray:
-        """Return which tokens may follow, bool [V]; what it says of end-of-sequence tokens does not count."""
+        """Return which tokens may follow ``token_ids``, bool [V]; the entries of end-of-sequence tokens are ignored."""
 
-    def may_end(self, token_ids: Sequence[int]) -> bool:
-        """Tell whether the completion may end after these tokens."""
-        del token_ids
-        return True
+    @abstractmethod
+    def accepts(self, text: str, token_ids: Sequence[int]) -> bool:
+        """Tell whether ``text`` may be returned.
+
+        Args:
+            text: A finished completion, without its stop string.
+            token_ids: All its tokens, without the end-of-sequence token.
+        """
+
+    def can_become(self, text: str) -> bool:
+        """Tell whether a text that begins with ``text`` may be accepted; False where only :meth:`allowed` knows."""
+        del text
+        return False
+
+
+class StopStrings:
+    """Strings that end a completion where they appear."""
+
+    def __init__(self, stop: str | Sequence[str] | None) -> None:
+        """Take one string, several, or none.
+
+        Raises:
+            ConfigurationError: Something else is among them, or an empty string.
+        """
+        given = (stop,) if isinstance(stop, str) else stop or ()
+        if not isinstance(given, Iterable) or not all(isinstance(string, str) and string for string in (*given,)):
+            raise ConfigurationError(f"stop is a non-empty string or a list of them, got {stop!r}")
+        self.strings = tuple(given)
+
+    def cut(self, text: str) -> str | None:
+        """Return the text before the first stop string; None where there is no stop string."""
+        at = min((text.find(string) for string in self.strings if string in text), default=-1)
+        return None if at < 0 else text[:at]
+
+    def settled(self, text: str) -> str:
+        """Return the part of an unfinished text that every completion of it begins with.
+
+        The rest is half a character, which the next token may complete, or a possible beginning of a stop string, which
+        would be cut off.
+        """
+        text = text.rstrip(_HALF)
+        begun = (n for s in self.strings for n in range(min(len(s) - 1, len(text)), 0, -1) if text.endswith(s[:n]))
+        return text[: len(text) - max(begun, default=0)]
 
 
 class Rules:
-    """All rules of one process together."""
+    """All constraints of one process, bound to its language model and its stop strings."""
 
-    def __init__(self, constraints: Any, model: LanguageModel) -> None:
-        """Bind a constraint, or a list of them, to a language model.
+    def __init__(self, constraints: Any, model: LanguageModel, stop: StopStrings) -> None:
+        """Bind a constraint, or a list of them.
 
         Raises:
-            ConfigurationError: There is something else among them, or one cannot be kept.
+            ConfigurationError: Something else is among them, or the model's tokens cannot satisfy one.
         """
         given = list(constraints) if isinstance(constraints, (list, tuple)) else [constraints]
         for constraint in given:
@@ -68,32 +121,43 @@ class Rules:
                     f"got {constraint!r}"
                 )
         self._rules = [constraint.bind(model) for constraint in given]
-        self._eos = np.array(sorted(model.eos_token_ids), dtype=np.int64)
+        self._model, self._stop = model, stop
+        self._eos = np.array([token for token in model.eos_token_ids if 0 <= token < model.vocab_size], dtype=np.int64)
+        self._stops = _Finder(stop.strings, model) if stop.strings else None
 
     def allowed(self, token_ids: Sequence[int]) -> BoolArray:
         """Return which tokens may follow, bool [V], end-of-sequence tokens included."""
-        allowed: BoolArray = np.logical_and.reduce([rule.allowed(token_ids) for rule in self._rules])
-        allowed[self._eos] = self.may_end(token_ids)
+        by_rule = np.stack([rule.allowed(token_ids) for rule in self._rules])
+        allowed: BoolArray = by_rule.all(axis=0)
+        for token, text in self._stops.extending(token_ids) if self._stops else ():
+            if (cut := self._stop.cut(text)) is not None:
+                allowed[token] = self.accepts(cut, [*token_ids, token])
+            elif not allowed[token]:  # what looks like the beginning of a stop string may be cut off
+                settled, alone = self._stop.settled(text), by_rule[:, token].tolist()
+                allowed[token] = all(
+                    ok or rule.can_become(settled) for ok, rule in zip(alone, self._rules, strict=True)
+                )
+        allowed[self._eos] = self.accepts(self._model.decode(list(token_ids)), token_ids)
         return allowed
 
-    def may_end(self, token_ids: Sequence[int]) -> bool:
-        """Tell whether the completion may end after these tokens."""
-        return all(rule.may_end(token_ids) for rule in self._rules)
+    def accepts(self, text: str, token_ids: Sequence[int]) -> bool:
+        """Tell whether ``text``, a completion of these tokens up to its stop string, may be returned."""
+        return all(rule.accepts(text, token_ids) for rule in self._rules)
 
 
 class RegexConstraint(Constraint):
     r"""The whole completion matches a regular expression.
 
-    Compiled to an automaton over the model's tokens by outlines-core (Willard & Louf 2023), so look-around and
-    back-references are not available. Mind the space that most continuations begin with: ``r" ?(yes|no)\\."``. Tokens
-    that are only a part of a character are never allowed.
+    The library outlines-core compiles it to an automaton over the model's tokens (Willard & Louf 2023). Look-around and
+    back-references are not available. Most continuations begin with a space: ``r" ?(yes|no)\\."``. Tokens that are only
+    a part of a character are never allowed.
     """
 
     def __init__(self, pattern: str) -> None:
-        """Keep the pattern; it is compiled when the model is known.
+        """Keep the pattern; :meth:`bind` compiles it.
 
         Raises:
-            ConfigurationError: It is not a non-empty string.
+            ConfigurationError: The pattern is not a non-empty string.
         """
         [self.pattern] = _strings([pattern])
 
@@ -107,20 +171,20 @@ class RegexConstraint(Constraint):
 
 
 class JSONConstraint(RegexConstraint):
-    """The whole completion is JSON that follows a schema; see :class:`RegexConstraint`, which it becomes."""
+    """The whole completion is JSON that follows a schema, which is translated into a :class:`RegexConstraint`."""
 
     def __init__(self, schema: Mapping[str, Any] | str) -> None:
         """Turn a JSON schema, as a dict or as text, into a regular expression.
 
         Raises:
-            ConfigurationError: outlines-core is not installed, or cannot make anything of the schema.
+            ConfigurationError: outlines-core is not installed, or cannot translate the schema.
         """
         text = schema if isinstance(schema, str) else json.dumps(schema)
         try:
             pattern = _outlines().json_schema.build_regex_from_schema(text)
         except ConfigurationError:
             raise
-        except Exception as error:  # whatever the library raises, it is the schema's fault
+        except Exception as error:  # any error of the library is about the schema
             raise ConfigurationError(
                 f"no regular expression can be made of the JSON schema {text[:200]}: {error}"
             ) from error
@@ -128,7 +192,7 @@ class JSONConstraint(RegexConstraint):
 
 
 class BannedStrings(Constraint):
-    """The completion never contains any of these strings, whatever their case."""
+    """The completion contains none of these strings, in any case (Unicode case folding)."""
 
     def __init__(self, *strings: str) -> None:
         """Ban ``strings``.
@@ -136,7 +200,7 @@ class BannedStrings(Constraint):
         Raises:
             ConfigurationError: There is none, or one is empty.
         """
-        self.strings = [string.lower() for string in _strings(strings)]
+        self.strings = _strings(strings)
 
     def bind(self, model: LanguageModel) -> Rule:
         """See :class:`Constraint`."""
@@ -144,7 +208,7 @@ class BannedStrings(Constraint):
 
 
 class ForcedStrings(Constraint):
-    """The completion contains each of these strings, whatever their case, before it may end."""
+    """The completion contains each of these strings, in any case (Unicode case folding)."""
 
     def __init__(self, *strings: str) -> None:
         """Demand ``strings``.
@@ -152,15 +216,19 @@ class ForcedStrings(Constraint):
         Raises:
             ConfigurationError: There is none, or one is empty.
         """
-        self.strings = [string.lower() for string in _strings(strings)]
+        self.strings = _strings(strings)
 
     def bind(self, model: LanguageModel) -> Rule:
         """See :class:`Constraint`."""
-        return _Ending(model, lambda ids: all(s in model.decode(ids).lower() for s in self.strings))
+        wanted = [_fold(string) for string in self.strings]
+        return _Ending(model, lambda text, ids: all(string in _fold(text) for string in wanted))
 
 
 class MinTokens(Constraint):
-    """The completion has at least so many tokens before it may end. Likelihood alone favours the empty text."""
+    """The completion has at least ``count`` tokens, the end-of-sequence token not counted.
+
+    Likelihood alone favours the empty text.
+    """
 
     def __init__(self, count: int) -> None:
         """Demand ``count`` tokens.
@@ -172,63 +240,56 @@ class MinTokens(Constraint):
 
     def bind(self, model: LanguageModel) -> Rule:
         """See :class:`Constraint`."""
-        return _Ending(model, lambda ids: len(ids) >= self.count)
+        return _Ending(model, lambda text, ids: len(ids) >= self.count)
 
 
 class _Ending(Rule):
-    """Any token may follow; only the end is subject to a condition."""
+    """A condition on finished texts; any token may follow before the end."""
 
-    def __init__(self, model: LanguageModel, condition: Callable[[Sequence[int]], bool]) -> None:
+    def __init__(self, model: LanguageModel, condition: Callable[[str, Sequence[int]], bool]) -> None:
         self._any, self._condition = np.ones(model.vocab_size, dtype=bool), condition
 
     def allowed(self, token_ids: Sequence[int]) -> BoolArray:
         return self._any.copy()
 
-    def may_end(self, token_ids: Sequence[int]) -> bool:
-        return self._condition(token_ids)
+    def accepts(self, text: str, token_ids: Sequence[int]) -> bool:
+        return self._condition(text, token_ids)
 
 
 class _Banned(Rule):
     def __init__(self, strings: Sequence[str], model: LanguageModel) -> None:
-        self._model = model
-        self._any = np.ones(model.vocab_size, dtype=bool)
-        texts = [text.lower() for text in token_texts(model)]
-        # What completes a string: the tokens that begin with its rest, by how much of it has been written.
-        self._completes: dict[str, BoolArray] = {}
-        for string in strings:
-            self._any &= np.array([string not in text for text in texts])
-            for written in range(1, len(string)):
-                ends = np.array([text.startswith(string[written:]) for text in texts])
-                before = string[:written]
-                self._completes[before] = self._completes.get(before, np.zeros_like(ends)) | ends
-                # A token that is all inside the string completes nothing by itself; the next one will be refused.
+        self._model, self._finder = model, _Finder(strings, model, _fold)
 
     def allowed(self, token_ids: Sequence[int]) -> BoolArray:
-        allowed, text = self._any.copy(), self._model.decode(token_ids).lower()
-        for before, completes in self._completes.items():
-            if text.endswith(before):
-                allowed &= ~completes
-        return allowed
+        if not self.can_become(self._model.decode(list(token_ids))):
+            return np.zeros(self._model.vocab_size, dtype=bool)
+        return ~self._finder.completing(token_ids)
+
+    def can_become(self, text: str) -> bool:
+        return not self._finder.contains(text)
+
+    def accepts(self, text: str, token_ids: Sequence[int]) -> bool:
+        return self.can_become(text)
 
 
 class _Automaton(Rule):
-    """A regular expression over the tokens of one model."""
+    """A regular expression as two automata: over the tokens of one model, and over bytes to judge a text."""
 
     def __init__(self, constraint: RegexConstraint, model: LanguageModel) -> None:
-        outlines, self._size = _outlines(), model.vocab_size
+        self._size = model.vocab_size
         by_text: dict[str, list[int]] = {}
         for token, text in enumerate(token_texts(model)):
-            if text and token not in model.eos_token_ids and "\ufffd" not in text:
+            if text and token not in model.eos_token_ids and not {_HALF, _END} & {*text}:
                 by_text.setdefault(text, []).append(token)
-        # The library wants one end of sequence; where the model has none, a number that is no token serves.
-        eos = min(model.eos_token_ids, default=model.vocab_size)
         try:
-            self._index = outlines.Index(constraint.pattern, outlines.Vocabulary(eos, by_text))
-        except Exception as error:  # whatever the library raises, it is the pattern's fault
+            self._index = _compile(constraint.pattern, by_text, self._size)
+            self._bytes = _compile(constraint.pattern, {bytes([byte]): [byte] for byte in range(256)}, 256)
+        except Exception as error:  # any error of the library is about the pattern
             raise ConfigurationError(
                 f"{constraint!r} cannot be followed with the tokens of {model.name!r}: {error}"
             ) from error
         self._state = functools.lru_cache(_REMEMBERED)(self._state_after)
+        self._text_state = functools.lru_cache(_REMEMBERED)(self._state_after_text)
 
     def allowed(self, token_ids: Sequence[int]) -> BoolArray:
         allowed, state = np.zeros(self._size, dtype=bool), self._state(tuple(token_ids))
@@ -237,22 +298,126 @@ class _Automaton(Rule):
             allowed[tokens[tokens < self._size]] = True
         return allowed
 
-    def may_end(self, token_ids: Sequence[int]) -> bool:
-        state = self._state(tuple(token_ids))
-        return state is not None and bool(self._index.is_final_state(state))
+    def can_become(self, text: str) -> bool:
+        return self._text_state(text) is not None
+
+    def accepts(self, text: str, token_ids: Sequence[int]) -> bool:
+        state = self._text_state(text)
+        if state is None:
+            return False
+        ends = (self._bytes.get_next_state(state, 256 + count) for count in (1, 2))
+        return any(end is not None and self._bytes.is_final_state(end) for end in ends)
 
     def _state_after(self, token_ids: tuple[int, ...]) -> int | None:
-        """Return where the automaton stands, None where it has refused a token."""
+        """Return the state after these tokens, None where one was refused."""
         state = self._index.get_initial_state()
         if token_ids:
             before = self._state(token_ids[:-1])
             state = None if before is None else self._index.get_next_state(before, token_ids[-1])
         return None if state is None else int(state)
 
+    def _state_after_text(self, text: str) -> int | None:
+        """Return the state after this text's bytes, None where one was refused."""
+        state = self._bytes.get_initial_state()
+        for byte in text.encode("utf-8", "surrogatepass"):
+            if (state := self._bytes.get_next_state(state, byte)) is None:
+                return None
+        return int(state)
+
+
+def _compile(pattern: str, tokens: Mapping[Any, list[int]], size: int) -> Any:
+    """Return the automaton of a pattern over ``tokens``, whose numbers are below ``size``.
+
+    outlines-core drops every edge from an accepting state to one that does not accept: of ``a(ba)*`` it only knows
+    "a". An end mark, which each text is followed by, leaves no accepting state but the last. ``$`` is an end mark too,
+    so that a text ends with one mark or with two: the tokens ``size + 1`` and ``size + 2``.
+    """
+    outlines = _outlines()
+    marked = re.sub(r"\\z|\\.|\[(?:\\.|[^\]\\])+\]|\$", lambda m: _END if m[0] in ("$", r"\z") else m[0], pattern)
+    ends = {(_END * count).encode(): [size + count] for count in (1, 2)}
+    by_bytes = {text if isinstance(text, bytes) else text.encode(): ids for text, ids in tokens.items()}
+    return outlines.Index(f"(?:{marked}){_END}", outlines.Vocabulary(size, {**by_bytes, **ends}))
+
+
+class _Finder:
+    """Finds the tokens that complete one of some strings at the end of a completion.
+
+    A token is compared by its text. Only where that is a part of a character, the whole completion is decoded: its
+    bytes may complete a character of a string.
+    """
+
+    def __init__(self, strings: Sequence[str], model: LanguageModel, fold: Callable[[str], str] = str) -> None:
+        self._strings, self._model, self._fold = [fold(string) for string in strings], model, fold
+        self._texts = token_texts(model)
+        folded = [fold(text) for text in self._texts]
+        order = sorted(range(len(folded)), key=folded.__getitem__)
+        ranked = [folded[token] for token in order]
+
+        def beginning_with(start: str) -> list[int]:
+            return order[bisect_left(ranked, start) : bisect_left(ranked, start + chr(0x10FFFF))]
+
+        # By a beginning of a string: the tokens that begin with its rest, and those inside it that go on with it.
+        self._completing: dict[str, list[int]] = {}
+        self._inside: dict[str, list[int]] = {}
+        by_text: dict[str, list[int]] = {}
+        for token, text in enumerate(folded):
+            by_text.setdefault(text, []).append(token)
+        for string in self._strings:
+            for written in range(1, len(string)):
+                before, rest = string[:written], string[written:]
+                self._completing.setdefault(before, []).extend(beginning_with(rest))
+                parts = (by_text.get(rest[:end], []) for end in range(1, len(rest)))
+                self._inside.setdefault(before, []).extend(token for part in parts for token in part)
+        begun = tuple(self._completing)
+        self._alone = np.array([any(string in text for string in self._strings) for text in folded])
+        self._begins = np.array([text.endswith(begun) for text in folded]) if begun else np.zeros_like(self._alone)
+        self._halves = np.array([_HALF in text for text in self._texts])
+        self._is_ascii = all(string.isascii() for string in self._strings)
+
+    def contains(self, text: str) -> bool:
+        """Tell whether a text contains one of the strings."""
+        folded = self._fold(text)
+        return any(string in folded for string in self._strings)
+
+    def completing(self, token_ids: Sequence[int]) -> BoolArray:
+        """Return the tokens after which the completion contains one of the strings, bool [V]."""
+        text = self._model.decode(list(token_ids))
+        found = self._alone.copy()
+        folded = self._fold(text)
+        for before, tokens in self._completing.items():
+            if folded.endswith(before):
+                found[tokens] = True
+        if text.endswith(_HALF):
+            for token in np.flatnonzero(self._halves).tolist():
+                found[token] = self.contains(self._model.decode([*token_ids, token]))
+        return found
+
+    def extending(self, token_ids: Sequence[int]) -> list[tuple[int, str]]:
+        """Return the tokens after which the completion contains a string or ends in a part of one, with its text."""
+        text = self._model.decode(list(token_ids))
+        found, folded = self._alone | self._begins, self._fold(text)
+        for tables in (self._completing, self._inside):
+            for before, tokens in tables.items():
+                if folded.endswith(before):
+                    found[tokens] = True
+        is_half = text.endswith(_HALF)
+        if is_half or not self._is_ascii:
+            found |= self._halves
+        joins = bool(token_ids) and not is_half  # a first token's text, and the rest of a character, depend on context
+        return [
+            (token, text + self._texts[token] if joins else self._model.decode([*token_ids, token]))
+            for token in np.flatnonzero(found).tolist()
+        ]
+
+
+def _fold(text: str) -> str:
+    """Fold the case of each character by itself, so that a part of a text folds as it does within the text."""
+    return text.casefold()
+
 
 @functools.lru_cache(8)
 def token_texts(model: LanguageModel) -> list[str]:
-    """Return what each token adds to a text, [V]; a leading space is one that a lone ``decode`` might drop."""
+    """Return the text that each token adds to a continuation, [V], with the leading space that it has there."""
     lead = next((t for t in range(model.vocab_size) if model.decode([t]).isalnum()), None)
     if lead is None:
         return [model.decode([token]) for token in range(model.vocab_size)]

@@ -12,12 +12,12 @@ import numpy.typing as npt
 from ..checks import check_integer, check_number
 from ..columns import GrowableColumns
 from ..deprecated import with_old_names
-from ..errors import ConfigurationError, ConstraintError, PromptError
+from ..errors import ConfigurationError, ConstraintError, InternalError, PromptError
 from ..models.base import IntArray, LanguageModel, free_memory
 from ..models.registry import load_language_model
 from ..models.tabular import TOY, toy_language_model
 from ..rewards import Reward, as_reward
-from .constraints import Rules
+from .constraints import Rules, StopStrings
 from .prompts import Prompt, columns_of
 from .token_tree import TokenTree
 
@@ -124,9 +124,8 @@ class DecodingMDP:
         self.top_k = check_integer("top_k", top_k)
         self.top_p = check_number("top_p", top_p, low=0, high=1, open_low=True)
         self.logprob_weight = check_number("logprob_weight", logprob_weight, low=0)
-        self.stop = (stop,) if isinstance(stop, str) else tuple(stop or ())
-        if not all(self.stop):
-            raise ConfigurationError(f"stop is a non-empty string or a list of them, got {stop!r}")
+        self._stop = StopStrings(stop)
+        self.stop = self._stop.strings
         # The reward is resolved first, so that a misspelt name is reported before a model is loaded.
         self.reward: Reward = as_reward(reward)
         if isinstance(model, str) and model != TOY:
@@ -139,7 +138,7 @@ class DecodingMDP:
                     "hidden_layers is for a model given by name; give it to TransformersLM instead"
                 )
         self._kv_budget, self.constraint = kv_budget, constraint
-        self._rules = None if constraint is None else Rules(constraint, self.model)
+        self._rules = None if constraint is None else Rules(constraint, self.model, self._stop)
         self.tree = TokenTree(self.model, top_k, kv_budget, self._rules.allowed if self._rules else None)
         if max_prefixes is None:
             max_prefixes = max(free_memory() // 8 // self.tree.node_bytes, 1)
@@ -227,7 +226,8 @@ class DecodingMDP:
         for row in np.flatnonzero(ends.any(axis=1)).tolist():
             prefix, tokens = self.tree.completion_ids(int(nodes[row])), self.tree.tokens[nodes[row]].tolist()
             for action in np.flatnonzero(ends[row]).tolist():
-                mask[row, action] = self._rules.may_end([*prefix, tokens[action]])
+                ids = [*prefix, tokens[action]]
+                mask[row, action] = self._rules.accepts(self._decode(ids), ids)
         return mask
 
     def token_text(self, token: int) -> str:
@@ -279,7 +279,7 @@ class DecodingMDP:
         """Return r_max(s), an upper bound of the reward of every completion of each state, float64 [n]."""
         if not self.reward.has_prefix_bounds:
             return np.full(len(nodes), self.reward.upper)
-        ids, texts = self.tree.completions(nodes), [self._settled(text) for text in self.texts(nodes)]
+        ids, texts = self.tree.completions(nodes), [self._stop.settled(text) for text in self.texts(nodes)]
         remaining = self.remaining(nodes).tolist()
         return self.reward.upper_bound([p.text for p in prompts], texts, remaining, ids, **columns_of(prompts))
 
@@ -306,7 +306,7 @@ class DecodingMDP:
         if self.stop:
             for row, prefix in enumerate(self.tree.completions(nodes)):
                 for action, token in enumerate(tokens[row]):
-                    if self._stop_at(self.model.decode([*prefix, int(token)])) is not None:
+                    if self._stop.cut(self.model.decode([*prefix, int(token)])) is not None:
                         kinds[row, action] = Finish.STOP
         kinds[np.isin(tokens, self._eos)] = Finish.EOS
         return kinds
@@ -328,12 +328,16 @@ class DecodingMDP:
 
         Raises:
             RewardError: The reward model did not return one number within its bounds per completion.
+            InternalError: A completion breaks the constraint, which the action masks should have prevented.
         """
         if not len(nodes):
             return []
         tokens = self.tree.tokens[nodes, actions]
         ids = [(*prefix, token) for prefix, token in zip(self.tree.completions(nodes), tokens.tolist(), strict=True)]
         texts = [self._decode(sequence) for sequence in ids]
+        for text, sequence in zip(texts, ids, strict=True):
+            if self._rules is not None and not self._rules.accepts(text, self._without_end(sequence)):
+                raise InternalError(f"the completion {text!r} breaks the constraint; please report this")
         kinds = self.finishes(nodes)[np.arange(len(nodes)), actions]
         logprobs = self.tree.path_logprob[nodes] + np.maximum(self.tree.logprobs[nodes, actions], -1e6)
         rewards = self.rewards(prompts, texts, ids) if score else np.full(len(nodes), np.nan)
@@ -361,24 +365,13 @@ class DecodingMDP:
     # -----------------------------------------------------------------------------------------------------------------
 
     def _decode(self, token_ids: Sequence[int]) -> str:
-        if token_ids and token_ids[-1] in self.model.eos_token_ids:
-            token_ids = token_ids[:-1]
-        text = self.model.decode(list(token_ids))
-        at = self._stop_at(text)
-        return text if at is None else text[:at]
+        """Return the text of a completion: no end-of-sequence token, cut off where a stop string begins."""
+        text = self.model.decode(self._without_end(token_ids))
+        cut = self._stop.cut(text)
+        return text if cut is None else cut
 
-    def _settled(self, text: str) -> str:
-        """Return the part of an unfinished text that every completion of it begins with.
-
-        The rest is half a character, which the next token may complete, or a possible beginning of a stop string, which
-        would be cut off.
-        """
-        text = text.rstrip("\ufffd")
-        cut = (n for s in self.stop for n in range(min(len(s) - 1, len(text)), 0, -1) if text.endswith(s[:n]))
-        return text[: len(text) - max(cut, default=0)]
-
-    def _stop_at(self, text: str) -> int | None:
-        return min((text.find(s) for s in self.stop if s in text), default=None)
+    def _without_end(self, token_ids: Sequence[int]) -> list[int]:
+        return list(token_ids[:-1] if token_ids and token_ids[-1] in self.model.eos_token_ids else token_ids)
 
 
 def mdp_of(env: Any) -> DecodingMDP:

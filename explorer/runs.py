@@ -99,13 +99,13 @@ class Beginning(Constraint, Rule):
 
     def allowed(self, token_ids: Sequence[int]) -> npt.NDArray[np.bool_]:
         """Return which tokens may follow, bool [V]: the one at this place, or any after the last."""
-        allowed = np.full(self._size, self.may_end(token_ids))
+        allowed = np.full(self._size, len(token_ids) >= len(self.token_ids))
         allowed[list(self.token_ids[len(token_ids) : len(token_ids) + 1])] = True
         return allowed
 
-    def may_end(self, token_ids: Sequence[int]) -> bool:
-        """Tell whether all of them are there."""
-        return len(token_ids) >= len(self.token_ids)
+    def accepts(self, text: str, token_ids: Sequence[int]) -> bool:
+        """Tell whether a completion begins with all of them."""
+        return tuple(token_ids[: len(self.token_ids)]) == self.token_ids
 
 
 class Run:
