@@ -83,7 +83,7 @@ class StopStrings:
         Raises:
             ConfigurationError: Something else is among them, or an empty string.
         """
-        given = (stop,) if isinstance(stop, str) else stop or ()
+        given: Any = (stop,) if isinstance(stop, str) else stop or ()
         if not isinstance(given, Iterable) or not all(isinstance(string, str) and string for string in (*given,)):
             raise ConfigurationError(f"stop is a non-empty string or a list of them, got {stop!r}")
         self.strings = tuple(given)
@@ -128,7 +128,7 @@ class Rules:
     def allowed(self, token_ids: Sequence[int]) -> BoolArray:
         """Return which tokens may follow, bool [V], end-of-sequence tokens included."""
         by_rule = np.stack([rule.allowed(token_ids) for rule in self._rules])
-        allowed: BoolArray = by_rule.all(axis=0)
+        allowed: BoolArray = np.logical_and.reduce(by_rule)
         for token, text in self._stops.extending(token_ids) if self._stops else ():
             if (cut := self._stop.cut(text)) is not None:
                 allowed[token] = self.accepts(cut, [*token_ids, token])
