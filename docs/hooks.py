@@ -1,4 +1,4 @@
-"""What the site is made of besides the pages: parts of other files, the command line's help, docstrings' references."""
+"""Hooks of mkdocs: parts of other files, the command line's help, and links in docstrings."""
 
 import re
 from pathlib import Path
@@ -40,11 +40,14 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def readme(heading: str) -> str:
-    """Return what README.md says below a heading, so that no figure stands in two places."""
+    """Return a section of README.md, so that no figure stands in two places."""
     parts = (ROOT / "README.md").read_text(encoding="utf-8").split(f"\n## {heading}\n")
     if len(parts) != 2:
         raise ValueError(f"README.md has {len(parts) - 1} headings '## {heading}', expected 1; see docs/hooks.py")
     text = parts[1].split("\n## ")[0].replace("](docs/", "](").replace("](benchmarks/RESULTS.md", "](results.md")
+    # Footnotes stand at the end of the README.
+    notes = dict(re.findall(r"^\[\^(\w+)\]: (.+)$", parts[1], re.MULTILINE))
+    text += "".join(f"\n\n[^{name}]: {notes[name]}" for name in re.findall(r"\[\^(\w+)\](?!:)", text))
     # Other files of the repository are not part of the site.
     return re.sub(r"\[([^\]]+)\]\((?!https?:|#|[\w-]+\.(?:md|svg|png))[^)]*\)", r"\1", text).strip()
 

@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -286,16 +285,3 @@ def test_texts_are_not_folded_where_nobody_watches(tmp_path):
 def test_the_installed_command_runs():
     command = [sys.executable, "-m", "qstar_decoding.cli", "decode", "--help"]
     assert "budget" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-# -- documents
-
-
-def root():
-    return Path(__file__).parents[2]
-
-
-def test_the_readmes_snippet_is_the_example():
-    readme = (root() / "README.md").read_text()
-    example = (root() / "examples" / "quickstart.py").read_text()
-    assert f"<!-- examples/quickstart.py -->\n```python\n{example}```" in readme

@@ -1,4 +1,4 @@
-"""The documentation: snippets run as a reader would type them, commands parse, files exist, and the site builds."""
+"""Documentation: snippets run as a reader would type them, commands parse, files exist, and the site builds."""
 
 import re
 import shlex
@@ -24,7 +24,7 @@ def snippets(page):
         mark, code = match["mark"] or "", match["code"]
         if mark.startswith("not run: "):
             continue
-        if mark.startswith("examples/"):  # tests/test_examples.py runs these; what follows them needs their imports
+        if mark.startswith("examples/"):  # test_examples.py runs these; later snippets need their imports
             code = "\n".join(re.findall(r"^(?:import|from) .*", code, re.MULTILINE))
         found.append(code)
     return found
@@ -86,14 +86,14 @@ def test_every_command_line_parses(page):
 
 
 def test_commands_are_found_and_unknown_options_are_not_taken():
-    assert ["decode", "The movie was", "--budget", "200", "--n", "3"] in commands("README.md")
+    assert ["decode", "The movie was", "--budget", "200", "--n", "3"] in commands("docs/command-line.md")
     with pytest.raises(typer.TyperException, match="--bugdet"):
         COMMAND.commands["decode"].make_context("decode", ["The movie was", "--bugdet", "200"])
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_file_named_is_there(page):
-    rooms = "agents|benchmarks|docs|envs|examples|rewards|tasks|tests"
+    rooms = "agents|benchmarks|cli|docs|envs|examples|explorer|models|rewards|tasks|tests"
     for name in re.findall(rf"\b((?:{rooms})/[\w./-]+\.(?:py|md|yaml|yml|html))\b", PAGES[page].read_text("utf-8")):
         assert (ROOT / name).is_file(), name
 

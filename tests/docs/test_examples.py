@@ -1,4 +1,4 @@
-"""Every example runs, with less of everything; `EXAMPLES=full pytest tests/test_examples.py` runs them as they are."""
+"""Examples: each runs, shortened; `EXAMPLES=full pytest tests/docs/test_examples.py` runs them in full."""
 
 import os
 import runpy
@@ -11,7 +11,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
-# What is written in an example, and what a test puts in its place: minutes become seconds, and no line is left out.
+# The text of an example, and its replacement in the test: minutes become seconds, and no line is left out.
 BRIEF = {
     "chat_constraints.py": {"budget=100": "budget=50", "max_new_tokens=32": "max_new_tokens=24"},
     "cleanrl_dqn.py": {"STEPS, ENVS = 4_000, 8": "STEPS, ENVS = 200, 8"},
@@ -19,9 +19,10 @@ BRIEF = {
         "learn(5_000)": "learn(100)",
         "searches_per_round=16": "searches_per_round=2, gradient_steps=8",
     },
+    "environment.py": {"range(1000)": "range(60)", "learn(2000)": "learn(110)", "lm_tokens=200": "lm_tokens=50"},
     "minari_offline.py": {"300, 600,": "20, 50,"},
     "own_heuristic.py": {'prompts.of("test")': 'prompts.of("test")[:4]'},
-    "quickstart.py": {"range(1000)": "range(60)", "learn(2000)": "learn(110)", "lm_tokens=200": "lm_tokens=50"},
+    "quickstart.py": {"learn(2_000)": "learn(110)", "budget=200": "budget=50"},
     "reasoning_gym_reward.py": {
         "learn(5_000)": "learn(20)",
         "prompts[:100], ": "prompts[:10], ",
