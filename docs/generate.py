@@ -103,9 +103,17 @@ def tasks() -> str:
     return "\n".join(rows)
 
 
+def observation() -> str:
+    """Return the parts of an observation."""
+    from qstar_decoding.envs.observations import observation_table
+
+    return observation_table().replace("``", "`")
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "modules": ("architecture.md", modules),
     "layers": ("architecture.md", layers),
+    "observation": ("environment.md", observation),
     "decoders": ("evaluate.md", decoders),
     "tasks": ("reference/tasks.md", tasks),
 }
