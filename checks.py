@@ -7,13 +7,14 @@ import os
 import tempfile
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .errors import (
-    ConfigurationError,
-)
+from .errors import ConfigurationError
 
-__all__ = ["check_integer", "check_number", "check_writable", "first_line"]
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+__all__ = ["check_integer", "check_number", "check_writable", "describe_invalid", "first_line"]
 
 
 def check_integer(name: str, value: Any, *, low: int = 1, high: int | None = None, meaning: str = "") -> int:
@@ -71,3 +72,10 @@ def check_writable(folder: Path) -> Path:
 def first_line(error: BaseException) -> str:
     """Return the first line of what an error says, or its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def describe_invalid(error: ValidationError) -> str:
+    """Return the place and the message of the first thing that pydantic found wrong, in one line."""
+    problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = ".".join(map(str, problem["loc"]))
+    return " ".join((f"{place}: " if place else "").split() + problem["msg"].split())

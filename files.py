@@ -14,7 +14,33 @@ from filelock import FileLock, Timeout
 
 from .errors import ConfigurationError
 
-__all__ = ["locked", "to_jsonable", "write_atomically", "write_json"]
+__all__ = ["locked", "read_json", "read_text", "to_jsonable", "write_atomically", "write_json"]
+
+
+def read_text(path: Path) -> str:
+    """Return a file's text.
+
+    Raises:
+        ConfigurationError: It is not UTF-8.
+        OSError: It cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds.
+
+    Raises:
+        ConfigurationError: It is not JSON, or not UTF-8.
+        OSError: It cannot be read.
+    """
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(f"{path} is not JSON: {error}") from error
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

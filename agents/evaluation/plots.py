@@ -13,21 +13,21 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 
 from ...errors import ConfigurationError
 from ..search.budget import TracePoint
 from ..search.state import Values
-from .results import OURS, Results
+from .calibration import Calibration
+from .curves import Curves, find_files, group_runs, read_traces
+from .lines import CERTIFYING, HIGHLIGHTED, Line, result_lines, run_lines, standing_out, trace_lines
+from .results import Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from .calibration import Calibration
-from .curves import Curves
 
 __all__ = [
     "Line",
@@ -45,26 +45,14 @@ __all__ = [
     "trace_lines",
 ]
 
-# What stands out among twenty decoders: ours, the strongest others with and without Q, and ours without Q.
-_HIGHLIGHTED = (OURS, "beam on g + Q", "best-of-n", "A* without Q")
-
-
-# Those that search for a certificate: of the others an upper bound says little.
-_CERTIFYING = (OURS, "A* without Q", "best-first h=bound")
-
-
 # Okabe & Ito without yellow, which is too light for a line on white.
 _COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
-
 _MARKERS = "os^DvPX"
-
 
 _STYLES: tuple[Any, ...] = ("-", "--", "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (6, 1)), (0, (2, 1)), (0, (1, 1)))
 
-
 _SUFFIXES = (".svg", ".pdf", ".png")
-
 
 _RC = {
     "axes.grid": True,
@@ -84,32 +72,12 @@ _RC = {
     "svg.hashsalt": "qstar",  # the same numbers give the same file
 }
 
-
 _PANEL = 3.4, 2.6  # inches: one column of a page with two
-
 
 _TRAINING = "LM tokens of training"
 
 
 P = ParamSpec("P")
-
-
-class Line(NamedTuple):
-    """One line of a picture.
-
-    Attributes:
-        label: Its name.
-        x: float64 [n].
-        y: float64 [n], NaN where nothing is known.
-        low: float64 [n], the lower end of the interval; None where there is none.
-        high: float64 [n], the upper end.
-    """
-
-    label: str
-    x: Values
-    y: Values
-    low: Values | None = None
-    high: Values | None = None
 
 
 def available() -> bool:
@@ -159,72 +127,6 @@ def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     return styled
 
 
-def standing_out(what: str) -> tuple[str, ...]:
-    """Return the decoders that a picture of ``"objective"`` or ``"gap"`` is about."""
-    return _CERTIFYING if what == "gap" else _HIGHLIGHTED
-
-
-def result_lines(results: Results, what: str, names: Sequence[str]) -> list[Line]:
-    """Return a line per decoder: means by budget, and for those in ``names`` 95 % intervals over the prompts.
-
-    Of the gap only those in ``names`` are of interest. A mean J is left out where it is that of unfinished texts.
-
-    Raises:
-        ConfigurationError: There is nothing to draw.
-    """
-    lines = []
-    for name in results.names:
-        have = [
-            budget
-            for budget in results.budgets
-            if results.has(name, budget) and (what == "gap" or results.finishes(name, budget))
-        ]
-        y = np.array([results.mean(name, budget, what) for budget in have])
-        if (what == "gap" and name not in names) or np.isnan(y).all():
-            continue
-        ends = [results.interval(name, budget, what) for budget in have] if name in names else None
-        low, high = np.array(ends).T if ends else (None, None)
-        lines.append(Line(name, np.array(have, dtype=np.float64), y, low, high))
-    if not lines:
-        raise ConfigurationError(f"{results.task}: no {what} was measured of {', '.join(names)} at any budget")
-    return lines
-
-
-def run_lines(groups: Mapping[str, Sequence[Curves]], name: str) -> list[Line]:
-    """Return a line per group of runs: the mean of a quantity over the runs, and from the least of them to the most.
-
-    Runs that were measured at different steps are interpolated, as far as all of them reach.
-
-    Args:
-        groups: Runs that differ in their seed only, by what they are called.
-        name: The quantity.
-    """
-    lines = []
-    for label, runs in groups.items():
-        curves = [np.array(run[name], dtype=np.float64) for run in runs if name in run]  # [2, n] each
-        if not curves:
-            continue
-        start, end = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
-        x = np.unique(np.concatenate([x for x, _ in curves]))
-        x = x[(x >= start) & (x <= end)]
-        values = np.array([np.interp(x, steps, found) for steps, found in curves])
-        spread = (values.min(axis=0), values.max(axis=0)) if len(curves) > 1 else (None, None)
-        lines.append(Line(label, x, values.mean(axis=0), *spread))
-    return lines
-
-
-def trace_lines(traces: Mapping[str, Sequence[TracePoint]]) -> list[Line]:
-    """Return two lines per search, its LB and its UB by LM tokens; NaN where there is none yet."""
-    lines = []
-    for label, trace in traces.items():
-        tokens = np.array([point.lm_tokens for point in trace], dtype=np.float64)
-        for bound, at in (("LB", "lower_bound"), ("UB", "upper_bound")):
-            values = np.array([getattr(point, at) for point in trace], dtype=np.float64)
-            values[~np.isfinite(values)] = np.nan
-            lines.append(Line(f"{label}, {bound}" if label else bound, tokens, values))
-    return lines
-
-
 @_styled
 def plot_results(results: Sequence[Results], what: str = "objective", names: Sequence[str] = ()) -> Figure:
     """Draw a mean by budget, one panel per comparison.
@@ -241,7 +143,7 @@ def plot_results(results: Sequence[Results], what: str = "objective", names: Seq
     names = names or standing_out(what)
     label = "mean gap, UB - LB (units of J)" if what == "gap" else "mean J (units of the reward)"
     # The same decoder looks the same in both pictures.
-    looks = {name: _look(i) for i, name in enumerate(dict.fromkeys((*_HIGHLIGHTED, *_CERTIFYING, *names)))}
+    looks = {name: _look(i) for i, name in enumerate(dict.fromkeys((*HIGHLIGHTED, *CERTIFYING, *names)))}
     colors = {name: looks[name]["color"] for name in names}
     figure, panels = _panels(len(results), (4.4, 2.8) if what == "gap" else (6.2, 4.2), columns=2)
     drawn = [result_lines(result, what, names) for result in results]

@@ -1,8 +1,9 @@
-"""Every decoder by name, with what it needs, where it comes from, and the settings that are tried when it is tuned."""
+"""The one table of decoders: their names, classes, sources, and the settings that are tried when they are tuned."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,60 +19,10 @@ from .mcts import MCTS
 from .rebase import RebaseSearch
 from .sampling import BlockwiseDecoder, ILQLDecoder, MajorityVote, SamplingDecoder
 
-__all__ = ["CONTENDERS", "DECODERS", "DecoderSpec", "decoder_options", "make_decoder"]
+__all__ = ["CONTENDERS", "DECODERS", "DecoderSpec", "by_command", "decoder_options", "make_decoder"]
 
-# What a decoder may look at: the language model alone, the reward of finished texts (or of prefixes) too, Q too.
-Uses = Literal["lm", "reward", "q"]
-
-DECODERS: dict[str, type[Decoder]] = {
-    "args": ARGSDecoder,
-    "astar": AStarPlanner,
-    "beam": BeamSearch,
-    "blockwise": BlockwiseDecoder,
-    "diverse-beam": DiverseBeamSearch,
-    "greedy": GreedyDecoder,
-    "ilql": ILQLDecoder,
-    "levin": LevinTreeSearch,
-    "majority": MajorityVote,
-    "mcts": MCTS,
-    "rebase": RebaseSearch,
-    "sample": SamplingDecoder,
-}
-
-# Those that a seed changes, and those that make something of a Q-function (the others rank by likelihood, or by none).
-DRAWING = {"blockwise", "ilql", "majority", "rebase", "sample"}
-Q_GUIDED = {"astar", "blockwise", "ilql", "mcts", "rebase"}
-
-
-def make_decoder(name: str, env: Any, **kwargs: Any) -> Decoder:
-    """Return the decoder that is called ``name`` on the command line.
-
-    Raises:
-        UnknownNameError: There is none of that name.
-    """
-    if name not in DECODERS:
-        raise UnknownNameError("decoder", name, DECODERS)
-    return DECODERS[name](env, **kwargs)
-
-
-def decoder_options(name: str, planner: Mapping[str, Any], heuristic: Heuristic | None, seed: int) -> dict[str, Any]:
-    """Return the arguments with which a decoder of :data:`DECODERS` serves a task.
-
-    Args:
-        name: Of the decoder.
-        planner: The task's own arguments of the planner.
-        heuristic: For those that make something of one (:data:`Q_GUIDED`), else None.
-        seed: For those that draw.
-    """
-    options: dict[str, Any] = {"seed": seed} if name in DRAWING else {}
-    if heuristic is not None:
-        options |= {"heuristic": heuristic, **_of_planner(DECODERS[name], planner)}
-    return options
-
-
-def _of_planner(kind: Callable[..., Decoder], planner: Mapping[str, Any]) -> dict[str, Any]:
-    """Return which of a task's arguments of the planner a decoder on Q takes: A* all, the others ``score`` alone."""
-    return dict(planner) if kind is AStarPlanner else {k: v for k, v in planner.items() if k == "score"}
+# A decoder looks at the language model alone, at the reward of finished texts, at that of unfinished ones, or at Q.
+Uses = Literal["lm", "reward", "potential", "q"]
 
 
 @dataclass(frozen=True)
@@ -79,22 +30,24 @@ class DecoderSpec:
     """One decoder of a comparison.
 
     Attributes:
-        kind: Its class.
+        kind: The class.
         source: The paper that it comes from.
-        uses: What it looks at. Where a task keeps its reward from the decoders, those that use it cannot take part.
-        settings: What it is always given.
-        grid: The settings that are tried on the dev prompts; every decoder that has any has four.
+        uses: The best informed thing that it looks at. A task with ``score="q"`` excludes those that use the reward.
+        settings: Arguments that it always gets.
+        grid: Settings that are tried on the dev prompts. Every decoder that has any has four.
         random: Whether it draws, so that several seeds are worth running.
         budgeted: Whether it can make use of a larger budget.
+        command: Name of the class on the command line; empty where another row of the table has it.
     """
 
-    kind: Callable[..., Decoder]
+    kind: type[Decoder]
     source: str
     uses: Uses
     settings: Mapping[str, Any] = field(default_factory=dict)
     grid: Sequence[Mapping[str, Any]] = ()
     random: bool = False
     budgeted: bool = True
+    command: str = ""
 
     def make(
         self, mdp: DecodingMDP, q: Heuristic | None, seed: int, planner: Mapping[str, Any], **setting: Any
@@ -102,26 +55,39 @@ class DecoderSpec:
         """Return the decoder with one setting.
 
         Args:
-            mdp: Where it decodes.
-            q: The heuristic, for those that use one.
-            seed: For those that draw.
-            planner: The task's own arguments of the planner: all for A* on Q, only ``score`` for others on Q.
-            setting: Of the grid.
+            mdp: The process that it decodes in.
+            q: The heuristic, for decoders on Q.
+            seed: The seed, for decoders that draw.
+            planner: The task's arguments of the planner.
+            setting: A setting of the grid.
         """
-        options = {**self.settings, **setting}
-        if self.random:
-            options["seed"] = seed
-        if self.uses == "q":
-            options = {"heuristic": q, **_of_planner(self.kind, planner), **options}
-        return self.kind(mdp, **options)
+        options = self.options(q if self.uses == "q" else None, seed, planner)
+        return self.kind(mdp, **{**options, **self.settings, **setting})
+
+    def options(self, heuristic: Heuristic | None, seed: int, planner: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments with which the class serves a task.
+
+        Args:
+            heuristic: The heuristic; None for decoders that use none.
+            seed: The seed, for decoders that draw.
+            planner: The task's arguments of the planner. A* takes them all, other decoders on Q take ``score`` alone.
+        """
+        options: dict[str, Any] = {"seed": seed} if self.random else {}
+        if heuristic is not None:
+            taken = planner if self.kind is AStarPlanner else {k: v for k, v in planner.items() if k == "score"}
+            options |= {"heuristic": heuristic, **taken}
+        return options
 
 
 def _grid(name: str, *values: Any) -> list[dict[str, Any]]:
     return [{name: value} for value in values]
 
 
+# By name in a comparison.
 CONTENDERS: dict[str, DecoderSpec] = {
-    "greedy": DecoderSpec(GreedyDecoder, "the language model's favourite token", "lm", budgeted=False),
+    "greedy": DecoderSpec(
+        GreedyDecoder, "the language model's favourite token", "lm", budgeted=False, command="greedy"
+    ),
     "sample": DecoderSpec(
         SamplingDecoder,
         "ancestral sampling",
@@ -141,15 +107,32 @@ CONTENDERS: dict[str, DecoderSpec] = {
         budgeted=False,
     ),
     "majority": DecoderSpec(
-        MajorityVote, "Wang et al. 2023", "lm", {}, _grid("temperature", 1.0, 0.7, 0.5, 0.3), random=True
+        MajorityVote,
+        "Wang et al. 2023",
+        "lm",
+        {},
+        _grid("temperature", 1.0, 0.7, 0.5, 0.3),
+        random=True,
+        command="majority",
     ),
     "beam": DecoderSpec(BeamSearch, "the likeliest text", "lm", {"rerank": False}),
-    "beam reranked": DecoderSpec(BeamSearch, "beam search, the best J of the beam", "reward"),
+    "beam reranked": DecoderSpec(BeamSearch, "beam search, the best J of the beam", "reward", command="beam"),
     "diverse beam": DecoderSpec(
-        DiverseBeamSearch, "Vijayakumar et al. 2018", "reward", {}, _grid("diversity", 0.01, 0.03, 0.1, 0.3)
+        DiverseBeamSearch,
+        "Vijayakumar et al. 2018",
+        "reward",
+        {},
+        _grid("diversity", 0.01, 0.03, 0.1, 0.3),
+        command="diverse-beam",
     ),
     "best-of-n": DecoderSpec(
-        SamplingDecoder, "Stiennon et al. 2020", "reward", {}, _grid("temperature", 1.3, 1.0, 0.7, 0.5), random=True
+        SamplingDecoder,
+        "Stiennon et al. 2020",
+        "reward",
+        {},
+        _grid("temperature", 1.3, 1.0, 0.7, 0.5),
+        random=True,
+        command="sample",
     ),
     "best-first h=0": DecoderSpec(
         AStarPlanner, "Dijkstra 1959", "reward", {"search": "qstar", "heuristic": ZeroHeuristic()}
@@ -163,9 +146,15 @@ CONTENDERS: dict[str, DecoderSpec] = {
         [{"heuristic": LookAheadHeuristic(length, width=width)} for length, width in ((1, 3), (2, 2), (4, 1), (4, 3))],
     ),
     "A* without Q": DecoderSpec(AStarPlanner, "ours, h = bound", "reward", {}, _grid("taper", 0.0, 1.0, 2.0, 3.0)),
-    "Levin": DecoderSpec(LevinTreeSearch, "Orseau et al. 2018", "reward"),
+    "Levin": DecoderSpec(LevinTreeSearch, "Orseau et al. 2018", "reward", command="levin"),
     "ARGS": DecoderSpec(
-        ARGSDecoder, "Khanov et al. 2024", "reward", {}, _grid("reward_weight", 1.0, 3.0, 10.0, 30.0), budgeted=False
+        ARGSDecoder,
+        "Khanov et al. 2024",
+        "potential",
+        {},
+        _grid("reward_weight", 1.0, 3.0, 10.0, 30.0),
+        budgeted=False,
+        command="args",
     ),
     "arg max Q": DecoderSpec(GreedyDecoder, "Q-learning alone", "q", budgeted=False),
     "VAS": DecoderSpec(
@@ -183,12 +172,54 @@ CONTENDERS: dict[str, DecoderSpec] = {
         {},
         [{"beta": b, "temperature": t} for b, t in ((0.05, 1.0), (0.05, 0.5), (0.1, 0.5), (0.2, 0.3))],
         random=True,
+        command="ilql",
     ),
     "beam on g + Q": DecoderSpec(BeamSearch, "beam search, f = g + Q", "q"),
-    "blockwise": DecoderSpec(BlockwiseDecoder, "Mudgal et al. 2024", "q", {}, _grid("block", 2, 4, 8, 12), random=True),
-    "MCTS": DecoderSpec(
-        MCTS, "Silver et al. 2017; Feng et al. 2023", "q", {}, _grid("exploration", 0.1, 0.3, 1.0, 3.0)
+    "blockwise": DecoderSpec(
+        BlockwiseDecoder, "Mudgal et al. 2024", "q", {}, _grid("block", 2, 4, 8, 12), random=True, command="blockwise"
     ),
-    "REBASE": DecoderSpec(RebaseSearch, "Wu et al. 2024", "q", {}, _grid("balance", 0.02, 0.05, 0.1, 0.3), random=True),
-    "Q*": DecoderSpec(AStarPlanner, "ours", "q", {}, _grid("taper", 2.0, 0.0, 1.0, 3.0)),
+    "MCTS": DecoderSpec(
+        MCTS, "Silver et al. 2017; Feng et al. 2023", "q", {}, _grid("exploration", 0.1, 0.3, 1.0, 3.0), command="mcts"
+    ),
+    "REBASE": DecoderSpec(
+        RebaseSearch, "Wu et al. 2024", "q", {}, _grid("balance", 0.02, 0.05, 0.1, 0.3), random=True, command="rebase"
+    ),
+    "Q*": DecoderSpec(AStarPlanner, "ours", "q", {}, _grid("taper", 2.0, 0.0, 1.0, 3.0), command="astar"),
 }
+
+_BY_COMMAND = {spec.command: spec for spec in CONTENDERS.values() if spec.command}
+
+# By name on the command line.
+DECODERS: dict[str, type[Decoder]] = {name: spec.kind for name, spec in sorted(_BY_COMMAND.items())}
+
+
+def by_command(name: str) -> DecoderSpec:
+    """Return the decoder of a name of the command line.
+
+    Raises:
+        UnknownNameError: There is none of that name.
+    """
+    if name not in _BY_COMMAND:
+        raise UnknownNameError("decoder", name, DECODERS)
+    return _BY_COMMAND[name]
+
+
+def make_decoder(name: str, env: Any, **kwargs: Any) -> Decoder:
+    """Return the decoder of a name of the command line, made with ``kwargs``.
+
+    Raises:
+        UnknownNameError: There is none of that name.
+    """
+    return by_command(name).kind(env, **kwargs)
+
+
+def decoder_options(name: str, planner: Mapping[str, Any], heuristic: Heuristic | None, seed: int) -> dict[str, Any]:
+    """Return the arguments with which a decoder serves a task; see :meth:`DecoderSpec.options`."""
+    return by_command(name).options(heuristic, seed, planner)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Contender":
+        warnings.warn("Contender is called DecoderSpec; the old name goes in 0.3", DeprecationWarning, stacklevel=2)
+        return DecoderSpec
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
