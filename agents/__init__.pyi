@@ -4,10 +4,12 @@ from .distributed.ray_workers import RayWorkers as RayWorkers
 from .evaluation.calibration import Calibration as Calibration
 from .evaluation.calibration import calibration as calibration
 from .evaluation.diagnostics import Diagnostics as Diagnostics
-from .evaluation.evaluate import Outcomes as Outcomes
-from .evaluation.evaluate import evaluate as evaluate
-from .evaluation.evaluate import mean_figures as mean_figures
-from .evaluation.evaluate import paired_bootstrap as paired_bootstrap
+from .evaluation.outcomes import Outcomes as Outcomes
+from .evaluation.outcomes import evaluate as evaluate
+from .evaluation.outcomes import mean_figures as mean_figures
+from .evaluation.outcomes import paired_bootstrap as paired_bootstrap
+from .evaluation.suite import Evaluation as Evaluation
+from .evaluation.suite import evaluate_tasks as evaluate_tasks
 from .heuristics import BoundHeuristic as BoundHeuristic
 from .heuristics import CombinedHeuristic as CombinedHeuristic
 from .heuristics import Heuristic as Heuristic

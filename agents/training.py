@@ -20,7 +20,7 @@ from ..files import locked
 from ..tasks import Task, load_task
 from .distributed.jobs import Workers
 from .evaluation.diagnostics import Diagnostics
-from .evaluation.evaluate import evaluate, mean_figures
+from .evaluation.outcomes import evaluate, mean_figures
 from .learning.checkpoints import find_checkpoint
 from .learning.q_function import QFunction
 from .learning.q_heuristic import QHeuristic
@@ -161,7 +161,7 @@ def held_out_figures(agent: Any, task: Task, *, progress: Progress | None = None
         progress: See :func:`train_task`.
 
     Returns:
-        By decoder, the means of :func:`~qstar_decoding.agents.evaluation.evaluate.mean_figures`.
+        By decoder, the means of :func:`~qstar_decoding.agents.evaluation.outcomes.mean_figures`.
     """
     mdp, prompts = mdp_of(agent.get_env()), task.prompts.of("test")
     heuristic, score = QHeuristic(agent), task.planner.get("score", "reward")

@@ -21,7 +21,7 @@ from rows import add_json_option, out, row, write
 
 from qstar_decoding.agents import AStarPlanner, BeamSearch, GreedyDecoder, QHeuristic, SamplingDecoder
 from qstar_decoding.agents.evaluation.comparison import measurements
-from qstar_decoding.agents.evaluation.evaluate import evaluate, paired_bootstrap
+from qstar_decoding.agents.evaluation.outcomes import evaluate, paired_bootstrap
 from qstar_decoding.rewards import as_reward
 from qstar_decoding.tasks import load_task
 

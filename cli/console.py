@@ -1,11 +1,14 @@
-"""How the command speaks: to a terminal, to a pipe, to the shell that completes its words."""
+"""Console: prints texts, JSON, progress and errors, on terminals of any encoding and into pipes."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import sys
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -15,40 +18,47 @@ from rich.text import Text
 from ..errors import PromptError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-
-    from rich.progress import Progress
-
     from ..agents import Search
 
 __all__ = [
-    "complete",
     "err",
     "fail",
     "follow",
-    "known_contenders",
-    "known_decoders",
-    "known_models",
-    "known_rewards",
-    "known_tasks",
+    "json_line",
     "number_text",
     "out",
-    "progress_bars",
     "quiet",
     "read_stdin",
+    "replace_unprintable",
+    "report_progress",
     "say",
     "say_json",
     "status",
 ]
 
-# A pipe has no width of its own; tables want more than the 80 columns that would be assumed.
-out = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
-err = Console(stderr=True, highlight=False)
+_EVERY = 5.0  # seconds between two lines of progress where there is no terminal
+
+# A pipe has no width. Tables need more than the 80 columns that would be assumed.
+_WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
+# Texts, names and paths may hold brackets and colons, which rich would take for markup and emoji.
+_PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+out = Console(width=_WIDTH, **_PLAIN)
+err = Console(stderr=True, **_PLAIN)
+
+# Called with what is being done, how much of it is done, and how much there is in all (None: not known).
+Report = Callable[[str, int, "int | None"], None]
+
+
+def replace_unprintable() -> None:
+    """Print a question mark for what the terminal's encoding lacks: no result is lost to an error of encoding."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def fail(message: str) -> NoReturn:
-    """Say what was wrong, in one line, and leave with exit code 2."""
-    err.print(Text.assemble(("error: ", "bold red"), message.replace("\n", " ")), soft_wrap=True)
+    """Print what was wrong, in one line, and leave with exit code 2."""
+    err.print(Text.assemble(("error: ", "bold red"), " ".join(message.split())), soft_wrap=True)
     sys.exit(2)
 
 
@@ -65,22 +75,35 @@ def read_stdin() -> str:
 
 
 def say(content: Text | str) -> None:
-    """Print text, folded for a terminal only: whatever reads a pipe wants the lines as they are."""
+    """Print text, folded on a terminal only: readers of a pipe need whole lines."""
     out.print(content, soft_wrap=not out.is_terminal)
 
 
-def say_json(content: Any) -> None:
-    """Print one JSON object; what is not finite is null, as JSON has no infinity."""
+def json_line(content: Any) -> str:
+    """Return a value as one line of JSON that standard output can encode. Numbers that are not finite become null."""
     from ..files import to_jsonable
 
-    out.print_json(
-        json.dumps(to_jsonable(content), ensure_ascii=False, allow_nan=False), indent=2 if out.is_terminal else None
-    )
+    content = to_jsonable(content)
+    line = json.dumps(content, ensure_ascii=False, allow_nan=False)
+    try:
+        line.encode(out.encoding)
+    except UnicodeEncodeError:
+        line = json.dumps(content, allow_nan=False)
+    return line
+
+
+def say_json(content: Any) -> None:
+    """Print one JSON object."""
+    line = json_line(content)
+    if out.is_terminal:
+        out.print_json(line, ensure_ascii=line.isascii())
+    else:
+        out.file.write(line + "\n")
 
 
 @contextmanager
 def status(message: str) -> Iterator[None]:
-    """Show that something goes on, where somebody can see it."""
+    """Show on a terminal that something goes on."""
     if not err.is_terminal:
         yield
         return
@@ -88,14 +111,27 @@ def status(message: str) -> Iterator[None]:
         yield
 
 
-def progress_bars(unit: str) -> Progress:
-    """Return progress bars, on standard error, which show where somebody can see them and vanish in the end."""
+@contextmanager
+def report_progress(unit: str) -> Iterator[Report]:
+    """Give a function that shows progress on standard error: a bar on a terminal, elsewhere a line now and then."""
+    if not err.is_terminal:
+        printed = -math.inf
+
+        def line(label: str, done: int, total: int | None) -> None:
+            nonlocal printed
+            if time.monotonic() - printed >= _EVERY:
+                printed = time.monotonic()
+                count = "" if total is None else f" ({done:,} of {total:,} {unit})"
+                err.print(Text(label + count), soft_wrap=True)
+
+        yield line
+        return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Column
 
-    label = Column(ratio=1, no_wrap=True, overflow="ellipsis")
-    return Progress(
-        TextColumn("{task.description}", markup=False, table_column=label),
+    column = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+    bars = Progress(
+        TextColumn("{task.description}", markup=False, table_column=column),
         BarColumn(20),
         MofNCompleteColumn(" of "),
         TextColumn(unit),
@@ -103,28 +139,29 @@ def progress_bars(unit: str) -> Progress:
         console=err,
         transient=True,
         expand=True,
-        disable=not err.is_terminal,
     )
+    with bars:
+        bar = bars.add_task("", total=None)
+        yield lambda label, done, total: bars.update(bar, description=label, completed=done, total=total)
 
 
 @contextmanager
-def follow(budget: int | None, label: str = "searching") -> Iterator[Callable[[Search], None] | None]:
-    """Follow a search, where somebody can see it: its bounds, and how much of the budget is spent."""
+def follow(budget: int | None) -> Iterator[Callable[..., None] | None]:
+    """Give a function that shows a search on a terminal: its bounds, and the spent part of the budget."""
     if not err.is_terminal:
         yield None
         return
-    with progress_bars("LM tokens") as bars:
-        bar = bars.add_task(label, total=budget)
+    with report_progress("LM tokens") as report:
 
-        def show(search: Search) -> None:
+        def show(search: Search, label: str = "searching") -> None:
             bounds = f"LB {number_text(search.lower_bound)}  UB {number_text(search.upper_bound)}"
-            bars.update(bar, completed=search.lm_tokens, description=f"{bounds}   {label}")
+            report(f"{bounds}   {label}", search.lm_tokens, budget)
 
         yield show
 
 
 def quiet() -> None:
-    """Keep transformers' loading bars out of the way of ours, and all others out of files."""
+    """Turn off the loading bars of transformers, and off a terminal all other bars."""
     if not err.is_terminal:
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
     from transformers.utils import logging
@@ -136,51 +173,3 @@ def quiet() -> None:
 def number_text(value: float) -> str:
     """Return a bound as it is shown."""
     return f"{value:.3f}" if math.isfinite(value) else "none"
-
-
-# -- completion in the shell: of what is known without loading a model ------------------------------------------------
-
-
-def complete(names: Callable[[], Iterable[str]], *, listed: bool = False) -> Callable[[str], list[str]]:
-    """Return a completion of names; of the last one where several are ``listed`` with commas."""
-
-    def names_starting(incomplete: str) -> list[str]:
-        before, comma, word = incomplete.rpartition(",") if listed else ("", "", incomplete)
-        return [f"{before}{comma}{name}" for name in names() if name.startswith(word)]
-
-    return names_starting
-
-
-def known_tasks() -> Iterable[str]:
-    """Return the names of tasks."""
-    from ..tasks import task_names
-
-    return task_names()
-
-
-def known_decoders() -> Iterable[str]:
-    """Return the names of decoders on the command line."""
-    from ..agents.planning.registry import DECODERS
-
-    return DECODERS
-
-
-def known_contenders() -> Iterable[str]:
-    """Return the names of decoders in a comparison."""
-    from ..agents.planning.registry import CONTENDERS
-
-    return CONTENDERS
-
-
-def known_rewards() -> Iterable[str]:
-    """Return the names of rewards."""
-    from ..rewards import reward_names
-
-    return reward_names()
-
-
-def known_models() -> Iterable[str]:
-    """Return the names of language models."""
-    from ..models.embedded_model import EMBEDDED_MODELS
-
-    return EMBEDDED_MODELS

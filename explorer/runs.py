@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..agents import BoundHeuristic, Decoder, Plan, Search
 from ..agents.learning.q_heuristic import shipped_heuristic
-from ..agents.planning.registry import DECODERS, Q_GUIDED, decoder_options, make_decoder
+from ..agents.planning.registry import by_command, decoder_options, make_decoder
 from ..agents.search.snapshot import SearchTree
 from ..envs import DecodingMDP, LanguageModel, load_prompts
 from ..envs.constraints import Constraint, Rule
@@ -81,8 +81,7 @@ class Request(BaseModel):
                 raise ConfigurationError(f"{name} is {value:,}; this page allows at most {LIMITS[name]:,}")
         if self.task not in task_names():  # not the path of a file: whoever sees the page shall not read others
             raise UnknownNameError("task", self.task, task_names())
-        if self.decoder not in DECODERS:
-            raise UnknownNameError("decoder", self.decoder, DECODERS)
+        by_command(self.decoder)
 
 
 class Beginning(Constraint, Rule):
@@ -193,7 +192,7 @@ class Run:
 
     def _decoder(self, mdp: DecodingMDP, task: Task) -> Decoder:
         request, heuristic = self.request, None
-        if request.decoder in Q_GUIDED:
+        if by_command(request.decoder).uses == "q":
             heuristic, misfit = shipped_heuristic(task.name, mdp) if request.q == "shipped" else (BoundHeuristic(), "")
             if misfit:
                 self.tell({"kind": "note", "message": f"without Q: {misfit}"})

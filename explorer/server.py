@@ -141,7 +141,7 @@ def serve(host: str = "127.0.0.1", port: int = 8321) -> None:
 def _options() -> dict[str, Any]:
     """Return what the page offers."""
     from ..agents import pretrained_names
-    from ..agents.planning.registry import DECODERS, Q_GUIDED
+    from ..agents.planning.registry import DECODERS, by_command
     from ..rewards import registry, reward_names
     from ..tasks import load_task, task_names
 
@@ -157,5 +157,5 @@ def _options() -> dict[str, Any]:
         shipped = name in pretrained_names()
         tasks.append({"name": name, "description": task.description, "examples": texts, "shipped_q": shipped, **env})
     rewards = [name for name in reward_names() if name not in registry.WITH_ARGUMENTS]
-    decoders = {"decoders": list(DECODERS), "guided": sorted(Q_GUIDED)}
-    return {"tasks": tasks, "rewards": rewards, "limits": LIMITS, **decoders}
+    guided = [name for name in DECODERS if by_command(name).uses == "q"]
+    return {"tasks": tasks, "rewards": rewards, "limits": LIMITS, "decoders": [*DECODERS], "guided": guided}

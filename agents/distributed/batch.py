@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from ..search.budget import Budget
     from ..search.plan import Plan
 
-__all__ = ["BatchDecoder", "ResultsFile", "decode_many", "plan_record"]
+__all__ = ["BatchDecoder", "ResultsFile", "decode_many", "in_order", "plan_record"]
 
 _BATCH = 8  # prompts that are decoded in lock-step
 
@@ -96,6 +97,16 @@ def _jobs(lines: Mapping[int, Prompt]) -> Iterator[Job]:
         before = batch[-1][1].text
         parts = tuple(Job("decode", ([prompt],), f"line {number}, {prompt.text!r}", group) for number, prompt in batch)
         yield Job("decode", ([prompt for _, prompt in batch],), f"{parts[0].name} and those like it", group, parts)
+
+
+def in_order(records: Iterable[dict[str, Any]], lines: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """Yield records by ascending line, each as soon as those before it have come."""
+    waiting: dict[int, dict[str, Any]] = {}
+    order = deque(sorted(lines))
+    for record in records:
+        waiting[record["line"]] = record
+        while order and order[0] in waiting:
+            yield waiting.pop(order.popleft())
 
 
 class ResultsFile:

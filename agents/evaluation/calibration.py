@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...checks import first_line
 from ...envs import load_prompts
 from ...errors import ConfigurationError
 from ..planning.astar import AStarPlanner
@@ -45,9 +45,16 @@ class Calibration(NamedTuple):
         """
         try:
             with np.load(path) as stored:
-                return cls(*(stored[name] for name in cls._fields))
-        except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-            raise ConfigurationError(f"{path} is not a calibration that qstar evaluate wrote: {error}") from error
+                arrays = [stored[name] for name in cls._fields]
+            if len({array.shape for array in arrays}) > 1 or arrays[0].ndim != 1 or not len(arrays[0]):
+                raise ValueError("the arrays are not of one length")
+            if not all(array.dtype.kind in "fiu" and np.isfinite(array).all() for array in arrays):
+                raise ValueError("a value is not a finite number")
+        except Exception as error:  # numpy, zipfile and zlib raise many types for a damaged file
+            raise ConfigurationError(
+                f"{path} is not a calibration that qstar evaluate wrote: {first_line(error)}; evaluate again"
+            ) from error
+        return cls(*arrays)
 
     def summary(self) -> dict[str, float]:
         """Return the numbers that are logged, in units of J but for shares and correlation."""

@@ -1,28 +1,28 @@
-"""Decoders compared at equal LM tokens: every decoder, budget and seed is a cell, kept on disk when it is finished.
+"""Comparison of decoders at equal LM tokens: each decoder, budget and seed is a cell, kept on disk when finished.
 
-A comparison can be stopped at any moment and goes on where it was. Before it begins, every decoder with settings is
-tuned on the dev prompts, each with as many trials as the others. What comes out is a table with one row per prompt and
-cell, and a report made from it (:mod:`~qstar_decoding.agents.evaluation.report`).
+A comparison can be stopped at any moment, and goes on where it was. Before it begins, every decoder with settings is
+tuned on the dev prompts, each with as many trials as the others. The result is a table with one row per prompt and
+cell, of which :mod:`~qstar_decoding.agents.evaluation.report` makes a page.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from ...checks import check_integer
 from ...envs import DecodingMDP, load_prompts
 from ...envs.prompts import columns_of
 from ...errors import ConfigurationError, UnknownNameError
-from ...files import to_jsonable, write_json
+from ...files import read_json, to_jsonable, write_json
 from ...rewards import Reward, as_reward
 from ...tasks import Task
 from ..distributed.jobs import InProcess, Job, Workers
@@ -30,7 +30,7 @@ from ..learning.q_heuristic import QHeuristic
 from ..planning.astar import AStarPlanner
 from ..planning.registry import CONTENDERS
 from .calibration import Calibration, calibrate
-from .evaluate import Outcomes, evaluate
+from .outcomes import Outcomes, evaluate
 
 __all__ = ["Cell", "Comparison"]
 
@@ -53,11 +53,55 @@ class Cell(NamedTuple):
         return f"{name}-{self.budget or 'any'}-{self.seed}.json"
 
 
+class _Measurement(BaseModel):
+    """The measurements of one prompt in a cell's file."""
+
+    prompt: str
+    text: str
+    objective: float | None
+    reward: float | None
+    gold: float | None
+    logprob: float
+    tokens: int
+    lm_tokens: int
+    reward_calls: int
+    lower_bound: float | None
+    upper_bound: float | None
+    gap: float | None
+    certified: int
+    stop: str
+
+
+class _Timing(BaseModel):
+    seconds: float
+    kv_bytes: float
+
+
+class _Setting(BaseModel):
+    chosen: Annotated[int, Field(ge=0)] | None
+    dev: dict[str, float | None]
+
+
+_CELL = TypeAdapter(list[_Measurement])
+_TIMINGS = TypeAdapter(dict[str, _Timing])
+_SETTINGS = TypeAdapter(dict[str, _Setting])
+
+T = TypeVar("T")
+
+
+def _read_if_whole(kind: TypeAdapter[T], path: Path) -> T | None:
+    """Return what a JSON file of a comparison holds; None where it is missing, cut off or edited out of shape."""
+    try:
+        return kind.validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
 class CellRunner:
-    """What runs cells: with each worker of a cluster there is one."""
+    """Runner of cells; each worker of a cluster has one."""
 
     def __init__(self, task: Task, qs: Sequence[Any]) -> None:
-        """Load what the decoders need.
+        """Load the Q-functions, the language model and the gold reward.
 
         Raises:
             CheckpointError: A Q-function belongs to another model than the task's.
@@ -70,7 +114,7 @@ class CellRunner:
         self.gold: Reward | None = None if task.gold is None else as_reward(task.gold)
 
     def make(self, name: str, seed: int, mdp: DecodingMDP | None = None, **setting: Any) -> Any:
-        """Return the decoder of a contender."""
+        """Return a decoder by its name in :data:`CONTENDERS`."""
         q = self.heuristics[seed % len(self.heuristics)] if self.heuristics else None
         return CONTENDERS[name].make(mdp or self.mdp, q, seed, self.task.planner, **setting)
 
@@ -88,15 +132,15 @@ class CellRunner:
 
 @dataclass
 class Comparison:
-    """What is compared on what; a description that a folder belongs to.
+    """A comparison of decoders on one task, which a folder belongs to.
 
     Attributes:
         task: The task; its test prompts are decoded, its dev prompts serve for tuning.
         decoders: Names of :data:`CONTENDERS`; empty for all that can take part.
         budgets: LM tokens a prompt.
-        seeds: How many seeds; those of Q-functions go round where there are fewer.
-        qs: Q-functions, one per training seed: what :class:`QHeuristic` takes. Empty for none.
-        folder: Where everything is kept.
+        seeds: Number of seeds; where there are fewer Q-functions, they are taken in turn.
+        qs: Q-functions, one per training seed, as :class:`QHeuristic` takes them. Empty for none.
+        folder: Folder of everything that is kept.
         tune: Whether settings are tuned; otherwise every decoder has its defaults.
     """
 
@@ -117,30 +161,25 @@ class Comparison:
             UnknownNameError: There is no such decoder.
         """
         self.score = self.task.planner.get("score", "reward")
-        self.budgets = sorted({check_integer("a budget", budget) for budget in self.budgets})
-        check_integer("seeds", self.seeds)
+        self.budgets = check_request(self.decoders, self.budgets, self.seeds)
+        self.runner = CellRunner(self.task, self.qs)
+        self.heuristics, self.mdp, self.gold = self.runner.heuristics, self.runner.mdp, self.runner.gold
+        self.excluded = {name: why for name in CONTENDERS if (why := self._why_excluded(name))}
         for name in self.decoders:
-            if name not in CONTENDERS:
-                raise UnknownNameError("decoder", name, CONTENDERS)
-        if not self.budgets:
-            raise ConfigurationError("at least one budget is needed")
-        self.contest = CellRunner(self.task, self.qs)
-        self.heuristics, self.mdp, self.gold = self.contest.heuristics, self.contest.mdp, self.contest.gold
-        for name in self.decoders:
-            if why := self._why_excluded(name):
-                raise ConfigurationError(f"{name!r} cannot take part in {self.task.name!r}: {why}")
-        self.names = list(self.decoders) or [name for name in CONTENDERS if not self._why_excluded(name)]
+            if name in self.excluded:
+                raise ConfigurationError(f"{name!r} cannot take part in {self.task.name!r}: {self.excluded[name]}")
+        self.names = list(self.decoders) or [name for name in CONTENDERS if name not in self.excluded]
         self._claim()
 
     def cells(self) -> Iterator[Cell]:
         """Yield all cells, the cheap budgets first; a decoder that neither draws nor uses Q needs one seed."""
         for budget in (None, *self.budgets):
             for name in self.names:
-                contender = CONTENDERS[name]
-                if contender.budgeted == (budget is None):
+                spec = CONTENDERS[name]
+                if spec.budgeted == (budget is None):
                     continue
-                count = self.seeds if contender.random else 1
-                if contender.uses == "q":
+                count = self.seeds if spec.random else 1
+                if spec.uses == "q":
                     count = max(count, len(self.heuristics))
                 yield from (Cell(name, budget, seed) for seed in range(count))
 
@@ -153,14 +192,14 @@ class Comparison:
 
         Args:
             progress: Told what is being done, how much is done, and of how much.
-            workers: Who tunes and decodes, each holding what ``maker`` makes; None for this process, which times the
-                decoders in any case. A cell is done as a whole, so the results are the same.
+            workers: Workers that tune and decode, each with the object that ``maker`` makes; None for this process. A
+                cell is done as a whole, so the results are the same. This process times the decoders in any case.
 
         Raises:
             KeyboardInterrupt: At an interrupt; what was finished is kept.
         """
-        workers = workers or InProcess(self.contest)
-        cells = [cell for cell in self.cells() if not self._path(cell).is_file()]
+        workers = workers or InProcess(self.runner)
+        cells = [cell for cell in self.cells() if self._measured(cell) is None]
         total, done = len(cells) + 2 * len(self.names) + len(self.heuristics[:1]), 0
 
         def started(job: Job) -> None:
@@ -168,7 +207,7 @@ class Comparison:
 
         for _ in self._tune(self.names, workers, started):
             done += 1
-        # The dear ones first, lest one of them is left when the other workers have nothing more to do.
+        # Largest budgets first with several workers, so that no worker ends with a long job alone.
         settings = self._settings()
         jobs = [
             Job(
@@ -190,37 +229,36 @@ class Comparison:
             self.calibration()
 
     def maker(self) -> Callable[[], CellRunner]:
-        """Return what makes the contest of a worker, which needs no files of this machine."""
+        """Return a function that makes a worker's :class:`CellRunner`, and needs no files of this machine."""
         return partial(CellRunner, self.task, [heuristic.q for heuristic in self.heuristics])
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return what was measured: one dict per prompt and finished cell."""
-        rows: list[dict[str, Any]] = []
-        for cell in self.cells():
-            if self._path(cell).is_file():
-                found = json.loads(self._path(cell).read_text(encoding="utf-8"))
-                rows += [
-                    {"task": self.task.name, **cell._asdict(), "prompt_index": i, **r} for i, r in enumerate(found)
-                ]
-        return rows
+        """Return the measurements: one dict per prompt and finished cell."""
+        return [
+            {"task": self.task.name, **cell._asdict(), "prompt_index": i, **row}
+            for cell in self.cells()
+            for i, row in enumerate(self._measured(cell) or ())
+        ]
 
     def setting(self, name: str) -> dict[str, Any]:
         """Return the setting of a decoder's grid that did best on the dev prompts, tried at the middle budget."""
         if name not in self._settings():
-            list(self._tune([name], InProcess(self.contest)))
+            list(self._tune([name], InProcess(self.runner)))
         return setting_at(name, self._settings()[name]["chosen"])
 
     def timings(self) -> dict[str, dict[str, float]]:
         """Return seconds and bytes of keys and values a prompt of each decoder at the largest budget."""
-        path = self.folder / "timings.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        known = _read_if_whole(_TIMINGS, self.folder / "timings.json") or {}
+        return {name: times.model_dump() for name, times in known.items()}
 
     def calibration(self) -> Calibration | None:
         """Return Q beside the best J found, of the first seed, on the test prompts at the largest budget."""
         if not self.heuristics:
             return None
         path = self.folder / "calibration.npz"
-        if not path.is_file():
+        try:
+            return Calibration.read(path)
+        except ConfigurationError:  # there is none yet, or it is damaged
             planner = AStarPlanner(self.mdp, heuristic=self.heuristics[0], **self.task.planner)
             compared = calibrate(planner, self.task.prompts.of("test"), self.budgets[-1])
             new = path.with_name(f".new-{path.name}")
@@ -232,18 +270,22 @@ class Comparison:
 
     def _why_excluded(self, name: str) -> str:
         """Return why a decoder cannot take part, or nothing."""
-        contender = CONTENDERS[name]
-        if contender.uses == "q" and not self.heuristics:
-            return "it needs a Q-function, and none was given (--q) or is shipped for the task"
-        if contender.uses == "reward" and self.score == "q":
+        uses = CONTENDERS[name].uses
+        if uses == "q" and not self.heuristics:
+            return "it needs a Q-function; none was given (--q), and the package ships none for the task"
+        if uses in ("reward", "potential") and self.score == "q":
             return "it looks at the reward, which this task keeps from the decoders"
-        if name == "ARGS" and not self.mdp.reward.has_potential:
-            return "it scores prefixes, and the reward has no potential that could"
+        if uses == "potential" and not self.mdp.reward.has_potential:
+            return "it scores unfinished texts, and the task's reward has no potential to score them with"
         return ""
 
     def _settings(self) -> dict[str, Any]:
-        path = self.folder / "settings.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        known = _read_if_whole(_SETTINGS, self.folder / "settings.json") or {}
+        return {
+            name: setting.model_dump()
+            for name, setting in known.items()
+            if name in CONTENDERS and (setting.chosen is None or setting.chosen < len(CONTENDERS[name].grid))
+        }
 
     def _tune(
         self, names: Sequence[str], workers: Workers, started: Callable[[Job], None] | None = None
@@ -282,7 +324,7 @@ class Comparison:
             return
         seconds, size = [], []
         for prompt in self.task.prompts.of("test")[:_TIMED_PROMPTS]:
-            decoder = self.contest.make(name, 0, self.mdp.with_empty_tree(), **self.setting(name))
+            decoder = self.runner.make(name, 0, self.mdp.with_empty_tree(), **self.setting(name))
             usage = evaluate(decoder, [prompt], self.budgets[-1]).plans[0].usage
             seconds.append(usage.seconds)
             size.append(usage.kv_bytes)
@@ -291,8 +333,16 @@ class Comparison:
     def _path(self, cell: Cell) -> Path:
         return self.folder / "cells" / cell.file
 
+    def _measured(self, cell: Cell) -> list[dict[str, Any]] | None:
+        """Return the rows of a cell; None where its file is missing or incomplete, and the cell is to be decoded."""
+        rows = _read_if_whole(_CELL, self._path(cell))
+        prompts = [prompt.text for prompt in load_prompts(self.task.prompts.of("test"))]
+        if rows is None or [row.prompt for row in rows] != prompts:
+            return None
+        return [row.model_dump() for row in rows]
+
     def _claim(self) -> None:
-        """Write down what the folder holds, or check that it is this."""
+        """Write down which comparison the folder holds, or check that it holds this one."""
         mine = {
             "task": self.task.model_dump(mode="json", exclude={"steps", "training", "budgets"}),
             "qs": [heuristic.q.fingerprint() for heuristic in self.heuristics],
@@ -301,7 +351,9 @@ class Comparison:
         }
         path = self.folder / "comparison.json"
         if path.is_file():
-            theirs = json.loads(path.read_text(encoding="utf-8"))
+            theirs = read_json(path)
+            if not isinstance(theirs, dict):
+                raise ConfigurationError(f"{path} does not describe a comparison; give another folder, or delete it")
             if differing := [key for key in mine if mine[key] != theirs.get(key)]:
                 raise ConfigurationError(
                     f"{self.folder} holds another comparison: it differs in {', '.join(differing)}; give another "
@@ -311,13 +363,32 @@ class Comparison:
         write_json(path, mine)
 
 
+def check_request(decoders: Sequence[str], budgets: Sequence[int], seeds: int) -> list[int]:
+    """Check the arguments of a comparison that can be checked without a language model.
+
+    Returns:
+        The budgets, ascending.
+
+    Raises:
+        ConfigurationError: A number is out of range, or there is no budget.
+        UnknownNameError: There is no such decoder.
+    """
+    check_integer("seeds", seeds)
+    for name in decoders:
+        if name not in CONTENDERS:
+            raise UnknownNameError("decoder", name, CONTENDERS)
+    if not budgets:
+        raise ConfigurationError("at least one budget is needed")
+    return sorted({check_integer("a budget", budget) for budget in budgets})
+
+
 def setting_at(name: str, chosen: int | None) -> dict[str, Any]:
-    """Return a setting by its place in a decoder's grid; None stands for its defaults."""
+    """Return a setting by its place in a decoder's grid, or the defaults for None."""
     return {} if chosen is None else dict(CONTENDERS[name].grid[chosen])
 
 
 def measurements(outcomes: Outcomes, prompts: Sequence[Any], gold: Reward | None) -> list[dict[str, Any]]:
-    """Return one dict of plain numbers per prompt; what is not finite is None."""
+    """Return one dict of plain numbers per prompt; numbers that are not finite are None."""
     texts, ids = zip(*((plan.text, plan.token_ids) for plan in outcomes.plans), strict=True)
     golds = [math.nan] * len(texts)
     if gold is not None:

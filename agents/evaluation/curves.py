@@ -32,21 +32,26 @@ class _TracedPlan(BaseModel):
     trace: Annotated[list[tuple[int, float, float | None, float | None]], Field(min_length=1)]
 
 
-def read_points(path: Path) -> list[dict[str, float]]:
+def read_points(path: Path, *, resumed: bool = False) -> list[dict[str, float]]:
     """Return the lines of a diagnostics.jsonl: quantities by name, ``time_steps`` among them.
 
-    A last line without its end is left out: the process was killed while it wrote.
+    Args:
+        path: The file.
+        resumed: Whether a training goes on with the file. A last line without its end, which a kill leaves, is then
+            left out, since it is measured again.
 
     Raises:
         ConfigurationError: A line is something else.
     """
-    points = []
-    for number, line in enumerate(read_text(path).split("\n")[:-1], start=1):
+    points, lines = [], read_text(path).splitlines(keepends=True)
+    if resumed and lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    for number, line in enumerate(lines, start=1):
         try:
             point = _POINT.validate_json(line)
         except ValidationError as error:
             raise ConfigurationError(
-                f"{path}, line {number} is not JSON of numbers by name: {describe_invalid(error)}"
+                f"{path}, line {number} is not JSON with numbers by name: {describe_invalid(error)}"
             ) from error
         if not math.isfinite(point.get("time_steps", math.nan)):
             raise ConfigurationError(f"{path}, line {number} has no time_steps; delete the line")

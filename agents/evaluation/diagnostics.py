@@ -16,7 +16,8 @@ from ..learning.q_heuristic import QHeuristic
 from ..planning.astar import AStarPlanner
 from . import plots
 from .calibration import Calibration, calibrate
-from .evaluate import evaluate
+from .curves import read_points
+from .outcomes import evaluate
 
 __all__ = ["Diagnostics"]
 
@@ -59,9 +60,10 @@ class Diagnostics(BaseCallback):
 
     def _on_training_start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self._log.is_file():  # of the run that is resumed: what it measured after its last checkpoint is done again
-            measured = [json.loads(line) for line in self._log.read_text(encoding="utf-8").splitlines() if line]
-            self.history = [point for point in measured if 0 < point["time_steps"] <= self.num_timesteps]
+        if self._log.is_file():  # a resumed run measures again what came after its last checkpoint
+            self.history = [
+                p for p in read_points(self._log, resumed=True) if 0 < p["time_steps"] <= self.num_timesteps
+            ]
         self._log.write_text("".join(json.dumps(point) + "\n" for point in self.history), encoding="utf-8")
 
     def _on_step(self) -> bool:

@@ -1,8 +1,8 @@
-"""Every picture of the project: learning curves, J and gap by budget, calibration, the bounds of one search.
+"""Pictures: learning curves, J and gap by budget, calibration, the bounds of one search.
 
-Each function takes numbers and returns a matplotlib figure; :func:`save` writes it. Sizes suit the columns of a paper;
-colours are those of Okabe & Ito (2008), which colour-blind readers tell apart; no two lines differ by colour alone.
-matplotlib (the extra ``plots``) is imported when something is drawn.
+Each function takes numbers and returns a matplotlib figure, and :func:`save` writes it. Sizes suit the columns of a
+paper. Colours are those of Okabe & Ito (2008), which colour-blind readers tell apart. No two lines differ by colour
+alone. matplotlib (the extra ``plots``) is imported when something is drawn.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ...errors import ConfigurationError
 from ..search.budget import TracePoint
 from ..search.state import Values
 from .calibration import Calibration
-from .curves import Curves, find_files, group_runs, read_traces
+from .curves import Curves, find_files, group_runs, pick_quantities, read_traces
 from .lines import CERTIFYING, HIGHLIGHTED, Line, result_lines, run_lines, standing_out, trace_lines
 from .results import Results
 
@@ -33,6 +33,7 @@ __all__ = [
     "Line",
     "available",
     "check_path",
+    "draw",
     "plot_calibration",
     "plot_curves",
     "plot_diagnostics",
@@ -125,6 +126,40 @@ def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
             return draw(*args, **kwargs)
 
     return styled
+
+
+def draw(
+    kind: str, sources: Sequence[str], *, quantities: Sequence[str] = (), names: Sequence[str] = ()
+) -> tuple[Figure, Any]:
+    """Draw a picture from files.
+
+    Args:
+        kind: ``"learning"`` or ``"errors"`` of trainings, ``"objective"``, ``"gap"`` or ``"calibration"`` of
+            evaluations, or ``"trace"`` of plans.
+        sources: Folders of trainings (see :func:`group_runs`), folders of evaluations, or files of plans.
+        quantities: Logged quantities of trainings; by default those that the picture is about.
+        names: Decoders that stand out.
+
+    Returns:
+        The figure, and the numbers that are drawn.
+
+    Raises:
+        ConfigurationError: A source is missing or broken, or there is nothing to draw.
+    """
+    if kind == "trace":
+        traces = read_traces(sources)
+        return plot_traces(traces), trace_lines(traces)
+    if kind in ("learning", "errors"):
+        groups = group_runs(sources)
+        prefixes = ("calibration/",) if kind == "errors" else ("held_out/", "rollout/")
+        chosen = pick_quantities(groups, quantities, prefixes)
+        return plot_curves(groups, chosen), {name: run_lines(groups, name) for name in chosen}
+    if kind == "calibration":
+        compared = {found.parent.name: Calibration.read(found) for found in find_files("calibration.npz", sources)}
+        return plot_calibration(compared), {name: one.summary() for name, one in compared.items()}
+    results = [Results.read(found) for found in find_files("results.csv", sources)]
+    names = names or standing_out(kind)
+    return plot_results(results, kind, names), {one.task: result_lines(one, kind, names) for one in results}
 
 
 @_styled

@@ -1,15 +1,17 @@
-"""What a comparison found, as a table, a Markdown page and plots."""
+"""Report of a comparison: a table of all rows, a Markdown page and plots."""
 
 from __future__ import annotations
 
 import math
 import platform
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...errors import ConfigurationError
 from ..planning.registry import CONTENDERS
 from . import plots
 from .comparison import Comparison
@@ -17,14 +19,16 @@ from .results import OURS, Results
 
 __all__ = ["write_report"]
 
+_SHOWN = 3  # prompts whose texts are shown
+
 
 def write_report(comparison: Comparison, command: str, training: Sequence[dict[str, Any]] = ()) -> Path:
     """Write results.csv, report.md and, where matplotlib is installed, plots into the comparison's folder.
 
     Args:
-        comparison: A finished one, or what there is of it.
-        command: What made it, printed at the top.
-        training: What the Q-functions' checkpoints say of themselves.
+        comparison: A comparison; cells that are not finished are left out.
+        command: The command that made it, printed at the top.
+        training: Descriptions in the Q-functions' checkpoints.
 
     Returns:
         The path of report.md.
@@ -33,19 +37,24 @@ def write_report(comparison: Comparison, command: str, training: Sequence[dict[s
     results.write(folder / "results.csv")
     drawn: list[Path] = []
     if plots.available():
-        drawn.append(plots.save(plots.plot_results([results]), folder / "objective.svg"))
-        if comparison.score == "reward":
-            drawn.append(plots.save(plots.plot_results([results], "gap"), folder / "gap.svg"))
+        for what in ("objective", "gap") if comparison.score == "reward" else ("objective",):
+            try:
+                figure = plots.plot_results([results], what)
+            except ConfigurationError:  # nothing to draw: no text was finished, or no decoder has a gap
+                continue
+            drawn.append(plots.save(figure, folder / f"{what}.svg"))
         if compared := comparison.calibration():
             drawn.append(plots.save(plots.plot_calibration({results.task: compared}), folder / "calibration.svg"))
     page = [
         *_heading(comparison, command),
+        *_excluded(comparison, results),
         *_main_table(comparison, results),
         *[f"![]({path.name})\n" for path in drawn],
     ]
     if OURS in results.names:
         page += [*_differences(results), *_pay_back(results, training)]
-    page += [*_certificates(comparison, results), *_costs(comparison, results), *_settings(comparison, results)]
+    page += [*_certificates(comparison, results), *_costs(comparison, results)]
+    page += [*_texts(results), *_settings(comparison, results)]
     path = folder / "report.md"
     path.write_text("\n".join(page) + "\n", encoding="utf-8")
     return path
@@ -71,6 +80,54 @@ def _heading(comparison: Comparison, command: str) -> Iterable[str]:
         + (f", gold `{task.gold}`" if task.gold else "")
         + f"; α = {mdp.logprob_weight:g}, k = {mdp.top_k}, at most {mdp.max_new_tokens} tokens. {seen}\n"
     )
+
+
+def _excluded(comparison: Comparison, results: Results) -> Iterable[str]:
+    """Say of each decoder that is not in the tables why it is not."""
+    reasons: dict[str, list[str]] = {}
+    for name in CONTENDERS:
+        if name in results.names:
+            continue
+        if name in comparison.excluded:
+            why = comparison.excluded[name]
+        else:
+            why = "no cell is finished" if name in comparison.names else "not among the decoders asked for"
+        reasons.setdefault(why, []).append(name)
+    if not reasons:
+        return
+    missing = f" There is no {OURS} row, so nothing is compared with it." if OURS not in results.names else ""
+    yield f"Not in this comparison:{missing}\n"
+    for why, names in reasons.items():
+        yield f"- {', '.join(names)}: {why}."
+    yield ""
+
+
+def _texts(results: Results) -> Iterable[str]:
+    """Show the texts of the first prompts, of the largest budget and the first seed."""
+    most = results.budgets[-1]
+    yield f"Texts of the first {min(results.prompts, _SHOWN)} prompts, with {most} LM tokens and seed 0:\n"
+    for index in range(min(results.prompts, _SHOWN)):
+        shown = [
+            (name, row) for name in results.names for row in results.rows_at(name, most, prompt_index=index, seed=0)
+        ]
+        if not shown:
+            continue
+        yield f"{_code(shown[0][1]['prompt'])}\n"
+        yield _row(["decoder", "J", "text"])
+        yield _row(["---", "---:", "---"])
+        for name, row in shown:
+            objective = "" if row["objective"] is None else f"{row['objective']:.3f}"
+            unfinished = " (unfinished)" if row["stop"] == "partial" else ""
+            yield _row([name, objective, _code(row["text"]) + unfinished])
+        yield ""
+
+
+def _code(text: str) -> str:
+    """Return a text as code in one cell of a table, whatever characters it has."""
+    text = text.replace("\n", "⏎").replace("\r", "␍").replace("|", "\\|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    pad = " " if text.startswith(("`", " ")) or text.endswith(("`", " ")) else ""
+    return f"{fence}{pad}{text}{pad}{fence}" if text else ""
 
 
 def _main_table(comparison: Comparison, results: Results) -> Iterable[str]:
@@ -102,13 +159,13 @@ def _main_table(comparison: Comparison, results: Results) -> Iterable[str]:
     yield ""
     if any(_mark(results, name, b) for name in results.names for b in budgets if results.has(name, b)):
         yield (
-            "† The budget did not suffice to finish more than a tenth of the texts. They are scored as they stand, "
-            "which is no completion's J, and can be more than any completion has; the plot leaves them out.\n"
+            "† The budget did not suffice to finish more than a tenth of the texts. Those are scored as they stand. Such "
+            "a J is no completion's and can exceed that of every completion; the plot leaves it out.\n"
         )
 
 
 def _mark(results: Results, name: str, budget: int) -> str:
-    """Return what a J is marked with that is not one of completions."""
+    """Return the mark of a mean J that is not one of completions."""
     return "" if results.finishes(name, budget) else "†"
 
 

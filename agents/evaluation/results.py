@@ -1,44 +1,64 @@
-"""The numbers of a comparison: means over prompts and seeds, intervals, differences; from memory or from results.csv.
+"""Numbers of a comparison: means over prompts and seeds, intervals and differences, from memory or from results.csv.
 
-Means are over the prompts; where a decoder ran with several seeds, each prompt's value is first averaged over them, and
-intervals resample the prompts (paired bootstrap, 95 %).
+Means are over the prompts. Where a decoder ran with several seeds, each prompt's value is first averaged over them.
+Intervals resample the prompts (paired bootstrap, 95 %).
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
+from ...checks import describe_invalid
 from ...errors import ConfigurationError
+from ...files import read_text
 from ..planning.registry import CONTENDERS
 from ..search.state import Values
-from .evaluate import paired_bootstrap
+from .outcomes import paired_bootstrap
 
 __all__ = ["OURS", "Results"]
 
 OURS = "Q*"
-_TOLERATED = 0.1  # share of unfinished texts up to which a mean J still speaks of completions
+_TOLERATED = 0.1  # share of unfinished texts up to which a mean J is one of completions
 
-_KEYS = {"task", "decoder", "budget", "seed", "prompt_index", "objective", "gap"}
 _MEANS = ("objective", "reward", "gold", "logprob", "tokens", "lm_tokens", "reward_calls", "gap", "certified")
 _TEXTS = {"task", "decoder", "prompt", "text", "stop"}
-_INTEGERS = {"budget", "seed", "prompt_index"}
+
+
+class _Row(BaseModel):
+    """A row of results.csv. The columns that are not named here hold numbers."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float | None]
+
+    task: str
+    decoder: str
+    budget: int | None = Field(ge=1)
+    seed: int
+    prompt_index: int = Field(ge=0)
+    prompt: str = ""
+    text: str = ""
+    objective: FiniteFloat | None
+    gap: float | None
+    stop: str = ""
 
 
 class Results:
     """The measurements of one comparison, averaged over seeds.
 
     Attributes:
-        rows: What :meth:`Comparison.rows` returns: one dict per prompt and cell.
+        rows: The rows of :meth:`Comparison.rows`: one dict per prompt and cell.
         task: The task's name.
         names: The decoders, in the order of :data:`CONTENDERS`.
         budgets: LM tokens a prompt, ascending.
-        prompts: How many prompts there are.
+        prompts: Number of prompts.
     """
 
     def __init__(self, rows: Sequence[dict[str, Any]], budgets: Sequence[int] = ()) -> None:
@@ -70,16 +90,24 @@ class Results:
         Raises:
             ConfigurationError: It is not such a file.
         """
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            if missing := _KEYS - set(reader.fieldnames or ()):
+        reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+        needed = {name for name, field in _Row.model_fields.items() if field.is_required()}
+        try:
+            if missing := needed - set(reader.fieldnames or ()):
                 raise ConfigurationError(
                     f"{path} is not what qstar evaluate writes: it has no column {', '.join(sorted(missing))}"
                 )
-            try:
-                return cls([{key: _value(key, cell) for key, cell in row.items()} for row in reader])
-            except (TypeError, ValueError) as error:
-                raise ConfigurationError(f"{path}, line {reader.line_num}: {error}") from error
+            rows = [
+                _Row.model_validate({key: _value(key, cell) for key, cell in row.items()}).model_dump()
+                for row in reader
+            ]
+            if rows and max(row["prompt_index"] for row in rows) >= len(rows):
+                raise ConfigurationError(f"{path} has a prompt_index of at least its number of rows; evaluate again")
+            return cls(rows)
+        except ValidationError as error:
+            raise ConfigurationError(f"{path}, line {reader.line_num}: {describe_invalid(error)}") from error
+        except (csv.Error, AttributeError, TypeError) as error:  # more cells than columns, quotes that do not end
+            raise ConfigurationError(f"{path}, line {reader.line_num} is not a row of CSV: {error}") from error
 
     def write(self, path: Path) -> None:
         """Write the rows as CSV; what is not known is an empty cell."""
@@ -95,6 +123,11 @@ class Results:
     def has(self, name: str, budget: int) -> bool:
         """Tell whether a decoder's cells of this budget are there."""
         return (name, self._budget(name, budget)) in self._cells
+
+    def rows_at(self, name: str, budget: int, **values: Any) -> list[dict[str, Any]]:
+        """Return a decoder's rows of a budget that have these values; none where the cell is missing."""
+        rows = self._cells.get((name, self._budget(name, budget)), [])
+        return [row for row in rows if all(row[key] == value for key, value in values.items())]
 
     def per_prompt(self, name: str, budget: int, what: str) -> Values:
         """Return a quantity of each prompt, mean over the seeds, float64 [prompts], NaN where it is not known."""
@@ -183,10 +216,6 @@ class Results:
         return budget if self.budgeted(name) else None
 
 
-def _value(key: str, cell: str) -> Any:
-    """Return a cell of the CSV as it was; an empty one of a number is None."""
-    if key in _TEXTS:
-        return cell
-    if cell == "":
-        return None
-    return int(cell) if key in _INTEGERS else float(cell)
+def _value(key: str, cell: str) -> str | None:
+    """Return a cell of the CSV; an empty one of a number is None."""
+    return cell if cell or key in _TEXTS else None

@@ -3,12 +3,13 @@
 import csv
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from qstar_decoding.agents import CONTENDERS, QStar, TokenQPolicy
+from qstar_decoding.agents import CONTENDERS, QStar, TokenQPolicy, evaluate_tasks
 from qstar_decoding.agents.evaluation import comparison as comparison_module
 from qstar_decoding.agents.evaluation.comparison import Comparison
 from qstar_decoding.agents.evaluation.report import write_report
@@ -181,3 +182,114 @@ def test_the_command_writes_one_page_for_all_tasks(tmp_path, q):
         assert (tmp_path / plot).is_file()
     with pytest.raises(ConfigurationError, match="--budgets is a list"):
         CliRunner().invoke(cli.app, ["evaluate", "toy", "--budgets", "many"], catch_exceptions=False)
+
+
+def spoil(path, how):
+    text = path.read_text(encoding="utf-8")
+    rows = json.loads(text)
+    if how == "emptied":
+        path.write_text("")
+    elif how == "an empty list":
+        path.write_text("[]")
+    elif how == "cut off":
+        path.write_text(text[: len(text) // 2])
+    elif how == "a row lost":
+        path.write_text(json.dumps(rows[:-1]))
+    elif how == "a row twice":
+        path.write_text(json.dumps([rows[0], *rows[:-1]]))
+    elif how == "a key lost":
+        path.write_text(json.dumps([{k: v for k, v in row.items() if k != "gap"} for row in rows]))
+    elif how == "a word for a number":
+        path.write_text(json.dumps([{**row, "objective": "much"} for row in rows]))
+    elif how == "a mapping":
+        path.write_text(json.dumps({"rows": rows}))
+    elif how == "another encoding":
+        path.write_bytes(text.encode("utf-16"))
+    elif how == "bytes":
+        path.write_bytes(bytes(range(256)))
+    elif how == "too deep":
+        path.write_text("[" * 100_000)
+
+
+SPOILT = ["emptied", "an empty list", "cut off", "a row lost", "a row twice", "a key lost", "a word for a number"]
+SPOILT += ["a mapping", "another encoding", "bytes", "too deep"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, q):
+    folder = tmp_path_factory.mktemp("finished")
+    comparison = compare(folder, qs=[q], budgets=[8], seeds=1)
+    comparison.run()
+    return folder, comparison.rows()
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_cell_that_is_not_whole_is_decoded_again(tmp_path, q, finished, how):
+    folder, rows = finished
+    shutil.copytree(folder, tmp_path / "run")
+    cell = tmp_path / "run" / "cells" / "best-of-n-8-0.json"
+    spoil(cell, how)
+    comparison = compare(tmp_path / "run", qs=[q], budgets=[8], seeds=1)
+    assert len(comparison.rows()) == len(rows) - len(TASK.prompts.of("test"))  # never trusted
+    comparison.run()
+    assert comparison.rows() == rows
+    assert cell.read_bytes() == (folder / "cells" / cell.name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["settings.json", "timings.json", "calibration.npz"])
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"Q*": 3}', '{"Q*": {"chosen": 99, "dev": {}}}', "\x00\xff"])
+def test_the_other_files_of_a_folder_are_made_again(tmp_path, q, finished, name, content):
+    folder, rows = finished
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / name).write_text(content, encoding="latin-1")
+    comparison = compare(tmp_path / "run", qs=[q], budgets=[8], seeds=1)
+    comparison.run()
+    assert comparison.rows() == rows
+    assert comparison.timings().keys() == {"greedy", "best-of-n", "Q*"}
+    assert len(comparison.calibration().estimate)
+    assert comparison.setting("Q*") == {}
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "\x00\xff", "3"])
+def test_a_folder_that_does_not_say_what_it_holds_is_refused(tmp_path, q, finished, content):
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / "comparison.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ConfigurationError, match=r"comparison\.json (is not|does not describe)"):
+        compare(tmp_path / "run", qs=[q], budgets=[8], seeds=1)
+
+
+def test_a_report_shows_texts_and_says_who_is_left_out_and_why(tmp_path):
+    comparison = compare(tmp_path, decoders=["greedy", "best-of-n"], budgets=[8], seeds=1)
+    comparison.run()
+    page = write_report(comparison, "a command").read_text(encoding="utf-8")
+    assert "There is no Q* row, so nothing is compared with it." in page
+    why = next(line for line in page.splitlines() if line.startswith("- arg max Q"))
+    assert "Q*" in why.split(":")[0]
+    assert why.endswith("it needs a Q-function; none was given (--q), and the package ships none for the task.")
+    assert re.search(r"^- .*beam.*: not among the decoders asked for\.$", page, re.MULTILINE)
+    for row in comparison.rows():
+        if row["prompt_index"] < 3 and row["text"]:
+            assert f"| {row['decoder']} | {row['objective']:.3f} | `{row['text']}`" in page
+
+
+def test_texts_in_a_report_stay_in_their_cells():
+    from qstar_decoding.agents.evaluation.report import _code
+
+    assert _code("a|b\nc") == "`a\\|b⏎c`"
+    assert _code("`x` and ``y``") == "``` `x` and ``y`` ```"
+    assert _code("") == ""
+
+
+def test_evaluate_tasks_is_a_function_that_goes_on(tmp_path, q):
+    told = []
+    options = {"decoders": ["greedy"], "budgets": [5], "seeds": 1, "tune": False, "qs": [q]}
+    first = evaluate_tasks(["toy"], tmp_path, **options, progress=lambda *step: told.append(step))
+    assert first.page.read_text(encoding="utf-8").startswith("# Results\n\n## toy")
+    assert told[0] == ("toy: loading the language model", 0, None)
+    assert any(text == "toy: greedy, any LM tokens, seed 0" and total for text, _, total in told)
+    again = evaluate_tasks([TASK], tmp_path, **options)
+    assert again.results["toy"].rows == first.results["toy"].rows
+    for wrong, message in (({"budgets": []}, "at least one budget"), ({"decoders": ["gredy"]}, "unknown decoder")):
+        with pytest.raises(ConfigurationError, match=message):
+            evaluate_tasks(["toy"], tmp_path / "new", **{**options, **wrong})
+    assert not (tmp_path / "new").exists()

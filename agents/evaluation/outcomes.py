@@ -1,19 +1,20 @@
-"""What decoders are worth on a set of prompts, and whether a difference between two of them is more than chance."""
+"""Decoding of many prompts: rewards, J and LM tokens of each, their means, and intervals of differences."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...envs import load_prompts
+from ...envs import DecodingMDP, load_prompts
 from ..planning.decoder import Decoder
 from ..search.budget import Budget
 from ..search.plan import Plan
 from ..search.state import Search, Values
 
-__all__ = ["Outcomes", "evaluate", "mean_figures", "paired_bootstrap"]
+__all__ = ["Outcomes", "evaluate", "mean_figures", "paired_bootstrap", "side_by_side"]
 
 
 class Outcomes(NamedTuple):
@@ -63,6 +64,39 @@ def evaluate(
         rewards[unknown] = decoder.mdp.rewards([loaded[i] for i in unknown], texts, ids)
     objectives = decoder.mdp.logprob_weight * np.array([plan.logprob for plan in plans]) + rewards
     return Outcomes(plans, rewards, objectives, np.array([plan.usage.lm_tokens for plan in plans], dtype=np.float64))
+
+
+def side_by_side(
+    decoders: Mapping[str, Callable[[DecodingMDP], Decoder]],
+    mdp: DecodingMDP,
+    prompts: Any,
+    budget: Budget | int | None = None,
+    *,
+    progress: Callable[[Search, str], None] | None = None,
+) -> dict[str, list[Outcomes]]:
+    """Decode each prompt with every decoder, each time on an empty tree, so that no decoder saves another's seconds.
+
+    Args:
+        decoders: Functions from an MDP to a decoder, by name.
+        mdp: The process that all decode in.
+        prompts: See :func:`~qstar_decoding.envs.load_prompts`.
+        budget: Of each prompt; an integer means LM tokens.
+        progress: Called after every step of a search, with the search and the decoder and prompt as a text.
+
+    Returns:
+        Of each decoder one outcome a prompt.
+    """
+    outcomes: dict[str, list[Outcomes]] = {name: [] for name in decoders}
+    for prompt in load_prompts(prompts):
+        for name, make in decoders.items():
+            label = f"{name}: {prompt.text}"
+            show = None if progress is None else functools.partial(_labelled, progress, label)
+            outcomes[name].append(evaluate(make(mdp.with_empty_tree()), [prompt], budget, progress=show))
+    return outcomes
+
+
+def _labelled(progress: Callable[[Search, str], None], label: str, search: Search) -> None:
+    progress(search, label)
 
 
 def mean_figures(outcomes: Sequence[Outcomes]) -> dict[str, float]:

@@ -1,0 +1,110 @@
+"""Options that several commands share, and the names that a shell completes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import ConfigurationError
+from .console import status
+
+if TYPE_CHECKING:
+    from ..agents.distributed.ray_workers import RayWorkers
+
+__all__ = [
+    "JsonOption",
+    "RayOption",
+    "TaskArgument",
+    "TaskOption",
+    "ThreadsOption",
+    "WorkersOption",
+    "complete",
+    "known_models",
+    "known_rewards",
+    "known_tasks",
+    "workers_on",
+]
+
+
+def complete(names: Callable[[], Iterable[str]], *, listed: bool = False) -> Callable[[str], list[str]]:
+    """Return a completion of names; of the last one where several are ``listed`` with commas."""
+
+    def names_starting(incomplete: str) -> list[str]:
+        before, comma, word = incomplete.rpartition(",") if listed else ("", "", incomplete)
+        return [f"{before}{comma}{name}" for name in names() if name.startswith(word)]
+
+    return names_starting
+
+
+def known_tasks() -> Iterable[str]:
+    """Return the names of tasks."""
+    from ..tasks import task_names
+
+    return task_names()
+
+
+def known_rewards() -> Iterable[str]:
+    """Return the names of rewards."""
+    from ..rewards import reward_names
+
+    return reward_names()
+
+
+def known_models() -> Iterable[str]:
+    """Return the names of language models."""
+    from ..models.embedded_model import EMBEDDED_MODELS
+
+    return EMBEDDED_MODELS
+
+
+_TASK: dict[str, Any] = {
+    "help": "A task's name, or the path of a YAML file.",
+    "autocompletion": complete(known_tasks),
+}
+TaskOption = Annotated[str, typer.Option("--task", **_TASK)]
+TaskArgument = Annotated[str, typer.Argument(**_TASK)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray", help="Address of a Ray cluster that does the work: 'local', 'auto', host:6379 or ray://host:10001."
+    ),
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, help="With --ray: number of workers. Default: as many as the cluster has room."),
+]
+ThreadsOption = Annotated[int, typer.Option("--threads", min=1, help="With --ray: threads of each worker.")]
+
+
+def workers_on(
+    address: str | None, count: int | None, threads: int
+) -> Callable[[Callable[[], Any]], AbstractContextManager[RayWorkers]] | None:
+    """Find out before any long work whether a Ray cluster answers, and return a function that starts workers on it.
+
+    Returns:
+        A function from what makes a worker's object to a context with the workers; None where no cluster is asked for.
+
+    Raises:
+        ConfigurationError: The cluster does not answer, or its options were given without it.
+    """
+    from ..agents.distributed.ray_workers import RayWorkers, check_address
+
+    if address is None:
+        if count is not None or threads != 1:
+            raise ConfigurationError("--workers and --threads are those of a Ray cluster; give --ray too")
+        return None
+    check_address(address)
+
+    @contextmanager
+    def start(make: Callable[[], Any]) -> Iterator[RayWorkers]:
+        with status(f"connecting to Ray at {address}"):
+            workers = RayWorkers(address, make, count=count, threads=threads)
+        with workers:
+            yield workers
+
+    return start
