@@ -159,8 +159,8 @@ def _main_table(comparison: Comparison, results: Results) -> Iterable[str]:
     yield ""
     if any(_mark(results, name, b) for name in results.names for b in budgets if results.has(name, b)):
         yield (
-            "† The budget did not suffice to finish more than a tenth of the texts. Those are scored as they stand. Such "
-            "a J is no completion's and can exceed that of every completion; the plot leaves it out.\n"
+            "† The budget did not suffice to finish more than a tenth of the texts. Those are scored as they stand. "
+            "Such a J is no completion's and can exceed that of every completion; the plot leaves it out.\n"
         )
 
 
