@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
@@ -112,12 +111,11 @@ class WeightedSum(Composition):
         for weight, reward in self.terms:
             if not math.isfinite(weight):
                 raise ConfigurationError(f"reward {reward.name!r} has the weight {weight}; expected a finite number.")
-        super().__init__(
-            parts,
-            name=_sum_name(self.terms),
-            lower=sum(_scaled(w, r.lower if w > 0 else r.upper) for w, r in self.terms),
-            upper=sum(_scaled(w, r.upper if w > 0 else r.lower) for w, r in self.terms),
-        )
+        lower = upper = 0.0
+        for w, r in self.terms:  # one by one, for sum() rounds otherwise than `combine`
+            lower += _scaled(w, r.lower if w > 0 else r.upper)
+            upper += _scaled(w, r.upper if w > 0 else r.lower)
+        super().__init__(parts, _sum_name(self.terms), lower, upper)
 
     def combine(self, values: FloatArray) -> FloatArray:
         """Add up the terms, in the same order as the bounds, so that rounding cannot carry the sum past them."""
@@ -146,22 +144,23 @@ class WeightedSum(Composition):
 
 class _Product(Composition):
     def __init__(self, parts: Sequence[Reward]) -> None:
-        corners = [_times(corner) for corner in itertools.product(*((part.lower, part.upper) for part in parts))]
-        super().__init__(parts, " * ".join(f"({part.name})" for part in parts), min(corners), max(corners))
+        lower = upper = 1.0
+        for part in parts:
+            lower, upper = _range_of_product((lower, upper), (part.lower, part.upper))
+        super().__init__(parts, " * ".join(f"({part.name})" for part in parts), lower, upper)
 
     def combine(self, values: FloatArray) -> FloatArray:
         result: FloatArray = values.prod(axis=0)
         return result
 
     def bound(self, uppers: FloatArray) -> FloatArray:
-        # The largest product lies in a corner of the box that the bounds span.
-        lowers = [min(part.lower, upper.min(initial=math.inf)) for part, upper in zip(self.parts, uppers, strict=True)]
-        return np.array(
-            [
-                max(_times(corner) for corner in itertools.product(*zip(lowers, column, strict=True)))
-                for column in uppers.T.tolist()
-            ]
-        )
+        bounds = []
+        for column in uppers.T.tolist():
+            product = (1.0, 1.0)
+            for part, upper in zip(self.parts, column, strict=True):
+                product = _range_of_product(product, (min(part.lower, upper), upper))
+            bounds.append(product[1])
+        return np.array(bounds)
 
 
 class _Minimum(Composition):
@@ -252,9 +251,10 @@ def _interval(low: Any, high: Any) -> tuple[float, float]:
     return low, high
 
 
-def _times(factors: Sequence[float]) -> float:
-    """Multiply bounds, with 0 · inf = 0: 0 times anything finite is 0, however large."""
-    return 0.0 if 0.0 in factors else math.prod(factors)
+def _range_of_product(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
+    """Multiply two intervals, with 0 · inf = 0: 0 times anything finite is 0, however large."""
+    corners = [a * b if a and b else 0.0 for a in one for b in other]
+    return min(corners), max(corners)
 
 
 def _scaled(weight: float, bound: float) -> float:

@@ -11,9 +11,10 @@ from typing import Any, Unpack
 
 import regex
 
-from ...checks import check_integer
-from ...errors import ConfigurationError
+from ...checks import check_integer, first_line
+from ...errors import ConfigurationError, RewardError
 from ..base import Reward
+from ..checking import shown
 from ..types import Bounds, Column, Counts, RewardOptions, Scores, Texts, TokenIds
 from .helpers import column_of, library
 
@@ -32,9 +33,24 @@ __all__ = [
 _WORD = re.compile(r"[^\W\d_]+")
 _SUFFIXES = ("", "s", "es", "d", "ed", "ing")
 _SENTENCES = re.compile(r"(?<=[.!?])\s+")
-# Looking around, referring back, anchors, possessive and fuzzy parts: in these a partial match may take the end of a
-# beginning for the end of the text.
-_AROUND = re.compile(r"\(\?[=!<(>P]|\\[0-9bBAZzGKmM]|(?<!\[)\^|\$|\{(?![0-9,])|[+*?}]\+")
+# A pattern that this matches takes one character after another: literals, sets, groups, alternatives, repetition, and
+# the flags a, i, m, s and u. Only for these does a partial match prove that a text can still become a match.
+# Not among them: looking around, referring back, anchors, possessive and fuzzy parts, reversal, full case folding.
+_ESCAPE = r"\\(?:[dDsSwWaftnrv]|[^\w\s]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})"
+_PLAIN = re.compile(
+    rf"""(?:
+        \((?:\?(?:P?<\w+>|[aimsu]+\)|(?:[aimsu]*(?:-[ims]+)?:)))?   # a group, or flags
+        |(?:
+            {_ESCAPE}
+            |\[\^?(?:{_ESCAPE}|[^\[\]\\])+\]                        # a set without a set in it
+            |[^\\\[\](){{}}*+?|^$]                                  # a literal, or any character
+            |\)
+        )(?:(?:[*+?]|\{{\d+(?:,\d*)?\}}|\{{,\d+\}})\??(?![*+?{{]))?   # repetition, greedy or lazy
+        |\|
+    )*""",
+    re.VERBOSE,
+)
+_SCORING_SECONDS, _BOUNDING_SECONDS = 1.0, 0.1  # for one text; a plain pattern takes microseconds
 _SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*$")
 
 
@@ -101,11 +117,10 @@ class CompleteSentence(Reward):
 
 
 class ForbiddenWords(Reward):
-    """1 if none of the words occurs in the completion, whatever the case, else 0.
+    """1 if none of the words occurs in the completion, in any case, else 0.
 
-    As a reward it weighs against others; to rule words out altogether there is
-    :class:`~qstar_decoding.envs.BannedStrings`. Once a forbidden word stands there with something after it, no
-    continuation helps: the bound of such a prefix is 0.
+    As a reward it weighs against others; :class:`~qstar_decoding.envs.BannedStrings` rules strings out altogether.
+    A forbidden word with another character after it stays in every continuation: the bound of such a prefix is 0.
     """
 
     name, lower, upper = "forbidden_words", 0.0, 1.0
@@ -118,13 +133,13 @@ class ForbiddenWords(Reward):
             ConfigurationError: There is none, or one is not a word of letters.
         """
         super().__init__(**options)
-        if not words or not all(_WORD.fullmatch(str(word)) for word in words):
+        if not words or not all(map(_is_word, words)):
             raise ConfigurationError(f"words of letters are needed, each as an argument of its own; got {words!r}")
-        self._words = {word.lower() for word in words}
+        self._words = {word.casefold() for word in words}
 
     def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Return 1 or 0 for each completion."""
-        return [float(not self._words & set(_WORD.findall(text.lower()))) for text in completions]
+        return [float(not any(self._forbids(word) for word in _WORD.findall(text))) for text in completions]
 
     score_prefixes = score
 
@@ -133,17 +148,23 @@ class ForbiddenWords(Reward):
     ) -> Bounds:
         """Return 0 where a forbidden word is complete, else 1; the last word may still become another."""
         return [
-            float(not any(m.group() in self._words and m.end() < len(text) for m in _WORD.finditer(text)))
-            for text in (completion.lower() for completion in completions)
+            float(not any(self._forbids(m.group()) and m.end() < len(text) for m in _WORD.finditer(text)))
+            for text in completions
         ]
+
+    def _forbids(self, word: str) -> bool:
+        # Case folding maps each character alone. lower() looks ahead: its capital sigma depends on what follows.
+        return word.casefold() in self._words
 
 
 class MatchesRegex(Reward):
     """1 if the whole completion, surrounding white space aside, matches a regular expression, else 0.
 
-    The library regex reads the expression: Python's own syntax, and more. It can also tell a beginning from a failure.
-    To write nothing else there is :class:`~qstar_decoding.envs.RegexConstraint`. A text that no continuation can make
-    match has the bound 0, where the pattern is plain: one that looks around, refers back or anchors has no such bounds.
+    The library regex reads the expression: Python's own syntax, and more. It also recognises the beginning of a match.
+    :class:`~qstar_decoding.envs.RegexConstraint` allows nothing else to be written.
+
+    A text that no continuation can make match has the bound 0, if the pattern is plain: literals, sets, groups,
+    alternatives, repetition and the flags a, i, m, s, u. Any other pattern has no bounds below 1.
     """
 
     name, lower, upper = "matches_regex", 0.0, 1.0
@@ -158,27 +179,49 @@ class MatchesRegex(Reward):
         super().__init__(**options)
         try:
             self._pattern = regex.compile(pattern)
-        except (regex.error, TypeError) as error:
-            raise ConfigurationError(f"{pattern!r} is no regular expression: {error}") from error
-        self._tells_beginnings = not _AROUND.search(pattern)
+        except (regex.error, TypeError, ValueError, RecursionError, OverflowError, MemoryError) as error:
+            raise ConfigurationError(f"{shown(pattern)} is no regular expression: {first_line(error)}") from error
+        if not isinstance(pattern, str):
+            raise ConfigurationError(f"pattern is a string, got {shown(pattern)}")
+        self._is_plain = bool(_PLAIN.fullmatch(pattern))
 
     def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
-        """Return 1 or 0 for each completion."""
-        return [float(bool(self._pattern.fullmatch(text.strip()))) for text in completions]
+        """Return 1 or 0 for each completion.
+
+        Raises:
+            RewardError: The pattern backtracks for more than a second over one text.
+        """
+        return [float(self._matches(text.strip())) for text in completions]
 
     def bound_prefixes(
         self, prompts: Texts, completions: Texts, remaining: Counts, completion_ids: TokenIds = None, **columns: Column
     ) -> Bounds:
-        """Return 0 where nothing that begins so matches, else 1."""
-        if not self._tells_beginnings:
+        """Return 0 where no text with this beginning matches, else 1."""
+        if not self._is_plain:
             return [1.0] * len(completions)
-        matches = self._pattern.fullmatch
-        return [float(bool(matches(text.lstrip(), partial=True) or matches(text.strip()))) for text in completions]
+        return [float(self._may_match(text)) for text in completions]
 
     @property
     def has_prefix_bounds(self) -> bool:
         """Whether the pattern is plain enough for them."""
-        return self._tells_beginnings
+        return self._is_plain
+
+    def _matches(self, text: str) -> bool:
+        try:
+            return bool(self._pattern.fullmatch(text, timeout=_SCORING_SECONDS))
+        except TimeoutError:
+            raise RewardError(
+                f"reward {self.name!r} took more than {_SCORING_SECONDS:g} s to match {shown(self._pattern.pattern)} "
+                f"with {shown(text)}: it backtracks. Simplify the pattern (no repetition within a repetition), or let "
+                "on_error='skip' or 'penalty' deal with such texts."
+            ) from None
+
+    def _may_match(self, text: str) -> bool:
+        matches = functools.partial(self._pattern.fullmatch, timeout=_BOUNDING_SECONDS)
+        try:
+            return bool(matches(text.lstrip(), partial=True) or matches(text.strip()))
+        except TimeoutError:
+            return True  # not refuted
 
 
 class MatchesJSON(Reward):
@@ -261,7 +304,9 @@ class Length(Reward):
     def bound_prefixes(
         self, prompts: Texts, completions: Texts, remaining: Counts, completion_ids: TokenIds = None, **columns: Column
     ) -> Bounds:
-        """Return the share that there is if all remaining tokens are used."""
+        """Return the share with all remaining tokens; without token ids `upper`, as a token may hold many words."""
+        if completion_ids is None:
+            return [self.upper] * len(completions)
         counts = _lengths(completions, completion_ids)
         return [min(count + left, self.most) / self.most for count, left in zip(counts, remaining, strict=True)]
 
@@ -277,6 +322,10 @@ class Pangram(Reward):
         return [len(set(string.ascii_lowercase) & set(completion.lower())) / 26 for completion in completions]
 
     score_prefixes = score
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and _WORD.fullmatch(value) is not None
 
 
 @functools.lru_cache(64)
