@@ -20,7 +20,7 @@ RUN := build/run
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint type format wheel docs clean FORCE
+.PHONY: help demo test lint type format wheel docs pictures clean FORCE
 
 help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3] [PYTEST_ARGS='-k astar']"
@@ -58,6 +58,9 @@ wheel: $(STAMP) ## build the wheel into dist/
 docs: $(STAMP) ## build the documentation into build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 	@echo "open build/docs/index.html"
+
+pictures: $(STAMP) ## rewrite the stale tables and pictures of the documentation; needs chromium for one of them
+	$(BIN)/python docs/generate.py
 
 clean: ## remove what was built and every cache; .venv stays, and the next target lays the editable install anew
 	rm -rf build dist *.egg-info $(CORE) $(STAMP) .mypy_cache .pytest_cache .ruff_cache .hypothesis

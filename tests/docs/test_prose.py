@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+# No page: CHANGELOG.md, a list, and benchmarks/EXPECTED.md, which must stay as it was before the measurements.
+NAMES = ("README.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md")
+PAGES = [*(ROOT / name for name in NAMES), *sorted(ROOT.glob("docs/**/*.md"))]
 MOST_WORDS = 25
-# A heading that is a phrase, not a sentence.
-EXCEPTIONS = {"Where to go next"}
+# Headings that are phrases, not questions.
+EXCEPTIONS = {"Where to go next", "Where Q did lose"}
 
 # A full stop after these ends no sentence.
 ABBREVIATIONS = r"(?:e\.g|i\.e|et al|vs|cf|approx|Eq|Fig|Sec|No)"
@@ -38,11 +40,11 @@ def prose(text):
 
 
 def plain(line):
-    """Return a line as it is read: links by their text, code as one word, no marks of emphasis, lists or footnotes."""
+    """Return a line as it is read: links by their text, code and quotes as one word, no marks of emphasis, lists or footnotes."""
     line = ITEM.sub("", line, count=1)
     line = re.sub(r"\[\^\w+\]", "", line)
     line = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", line)
-    line = re.sub(r"`[^`]*`", "code", line)
+    line = re.sub(r"`[^`]*`|\"[^\"]*\"", "code", line)
     line = line.replace("&nbsp;", " ").replace("\\*", "").replace("*", "")
     return re.sub(rf"\b{ABBREVIATIONS}\.", "abbreviation", line).strip()
 
@@ -83,7 +85,10 @@ def faults(text):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_pages_are_plain(page):
-    found = faults(page.read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8")
+    if page.name == "RESULTS.md":
+        text = text.split("\n## sentiment\n")[0]  # the rest is as `qstar evaluate` wrote it
+    found = faults(text)
     assert not found, "\n".join(["", *found])
 
 
