@@ -40,7 +40,7 @@ def prose(text):
 
 
 def plain(line):
-    """Return a line as it is read: links by their text, code and quotes as one word, no marks of emphasis, lists or footnotes."""
+    """Return a line as it is read: links by their text, code and quotes as one word, no marks of Markdown."""
     line = ITEM.sub("", line, count=1)
     line = re.sub(r"\[\^\w+\]", "", line)
     line = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", line)
