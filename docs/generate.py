@@ -76,17 +76,17 @@ def layers() -> str:
 
 
 def decoders() -> str:
-    """Return the decoders of a comparison: class, source, what they look at, and what is tuned."""
+    """Return the decoders of a comparison: names, class, source, what they look at, and what is tuned."""
     from qstar_decoding.agents.planning.registry import CONTENDERS
 
-    looks_at = {"lm": "language model", "reward": "language model, reward", "q": "language model, reward, Q"}
-    rows = ["| decoder | class | source | looks at | tuned |", "|---|---|---|---|---|"]
+    looks_at = {"lm": "language model", "reward": "reward", "potential": "reward of prefixes", "q": "reward, Q"}
+    rows = ["| decoder | `qstar decode` | class | source | looks at | tuned |", "|---|---|---|---|---|---|"]
     for name, spec in CONTENDERS.items():
-        shown = name.replace("*", "\\*")
+        shown, source = (text.replace("*", "\\*") for text in (name, spec.source))
         kind = getattr(spec.kind, "__name__", str(spec.kind))
-        tuned = ", ".join(sorted({f"`{key}`" for setting in spec.grid for key in setting})) or "–"
-        source = spec.source.replace("*", "\\*")
-        rows.append(f"| {shown} | `{kind}` | {source} | {looks_at[spec.uses]} | {tuned} |")
+        tuned = ", ".join(sorted({f"`{key}`" for setting in spec.grid for key in setting}))
+        command = f"`{spec.command}`" if spec.command else ""
+        rows.append(f"| {shown} | {command} | `{kind}` | {source} | {looks_at[spec.uses]} | {tuned} |")
     return "\n".join(rows)
 
 
@@ -256,29 +256,27 @@ PROMPTS = 3
 
 def demo_plans(names: tuple[str, ...], prompts: int = PROMPTS) -> list[dict[str, Any]]:
     """Return what `qstar demo` finds, in float32, as rows of the record: decoder, prompt, text, J and its parts."""
-    from qstar_decoding.agents import AStarPlanner, BeamSearch, GreedyDecoder, QHeuristic, SamplingDecoder, evaluate
+    from qstar_decoding.agents import AStarPlanner, BeamSearch, GreedyDecoder, QHeuristic, SamplingDecoder
+    from qstar_decoding.agents.evaluation import side_by_side
     from qstar_decoding.models import load_language_model
     from qstar_decoding.tasks import load_task
 
-    task = load_task("sentiment")
-    model = load_language_model("smollm2-135m-instruct", dtype="float32", device="cpu")
-    heuristic = QHeuristic("sentiment")
-    make = {
+    task, heuristic = load_task("sentiment"), QHeuristic("sentiment")
+    mdp = task.mdp(model=load_language_model("smollm2-135m-instruct", dtype="float32", device="cpu"))
+    make: dict[str, Callable[[Any], Any]] = {
         "greedy": GreedyDecoder,
         "beam": BeamSearch,
         "best-of-n": SamplingDecoder,
-        "Q*": lambda mdp: AStarPlanner(mdp, heuristic=heuristic, **task.planner),
+        "Q*": lambda fresh: AStarPlanner(fresh, heuristic=heuristic, **task.planner),
     }
+    found = side_by_side({name: make[name] for name in names}, mdp, task.prompts.of("test")[:prompts], BUDGET)
     rows = []
-    for prompt in task.prompts.of("test")[:prompts]:
-        for name in names:
-            decoder = make[name](task.mdp(model=model).with_empty_tree())
-            [plan] = evaluate(decoder, [prompt], BUDGET).plans
-            numbers = {"reward": plan.reward, "logprob": plan.logprob, "objective": plan.objective}
-            bounds = {"lower_bound": plan.lower_bound, "upper_bound": plan.upper_bound}
-            rounded = {key: round(float(value), 3) for key, value in {**numbers, **bounds}.items()}
-            texts = {"decoder": name, "prompt": prompt, "text": plan.text}
-            rows.append({**texts, **rounded, "lm_tokens": plan.usage.lm_tokens})
+    for outcomes in zip(*found.values(), strict=True):
+        for name, [plan] in zip(names, (outcome.plans for outcome in outcomes), strict=True):
+            fields = ("reward", "logprob", "objective", "lower_bound", "upper_bound")
+            numbers = {field: round(float(getattr(plan, field)), 3) for field in fields}
+            texts = {"decoder": name, "prompt": plan.prompt, "text": plan.text}
+            rows.append({**texts, **numbers, "lm_tokens": plan.usage.lm_tokens})
     return rows
 
 
@@ -316,7 +314,7 @@ def make_demo(path: Path) -> dict[str, Any]:
 def make_bounds(path: Path) -> dict[str, Any]:
     """Plot LB and UB of one search on the toy task until they meet."""
     from qstar_decoding.agents import AStarPlanner
-    from qstar_decoding.agents.evaluation.plots import plot_traces, save
+    from qstar_decoding.agents.evaluation import plot_traces, save
     from qstar_decoding.tasks import load_task
 
     task = load_task("toy")
