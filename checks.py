@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import tempfile
+from collections.abc import Iterable
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,15 @@ from .errors import ConfigurationError
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-__all__ = ["check_integer", "check_number", "check_writable", "describe_invalid", "first_line"]
+__all__ = [
+    "check_choice",
+    "check_integer",
+    "check_keywords",
+    "check_number",
+    "check_writable",
+    "describe_invalid",
+    "first_line",
+]
 
 
 def check_integer(name: str, value: Any, *, low: int = 1, high: int | None = None, meaning: str = "") -> int:
@@ -45,6 +55,31 @@ def check_number(
             f"{name} is a finite number in {'(' if open_low else '['}{low:g}, {high:g}], got {value!r}"
         )
     return float(value)
+
+
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Check that ``value`` is one of a few.
+
+    Raises:
+        ConfigurationError: It is not.
+    """
+    listed = list(choices)
+    if not isinstance(value, str) or value not in listed:
+        raise ConfigurationError(f"{name} is {' or '.join(map(repr, listed))}, got {value!r}")
+
+
+def check_keywords(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Check the names of keyword arguments that are collected in ``**kwargs``.
+
+    Raises:
+        ConfigurationError: One is not known; the message names the likeliest, or all.
+    """
+    known = list(known)
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(sorted(known))}"
+            raise ConfigurationError(f"{owner} has no argument {name!r}; {hint}")
 
 
 def check_writable(folder: Path) -> Path:

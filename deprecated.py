@@ -21,7 +21,11 @@ _ROOT = __package__ or "qstar_decoding"
 MOVED: dict[str, tuple[str, ...]] = {
     "agents.astar": ("agents.planning.astar",),
     "agents.batch": ("agents.distributed.batch",),
-    "agents.checkpoints": ("agents.learning.checkpoints",),
+    "agents.checkpoints": (
+        "agents.learning.checkpoints",
+        "agents.learning.q_function",
+        "agents.learning.q_heuristic",
+    ),
     "agents.comparison": ("agents.evaluation.comparison",),
     "agents.contenders": ("agents.planning.registry",),
     "agents.decoders": ("agents.planning.greedy", "agents.planning.beam", "agents.planning.sampling"),
@@ -35,8 +39,12 @@ MOVED: dict[str, tuple[str, ...]] = {
     "agents.masked_dqn": ("agents.learning.masked_dqn",),
     "agents.plots": ("agents.evaluation.plots", "agents.evaluation.curves"),
     "agents.policies": ("agents.learning.policies",),
-    "agents.q_function": ("agents.learning.q_function",),
-    "agents.qstar": ("agents.learning.qstar",),
+    "agents.q_function": (
+        "agents.learning.q_function",
+        "agents.learning.q_heuristic",
+        "agents.learning.checkpoints",
+    ),
+    "agents.qstar": ("agents.learning.qstar", "agents.learning.experience", "agents.learning.config"),
     "agents.replay": ("agents.learning.replay",),
     "agents.report": ("agents.evaluation.report",),
     "agents.results": ("agents.evaluation.results",),

@@ -22,9 +22,10 @@ from .distributed.jobs import Workers
 from .evaluation.diagnostics import Diagnostics
 from .evaluation.outcomes import evaluate, mean_figures
 from .learning.checkpoints import find_checkpoint
+from .learning.experience import Searcher
 from .learning.q_function import QFunction
 from .learning.q_heuristic import QHeuristic
-from .learning.qstar import QStar, Searcher
+from .learning.qstar import QStar
 from .planning.astar import AStarPlanner
 from .planning.decoder import Decoder
 from .planning.greedy import GreedyDecoder

@@ -36,7 +36,7 @@ from rich.table import Table
 from qstar_decoding.agents import AStarPlanner, QHeuristic, QStar
 from qstar_decoding.agents.distributed.jobs import Job
 from qstar_decoding.agents.distributed.ray_workers import RayWorkers
-from qstar_decoding.agents.learning.qstar import Searcher
+from qstar_decoding.agents.learning.experience import Searcher
 from qstar_decoding.envs import TokenDecodingVecEnv
 from qstar_decoding.tasks import load_task
 

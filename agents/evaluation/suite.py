@@ -10,7 +10,7 @@ from pathlib import Path
 from ...checks import check_writable
 from ...tasks import Task, load_task
 from ..distributed.jobs import Workers
-from ..learning.q_function import pretrained_names
+from ..learning.checkpoints import pretrained_names
 from .comparison import CellRunner, Comparison, check_request
 from .report import write_report
 from .results import Results

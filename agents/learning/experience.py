@@ -1,24 +1,31 @@
-"""Experience of Q-learning from searches: states, and the best returns found beyond their edges."""
+"""Experience of Q-learning: searches that collect it, their states with targets, and the buffer that keeps them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ...columns import GrowableColumns
-from ...envs import DecodingMDP, Observer, Prompt
+from ...envs import Completion, DecodingMDP, Observer, Prompt
 from ...errors import ConfigurationError
+from ..planning.astar import AStarPlanner
 from ..search.backup import backup, best_found
-from ..search.state import Search, Values
+from ..search.budget import Budget
+from ..search.loop import score_completions
+from ..search.state import Edges, IntArray, Search, Status, Values
+from .config import CollectConfig
+from .q_function import QFunction
 
-__all__ = ["SearchExperience", "Transitions", "extract_targets"]
+__all__ = ["Collected", "SearchExperience", "Searcher", "Transitions", "collect", "extract_targets"]
 
 Transitions = dict[str, npt.NDArray[Any]]
 
+_FRUITLESS_EPISODES = 20  # in a row, after which a small tree counts as explored
 _MIN_ROWS = 1000  # less experience is no use
 _MIN_PRIORITY = 0.01  # a state that Q fits keeps a small chance, so that a later error there is noticed
 
@@ -201,3 +208,105 @@ def _keys(prompt: Prompt, completions: Sequence[Sequence[int]]) -> npt.NDArray[n
         state.update(np.asarray(completion, dtype=np.int64).tobytes())
         keys.append(int.from_bytes(state.digest(), "little"))
     return np.array(keys, dtype=np.uint64)
+
+
+class Collected(NamedTuple):
+    """Results of searches.
+
+    Attributes:
+        states: Per search, its states with targets.
+        tokens: LM tokens used.
+        texts: Number of finished texts.
+        best: The best text of each search that finished one.
+    """
+
+    states: list[Transitions]
+    tokens: int
+    texts: int
+    best: list[Completion]
+
+
+def collect(
+    mdp: DecodingMDP, q: QFunction, config: CollectConfig, prompts: Sequence[Prompt], rng: np.random.Generator
+) -> Collected:
+    """Search the prompts with a Q-function, in a tree of their own, and return the experience."""
+    mdp = mdp.with_empty_tree()
+    searches = _Collector(mdp, q, config, prompts, rng).run_searches(prompts, Budget(config.tokens_per_search))
+    if config.score == "q":
+        score_completions(searches)
+    observer = Observer(mdp, q.candidate_dims)
+    states = [extract_targets(s, observer, q.values(mdp, [s.prompt] * s.size, s.node[: s.size])) for s in searches]
+    return Collected(
+        states,
+        sum(search.lm_tokens for search in searches),
+        sum(len(search.completions) for search in searches),
+        [max(search.completions.values(), key=_objective) for search in searches if search.completions],
+    )
+
+
+class Searcher:
+    """A worker's object that searches for :class:`QStar`, with an MDP of its own and the agent's Q."""
+
+    def __init__(self, make: Callable[[], DecodingMDP]) -> None:
+        """Search in the MDP that ``make`` returns, which equals the learning environment's."""
+        self.mdp = make()
+        self.q: QFunction | None = None
+
+    def receive(self, q: QFunction) -> None:
+        """Search with this Q from now on.
+
+        Raises:
+            CheckpointError: It was made for another model, k or observation layout.
+        """
+        q.check(self.mdp)
+        self.q = q
+
+    def search(self, prompts: Sequence[Prompt], config: CollectConfig, seed: int) -> Collected:
+        """See :func:`collect`; the outcome depends on Q and the arguments only."""
+        assert self.q is not None
+        return collect(self.mdp, self.q, config, prompts, np.random.default_rng(seed))
+
+
+class _Collector(AStarPlanner):
+    """The planner while learning: with noise on Q, without Q, or in ε-greedy episodes, drawn per prompt."""
+
+    def __init__(
+        self, mdp: DecodingMDP, q: QFunction, config: CollectConfig, prompts: Sequence[Prompt], rng: np.random.Generator
+    ) -> None:
+        super().__init__(mdp, heuristic=self._explore, width=config.width, margin=config.margin, score=config.score)
+        self.q, self.rng, self.epsilon = q, rng, config.epsilon
+        free = self.rng.random(len(prompts)) < config.q_free_share
+        noise = np.where(self.rng.random(len(prompts)) < 0.5, config.noise, 0.0)
+        self.modes = {id(p): (bool(f), float(scale)) for p, f, scale in zip(prompts, free, noise, strict=True)}
+        in_episodes = self.rng.random(len(prompts)) < config.episode_share if config.episode_share else free & False
+        self.in_episodes = {id(p) for p, chosen in zip(prompts, in_episodes, strict=True) if chosen}
+
+    def select(self, search: Search) -> Iterator[Edges]:
+        """Yield the edges of a search, or of episodes until the budget is used up."""
+        return self._play(search) if id(search.prompt) in self.in_episodes else super().select(search)
+
+    def _explore(self, mdp: DecodingMDP, prompts: Sequence[Prompt], nodes: IntArray) -> Values:
+        values = self.q.values(mdp, prompts, nodes)
+        free, noise = (np.array(column) for column in zip(*(self.modes[id(p)] for p in prompts), strict=True))
+        if free.any():
+            potential = mdp.potential(prompts, nodes)[:, None]
+            values[free] = (mdp.edge_returns(nodes) + potential)[free]
+        return values + noise[:, None] * self.rng.gumbel(size=values.shape)
+
+    def _play(self, search: Search) -> Iterator[Edges]:
+        fruitless = 0  # a small tree may be explored long before the budget is used up
+        while fruitless < _FRUITLESS_EPISODES:
+            row, before = 0, search.size + len(search.completions)
+            while row >= 0:
+                legal = np.flatnonzero(search.status[row] != Status.MASKED)
+                random = self.rng.random() < self.epsilon
+                action = self.rng.choice(legal) if random else legal[search.f[row, legal].argmax()]
+                edge = Edges(np.array([row]), np.array([action]))
+                if search.status[edge][0] == Status.OPEN:
+                    yield edge
+                row = int(search.child[edge][0])
+            fruitless = fruitless + 1 if search.size + len(search.completions) == before else 0
+
+
+def _objective(completion: Completion) -> float:
+    return -math.inf if math.isnan(completion.objective) else completion.objective

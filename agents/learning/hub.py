@@ -1,7 +1,8 @@
-"""Checkpoints on the Hugging Face hub: a repository with the checkpoint's files and a model card made from them."""
+"""Checkpoints on the Hugging Face hub: repositories of their files and a model card made from ``config.json``."""
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from collections.abc import Callable, Mapping
@@ -11,10 +12,11 @@ from typing import Any
 from ...checks import first_line
 from ...errors import CheckpointError, ConfigurationError
 from ...models.embedded_model import EMBEDDED_MODELS
-from .q_function import QFunction
+from .checkpoints import CONFIG
 
 __all__ = ["model_card", "push_folder"]
 
+_SHAPED = "It estimates the return less the potential φ(s), which `QHeuristic` adds back."
 _CARD = """\
 # {title}
 
@@ -47,40 +49,46 @@ trained on.
 """
 
 
-def model_card(q: QFunction, repository: str) -> str:
-    """Return the README.md of a repository, made from what the Q-function says of itself.
+def model_card(source: Any, repository: str) -> str:
+    """Return the README.md of a repository, made from a checkpoint's description.
 
     Args:
-        q: With a spec that names its language model.
+        source: The content of ``config.json``, or a Q-function, which has it as ``config()``.
         repository: ``"user/name"``.
     """
     from huggingface_hub import ModelCardData
 
-    assert q.spec is not None
-    spec, description = q.spec, dict(q.description)
-    known = EMBEDDED_MODELS.get(str(spec.model))
-    base = known.hub_id if known else str(spec.model)
+    config = source if isinstance(source, Mapping) else source.config()
+    spec, description = config["trained_on"], config["description"]
+    known = EMBEDDED_MODELS.get(str(spec["model"]))
+    base = known.hub_id if known else str(spec["model"])
     data = ModelCardData(
         library_name="qstar-decoding",
         tags=["qstar-decoding", "reinforcement-learning", "text-generation", "decoding"],
-        # A folder of somebody's disk is no model that the hub could link to.
+        # The hub can link to a model's id, not to a local folder.
         base_model=base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None,
     )
-    arguments: dict[str, Any] = {"model": spec.model, "top_k": spec.top_k, "candidate_dims": spec.candidate_dims}
-    if spec.hidden_layers:
-        arguments["hidden_layers"] = [*spec.hidden_layers]
+    arguments: dict[str, Any] = {
+        "model": spec["model"],
+        "top_k": spec["top_k"],
+        "candidate_dims": spec["candidate_dims"],
+    }
+    if spec["hidden_layers"]:
+        arguments["hidden_layers"] = [*spec["hidden_layers"]]
     tables = {key: value for key, value in description.items() if _is_table(value)}
     facts = {key: value for key, value in description.items() if key not in tables}
     card = _CARD.format(
         title=repository.rpartition("/")[2],
         repository=repository,
-        model=f"`{spec.model}`",
-        top_k=spec.top_k,
+        model=f"`{spec['model']}`",
+        top_k=spec["top_k"],
         arguments=", ".join(f"{name}={value!r}" for name, value in arguments.items()),
         facts="".join(f"- {_words(key)}: {_code(key, value)}\n" for key, value in facts.items())
         or "Its maker has not said how it was trained.\n",
         figures="".join(f"\n### {_words(key)}\n\n{_table(value)}" for key, value in tables.items()),
-        estimate="It estimates the return less the potential φ(s), which `QHeuristic` adds back." if q.shaped else "",
+        estimate="It estimates the return less the potential φ(s), which `QHeuristic` adds back."
+        if spec["shaped"]
+        else "",
     )
     return f"---\n{data.to_yaml()}\n---\n\n{card.rstrip()}\n"
 
@@ -108,7 +116,8 @@ def push_folder(
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "checkpoint"
         write(folder)
-        card = model_card(QFunction.from_pretrained(folder), repository)
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        card = model_card(config, repository)
         (folder / "README.md").write_text(card, encoding="utf-8")
         api = HfApi(token=token)
         try:

@@ -1,12 +1,14 @@
-"""Policies for DQN and QR-DQN whose network scores every candidate token with the same weights."""
+"""Policies for DQN and QR-DQN with one network that scores every candidate token with the same weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
 
 import torch
 from gymnasium import spaces
+from pydantic import Field
 from sb3_contrib.qrdqn.policies import QRDQNPolicy
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
@@ -14,26 +16,57 @@ from stable_baselines3.dqn.policies import DQNPolicy
 from torch import Tensor, nn
 
 from ...checks import check_integer
+from ...deprecated import with_old_names
 from ...envs.observations import FEATURES
 from ...errors import ConfigurationError
 
-__all__ = ["TokenQNetwork", "TokenQPolicy", "TokenQuantilePolicy", "TokenScorer"]
+__all__ = ["ScorerConfig", "TokenQNetwork", "TokenQPolicy", "TokenQuantilePolicy", "TokenScorer"]
 
 _NATS = 0.2  # brings log-probabilities to the scale of the other inputs
 
 
+_Size = Annotated[int, Field(gt=0)]
+
+
+@dataclass(frozen=True)
+class ScorerConfig:
+    """Arguments of a :class:`TokenScorer`, as a checkpoint states them.
+
+    Attributes:
+        hidden_size: Width d of the language model's hidden state.
+        candidate_dims: Numbers e per candidate token.
+        width: Width of the scorer's own layers.
+        dropout: Probability, on the hidden state; its 576 numbers are easily learnt by heart.
+        dueling: Learn the state's value on its own; the untrained Q then has the log-prob's differences only.
+        heads: Size of the ensemble.
+        n_quantiles: Return so many quantiles of the return instead of its mean; one head only.
+    """
+
+    hidden_size: _Size
+    candidate_dims: _Size
+    width: _Size = 256
+    dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
+    dueling: bool = False
+    heads: _Size = 1
+    n_quantiles: _Size | None = None
+
+    def policy_kwargs(self) -> dict[str, Any]:
+        """Return the arguments of a TokenQPolicy with such a network."""
+        return {"width": self.width, "dropout": self.dropout, "dueling": self.dueling, "heads": self.heads}
+
+
+@with_old_names(answers="head_outputs")
 class TokenScorer(nn.Module):
     """Q(s, a) for every candidate a, from the state and that candidate alone, with the same weights for all.
 
     The order of the candidates does not matter (the scorer is equivariant), nor does their number, and what is learnt
-    about a token holds wherever in the list it stands. State and token meet in a sum and in a product of projections.
-    The output starts from a linear function of log-prob, potential and remaining budget: fluency to go is mostly that.
+    about a token holds at every rank. State and token meet in a sum and in a product of projections. A linear function
+    of log-prob, potential and remaining budget is added: it explains most of the fluency to come.
 
-    With ``dueling``, Q(s, a) = V(s) + A(s, a) - the mean of A over the actions that may be taken (Wang et al. 2016,
-    eq. 9, which knows no masks): one network learns how good the state is, from every action taken in it, and this one
-    what sets the candidates apart. With ``n_quantiles``, it answers quantiles of the return (Dabney et al. 2018). With
-    several ``heads`` on one body (Osband et al. 2016), which an agent trains on different samples, Q is the largest of
-    their answers: optimistic where they disagree.
+    With ``dueling``, Q(s, a) = V(s) + A(s, a) - the mean of A over the legal actions (Wang et al. 2016, eq. 9, which
+    has no masks): V learns from every action taken in a state, A from their differences. With ``n_quantiles``, the
+    output is quantiles of the return (Dabney et al. 2018). With several ``heads`` on one body (Osband et al. 2016),
+    which an agent trains on different samples, Q is their maximum: optimistic where they disagree.
     """
 
     def __init__(
@@ -43,29 +76,30 @@ class TokenScorer(nn.Module):
         *,
         width: int = 256,
         dropout: float = 0.1,
-        logprob_weight: float = 0.02,
         dueling: bool = False,
         heads: int = 1,
         n_quantiles: int | None = None,
+        logprob_weight: float = 0.02,
     ) -> None:
         """Build the network.
 
         Args:
-            hidden_size: Width d of the language model's hidden state.
-            candidate_dims: Numbers e per candidate token.
-            width: Width of the scorer's own layers.
-            dropout: On the hidden state; 576 numbers are easy to overfit.
+            hidden_size: See :class:`ScorerConfig`, as for all but the last argument.
+            candidate_dims: See there.
+            width: See there.
+            dropout: See there.
+            dueling: See there.
+            heads: See there.
+            n_quantiles: See there.
             logprob_weight: The untrained Q is this times the log-prob, the one term of the return that is known.
-            dueling: Learn the state's value on its own; the untrained Q then has the log-prob's differences only.
-            heads: Size of the ensemble.
-            n_quantiles: Answer so many quantiles of the return instead of its mean; by one head.
 
         Raises:
             ConfigurationError: There are several heads and quantiles, or none.
         """
         super().__init__()
         check_integer("heads", heads, high=None if n_quantiles is None else 1)
-        self.candidate_dims, self.heads, self.n_quantiles = candidate_dims, heads, n_quantiles
+        self.config = ScorerConfig(hidden_size, candidate_dims, width, dropout, dueling, heads, n_quantiles)
+        self.heads, self.n_quantiles = heads, n_quantiles
         outputs = heads if n_quantiles is None else n_quantiles
         self.register_buffer("hidden_mean", torch.zeros(hidden_size))
         self.register_buffer("hidden_scale", torch.ones(hidden_size))
@@ -95,10 +129,10 @@ class TokenScorer(nn.Module):
     hidden_scale: Tensor
 
     def standardize(self, hidden: Tensor) -> None:
-        """From now on, see hidden states less the mean of ``hidden`` [n, d], in units of their standard deviation.
+        """Standardise hidden states by mean and standard deviation of ``hidden`` [n, d] from now on.
 
         A few of a language model's hidden dimensions are far larger than the others (Timkey & van Schijndel 2021) and
-        would hide them from the first layer. Until this is called, hidden states are seen as they are.
+        would hide them from the first layer. Until this is called, hidden states enter as they are.
         """
         self.hidden_mean = hidden.float().mean(dim=0)
         self.hidden_scale = 1 / hidden.float().std(dim=0).clamp(min=1e-3)
@@ -108,11 +142,11 @@ class TokenScorer(nn.Module):
 
         With ``n_quantiles``, quantiles [B, n_quantiles, k], as sb3-contrib's networks do.
         """
-        answers = self.answers(observation)
-        return answers.amax(dim=2) if self.n_quantiles is None else answers.transpose(1, 2)
+        outputs = self.head_outputs(observation)
+        return outputs.amax(dim=2) if self.n_quantiles is None else outputs.transpose(1, 2)
 
-    def answers(self, observation: Mapping[str, Tensor]) -> Tensor:
-        """Return what each head, or each quantile, says: float [B, k, heads] or [B, k, n_quantiles]."""
+    def head_outputs(self, observation: Mapping[str, Tensor]) -> Tensor:
+        """Return the outputs of all heads, float [B, k, heads], or all quantiles, [B, k, n_quantiles]."""
         logprobs = observation["logprobs"].float()
         batch, k = logprobs.shape
         of_state = torch.cat((observation["potential"].float(), observation["remaining"].float()), dim=1)
@@ -130,36 +164,21 @@ class TokenScorer(nn.Module):
 
 
 class TokenQNetwork(BasePolicy):
-    """The network that the policies below give to the agents: observations in, Q-values [B, k] or quantiles out.
+    """Network of the policies below: observations in, Q-values [B, k] or quantiles out.
 
     Attributes:
         scorer: The network.
-        scorer_kwargs: The arguments that it was made with, as JSON values, for a checkpoint.
     """
 
     action_space: spaces.Discrete
 
-    def __init__(
-        self,
-        observation_space: spaces.Dict,
-        action_space: spaces.Discrete,
-        *,
-        width: int = 256,
-        dropout: float = 0.1,
-        dueling: bool = False,
-        heads: int = 1,
-        n_quantiles: int | None = None,
-    ) -> None:
+    def __init__(self, observation_space: spaces.Dict, action_space: spaces.Discrete, **scorer_kwargs: Any) -> None:
         """Build the scorer that fits the observation space of ``TokenDecoding-v0``.
 
         Args:
             observation_space: Of the environment.
             action_space: Of the environment.
-            width: See :class:`TokenScorer`.
-            dropout: See :class:`TokenScorer`.
-            dueling: See :class:`TokenScorer`.
-            heads: See :class:`TokenScorer`.
-            n_quantiles: See :class:`TokenScorer`.
+            scorer_kwargs: ``width``, ``dropout``, ``dueling``, ``heads``, ``n_quantiles``; see :class:`ScorerConfig`.
 
         Raises:
             ConfigurationError: The spaces are another environment's.
@@ -171,16 +190,16 @@ class TokenQNetwork(BasePolicy):
             raise ConfigurationError(
                 f"TokenQPolicy needs the observations of TokenDecoding-v0; {sorted(missing)} are not in them"
             )
-        self.scorer_kwargs: dict[str, Any] = {
-            "hidden_size": observation_space["hidden"].shape[0],  # type: ignore[index]
-            "candidate_dims": observation_space["candidates"].shape[0] // int(action_space.n),  # type: ignore[index]
-            "width": width,
-            "dropout": dropout,
-            "dueling": dueling,
-            "heads": heads,
-            "n_quantiles": n_quantiles,
-        }
-        self.scorer = TokenScorer(**self.scorer_kwargs)
+        self.scorer = TokenScorer(
+            observation_space["hidden"].shape[0],  # type: ignore[index]
+            observation_space["candidates"].shape[0] // int(action_space.n),  # type: ignore[index]
+            **scorer_kwargs,
+        )
+
+    @property
+    def scorer_kwargs(self) -> dict[str, Any]:
+        """The scorer's arguments as JSON values."""
+        return asdict(self.scorer.config)
 
     def forward(self, obs: PyTorchObs) -> Tensor:
         """Return Q-values, float [B, k], or quantiles [B, n_quantiles, k]; masked actions have them too."""
@@ -196,7 +215,7 @@ class TokenQNetwork(BasePolicy):
 
 
 class _TokenPolicy(BasePolicy):
-    """What the two policies share: how the network is made, and which arguments make it again."""
+    """Base of the two policies: makes the network, and keeps the arguments that make it again."""
 
     def __init__(
         self,
@@ -211,10 +230,10 @@ class _TokenPolicy(BasePolicy):
 
         Args:
             args: The parent class's.
-            width: See :class:`TokenScorer`.
-            dropout: See :class:`TokenScorer`.
-            dueling: See :class:`TokenScorer`.
-            heads: See :class:`TokenScorer`.
+            width: See :class:`ScorerConfig`.
+            dropout: See :class:`ScorerConfig`.
+            dueling: See :class:`ScorerConfig`.
+            heads: See :class:`ScorerConfig`.
             kwargs: The parent class's; those that describe its own networks change nothing.
 
         Raises:
@@ -235,7 +254,7 @@ class TokenQPolicy(_TokenPolicy, DQNPolicy):
     """``DQN(TokenQPolicy, env)``: the scorer as Q-network; the greedy action honours the observation's mask.
 
     ``MaskableDQN``, ``MaskableQRDQN`` and ``QStar`` take it too. ``policy_kwargs``: ``width``, ``dropout``,
-    ``dueling`` and ``heads``, as in :class:`TokenScorer`; only ``QStar`` trains several heads apart.
+    ``dueling`` and ``heads``, as in :class:`ScorerConfig`; only ``QStar`` trains several heads apart.
     """
 
     def make_q_net(self) -> TokenQNetwork:  # type: ignore[override]

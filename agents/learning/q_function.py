@@ -1,10 +1,11 @@
-"""Learned values as the planner uses them: from nodes of the token tree to numbers, whoever learned them."""
+"""Learned functions applied to nodes of the token tree: Q-functions, which save themselves, and critics."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,25 +13,25 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from ...envs import DecodingMDP, Observer, Prompt
 from ...envs.mdp import mdp_of
 from ...envs.observations import token_features
 from ...errors import CheckpointError, ConfigurationError
 from ..search.state import IntArray, Values
+from .checkpoints import CONFIG, WEIGHTS, locate_checkpoint, read_json, read_whole, replacing, wrap_damage
+from .hub import push_folder
+from .policies import ScorerConfig, TokenScorer
 
 __all__ = [
-    "PRETRAINED",
     "QFunction",
     "QSpec",
     "QuantileMean",
-    "ValueFunction",
-    "as_q_function",
-    "as_value_function",
-    "pretrained_names",
+    "load_q_function",
 ]
 
-PRETRAINED = Path(__file__).parent / "pretrained"
+_FORMAT = 1
 
 # Root mean square by which token features, themselves of size 1, may differ. Measured on the embedded model: rounding
 # its embeddings to 4 bits changes them by 0.13, so another file of the same model will do; another projection by 1.4.
@@ -39,7 +40,7 @@ _FEATURE_TOLERANCE = 0.5
 
 @dataclass(frozen=True)
 class QSpec:
-    """What a learned function was trained on; it means nothing elsewhere.
+    """Model, actions and observations that a learned function was trained on; elsewhere its values mean nothing.
 
     Attributes:
         model: Name of the language model; None if that is not known.
@@ -85,8 +86,10 @@ class QSpec:
             if trained[name] not in (None, here[name])
         ]
         if not differences and self.features:
-            distance = np.sqrt(np.mean(np.square(np.subtract(self.features, spec.features))))
-            if distance > _FEATURE_TOLERANCE:
+            same_length = len(self.features) == len(spec.features)
+            apart = np.subtract(self.features, spec.features) if same_length else np.inf
+            distance = np.sqrt(np.mean(np.square(apart)))
+            if not distance <= _FEATURE_TOLERANCE:
                 differences.append(f"{mdp.model.name!r} with other token embeddings, or projected otherwise")
         if differences:
             raise CheckpointError(
@@ -97,14 +100,14 @@ class QSpec:
 
 @dataclass
 class LearnedFunction:
-    """A network with what is needed to apply it to nodes of the token tree.
+    """A network that can be applied to nodes of the token tree.
 
     Attributes:
         network: Takes observations, a dict of tensors.
         spec: What it was trained on; None skips the check.
         shaped: Whether it estimates the return less φ(s).
         candidate_dims: Numbers per candidate token in the observation.
-        description: What the checkpoint says of itself: command, seed, figures.
+        description: Origin and figures, as its checkpoint states them: command, seed, ….
     """
 
     network: torch.nn.Module
@@ -115,7 +118,7 @@ class LearnedFunction:
     _observer: tuple[DecodingMDP, Observer] | None = field(default=None, repr=False)
 
     def check(self, mdp: DecodingMDP) -> None:
-        """Compare with the MDP that it is about to be used in, as far as it is known what it was trained on.
+        """Compare with the MDP that it is about to be used in, as far as its origin is known.
 
         Raises:
             CheckpointError: The network belongs to another model, k or observation layout.
@@ -126,7 +129,7 @@ class LearnedFunction:
     def _observe(
         self, mdp: DecodingMDP, prompts: Sequence[Prompt], nodes: IntArray
     ) -> tuple[dict[str, torch.Tensor], Values]:
-        """Return what the network sees of ``n`` nodes, and what its estimates leave out: φ(s) or 0, float64 [n]."""
+        """Return observations of ``n`` nodes, and the part that the estimates leave out: φ(s) or 0, float64 [n]."""
         if self._observer is None or self._observer[0] is not mdp:
             self.check(mdp)
             self._observer = mdp, Observer(mdp, self.candidate_dims)
@@ -138,7 +141,7 @@ class LearnedFunction:
         return tensors, potential if self.shaped else np.zeros_like(potential)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle everything but the observer, which has this process's MDP; on the CPU, which every machine has."""
+        """Pickle everything but the observer, which has this process's MDP, with the network on the CPU."""
         network = self.network
         if any(parameter.device.type != "cpu" for parameter in network.parameters()):
             network = copy.deepcopy(network).cpu()
@@ -151,7 +154,7 @@ class LearnedFunction:
 
 @dataclass(repr=False)
 class QFunction(LearnedFunction):
-    """A Q-network, observations in, Q-values [n, k] out, with what is needed to apply it."""
+    """A Q-network, observations in, Q-values [n, k] out, that can be applied to nodes, saved and loaded."""
 
     @classmethod
     def from_pretrained(cls, name: str | Path, env: Any = None) -> QFunction:
@@ -166,8 +169,6 @@ class QFunction(LearnedFunction):
             UnknownNameError: There is no such folder or task.
             CheckpointError: The checkpoint is broken, cannot be downloaded, or does not fit ``env``.
         """
-        from .checkpoints import load_q_function, locate_checkpoint
-
         q = load_q_function(locate_checkpoint(name))
         if env is not None:
             q.check(mdp_of(env))
@@ -178,16 +179,72 @@ class QFunction(LearnedFunction):
 
         Args:
             folder: Where to; :meth:`from_pretrained` reads it, and its files make a repository on the hub.
-            description: What the checkpoint should say of itself (seed, figures, …), JSON values; by default what it
-                says already.
+            description: Origin and figures (seed, …), JSON values; by default those that it has already.
 
         Raises:
-            ConfigurationError: The network is not that of a TokenQPolicy, it is not known what it was trained on, or
-                ``folder`` holds something else than a checkpoint.
+            ConfigurationError: The network is not that of a TokenQPolicy, its origin is not known, or ``folder`` holds
+                something else than a checkpoint.
         """
-        from .checkpoints import save_q_function
+        with replacing(Path(folder)) as new:
+            self.write(new, description or self.description)
 
-        save_q_function(self, Path(folder), description or self.description)
+    def write(self, folder: Path, description: Mapping[str, Any]) -> None:
+        """Write weights and ``config.json`` into an empty folder; see :meth:`save`."""
+        config = self.config(description)
+        weights = self.scorer.state_dict()
+        save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, folder / WEIGHTS)
+        (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def config(self, description: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the content of ``config.json``, with another description if one is given.
+
+        Raises:
+            ConfigurationError: The network is not that of a TokenQPolicy, or its origin is not known.
+        """
+        scorer = self.scorer
+        if self.spec is None or self.spec.model is None:
+            raise ConfigurationError(
+                "a checkpoint states its model, and that of this Q-function is not known; "
+                "load the agent with its environment: DQN.load(path, env)"
+            )
+        description = dict(self.description if description is None else description)
+        return {
+            "format": _FORMAT,
+            "trained_on": asdict(self.spec),
+            "network": asdict(scorer.config),
+            "description": description,
+        }
+
+    @property
+    def scorer(self) -> TokenScorer:
+        """The scorer inside the agent's network.
+
+        Raises:
+            ConfigurationError: The network is another one.
+        """
+        network: Any = self.network.network if isinstance(self.network, QuantileMean) else self.network
+        scorer = getattr(network, "scorer", network)
+        if not isinstance(scorer, TokenScorer):
+            raise ConfigurationError(
+                f"only the network of a TokenQPolicy can be written, not {type(scorer).__name__}; train with "
+                "TokenQPolicy, or use the save() of stable-baselines3"
+            )
+        return scorer
+
+    def check_env(self, env: Any) -> None:
+        """Compare with an agent's environment, its observations included.
+
+        Raises:
+            CheckpointError: The Q-function was trained for something else.
+        """
+        mdp = mdp_of(env)
+        self.check(mdp)
+        dims = env.observation_space["candidates"].shape[0] // mdp.top_k
+        if dims != self.candidate_dims:
+            raise CheckpointError(
+                f"this Q-function was trained with candidate_dims={self.candidate_dims}, the environment has {dims}; "
+                "use the env arguments it was trained with"
+            )
 
     def push_to_hub(
         self,
@@ -214,13 +271,11 @@ class QFunction(LearnedFunction):
             ConfigurationError: ``repository`` is no such name, or see :meth:`save`.
             CheckpointError: The hub cannot be reached, or does not let us.
         """
-        from .hub import push_folder
-
         write = partial(self.save, **description)
         return push_folder(repository, write, private=private, token=token, message=message)
 
     def fingerprint(self) -> str:
-        """Return a digest of the weights, by which one Q-function is told from another."""
+        """Return a digest of the weights."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.network.state_dict().items()):
             digest.update(name.encode())
@@ -240,24 +295,6 @@ class QFunction(LearnedFunction):
         return q + left_out[:, None]
 
 
-@dataclass(repr=False)
-class ValueFunction(LearnedFunction):
-    """An actor-critic's policy (``predict_values`` and ``get_distribution``), with what is needed to apply it."""
-
-    def values(self, mdp: DecodingMDP, prompts: Sequence[Prompt], nodes: IntArray) -> tuple[Values, Values]:
-        """Return V(s), φ(s) added back, float64 [n], and log π_θ(a | s), nats, float64 [n, k], masked actions included.
-
-        Raises:
-            CheckpointError: The network belongs to another model, k or observation layout.
-        """
-        observation, left_out = self._observe(mdp, prompts, nodes)
-        policy: Any = self.network
-        with torch.inference_mode():
-            v = policy.predict_values(observation).squeeze(1)
-            logprobs = policy.get_distribution(observation).distribution.logits  # normalised, in torch's Categorical
-        return v.double().cpu().numpy() + left_out, logprobs.double().cpu().numpy()
-
-
 class QuantileMean(torch.nn.Module):
     """Q-values [n, k] out of a quantile network: the means of its quantiles [n, quantiles, k]."""
 
@@ -272,76 +309,54 @@ class QuantileMean(torch.nn.Module):
         return mean
 
 
-def pretrained_names() -> list[str]:
-    """Return the tasks that the package ships a Q-function for."""
-    return sorted(path.name for path in PRETRAINED.glob("*") if (path / "config.json").is_file())
+@dataclass(frozen=True)
+class _Format:
+    format: Any = None
 
 
-def as_q_function(q: Any) -> QFunction:
-    """Return ``q`` as a :class:`QFunction`.
+@dataclass(frozen=True)
+class _Config:
+    """The content of ``config.json``."""
 
-    Args:
-        q: A :class:`QFunction`, an agent with a Q-network, or what :meth:`QFunction.from_pretrained` takes: the folder
-            of a checkpoint, the name of a shipped one, or a repository on the Hugging Face hub.
-
-    Raises:
-        CheckpointError: The checkpoint is broken, or cannot be downloaded.
-        UnknownNameError: There is no such folder or name.
-        ConfigurationError: ``q`` is none of these.
-    """
-    if isinstance(q, QFunction):
-        return q
-    if isinstance(q, (str, Path)):
-        return QFunction.from_pretrained(q)
-    if callable(own := getattr(q, "q_function", None)):
-        made = own()
-        assert isinstance(made, QFunction)
-        return made
-    network = getattr(q, "q_net", None)
-    if network is None and (quantiles := getattr(q, "quantile_net", None)) is not None:
-        network = QuantileMean(quantiles)
-    if network is None or not _sees_tokens(q):
-        raise ConfigurationError(
-            "a Q-heuristic needs an agent with a Q-network trained on TokenDecoding-v0 (DQN, QR-DQN, QStar), "
-            f"a QFunction or a checkpoint; got {type(q).__name__}"
-        )
-    spec = _trained_on(q)
-    return QFunction(network, spec, spec.shaped, spec.candidate_dims)
+    trained_on: QSpec
+    network: ScorerConfig
+    description: dict[str, Any] = field(default_factory=dict)
 
 
-def as_value_function(agent: Any) -> ValueFunction:
-    """Return the critic and the policy of an actor-critic agent, ready to be applied.
+def load_q_function(folder: str | Path) -> QFunction:
+    """Read a Q-function; torch's random generator stays as it is.
 
     Raises:
-        ConfigurationError: The agent has no state-value, needs a memory of earlier states, or was not trained on
-            ``TokenDecoding-v0`` or only on a normalised copy of it.
+        CheckpointError: The folder is not a checkpoint, is damaged, or was written by another version.
     """
-    policy: Any = getattr(agent, "policy", None)
-    is_critic = all(callable(getattr(policy, name, None)) for name in ("predict_values", "get_distribution"))
-    if not is_critic or hasattr(policy, "lstm_actor") or not _sees_tokens(agent):
-        raise ConfigurationError(
-            "a value heuristic needs an actor-critic agent without recurrence, trained on TokenDecoding-v0 "
-            f"(PPO, A2C, MaskablePPO); got {type(agent).__name__}"
+    return read_whole(Path(folder), read_q_function)
+
+
+def read_q_function(folder: Path) -> QFunction:
+    """Read a Q-function from a folder that no other process is replacing; see :func:`load_q_function`."""
+    found = read_json(folder / CONFIG, _Format).format
+    if found != _FORMAT:
+        raise CheckpointError(
+            f"{folder} has checkpoint format {found!r}, this version reads {_FORMAT}; "
+            "train it again, or use the version that wrote it"
         )
-    spec = _trained_on(agent)
-    return ValueFunction(policy, spec, spec.shaped, spec.candidate_dims)
-
-
-def _sees_tokens(agent: Any) -> bool:
-    return "candidates" in getattr(getattr(agent, "observation_space", None), "spaces", {})
-
-
-def _trained_on(agent: Any) -> QSpec:
-    """Return what an agent of stable-baselines3 was trained on, as far as it and its environment tell."""
-    if agent.get_vec_normalize_env() is not None:
-        raise ConfigurationError(
-            "the agent was trained behind VecNormalize: its values are in other units than J, and it knows other "
-            "observations; train it without (observations and rewards of TokenDecoding-v0 are of order 1 already)"
-        )
-    spaces, k = agent.observation_space.spaces, int(agent.action_space.n)
-    dims = int(spaces["candidates"].shape[0]) // k
-    env = agent.get_env()
-    if env is None:
-        # Loaded without its environment. By default that has shaping.
-        return QSpec(None, k, int(spaces["hidden"].shape[0]), dims, shaped=True, hidden_layers=None)
-    return QSpec.of(env.get_attr("mdp")[0], dims, bool(env.get_attr("shaping")[0]))
+    config = read_json(folder / CONFIG, _Config)
+    spec, network = config.trained_on, config.network
+    with wrap_damage(folder), torch.random.fork_rng(devices=[]):
+        if (spec.hidden_size, spec.candidate_dims) != (network.hidden_size, network.candidate_dims):
+            raise CheckpointError(f"{folder / CONFIG} is damaged: the sizes of trained_on and network differ")
+        weights = load_file(folder / WEIGHTS)
+        with torch.device("meta"):  # no memory is taken before the sizes are known to be right
+            shapes = {name: value.shape for name, value in TokenScorer(**asdict(network)).state_dict().items()}
+        if wrong := [name for name, value in weights.items() if shapes.get(name) != value.shape]:
+            raise CheckpointError(f"{folder} is damaged: config and weights differ in {wrong[0]!r}")
+        scorer = TokenScorer(**asdict(network))
+        # Constants that an older checkpoint lacks stay as they are made: without effect.
+        scorer.load_state_dict({**dict(scorer.named_buffers()), **weights})
+    return QFunction(
+        scorer if scorer.n_quantiles is None else QuantileMean(scorer),
+        spec,
+        spec.shaped,
+        spec.candidate_dims,
+        config.description,
+    )

@@ -1,26 +1,34 @@
-"""Heuristics from learned functions: Q-networks and critics."""
+"""Agents as heuristics: Q-networks and critics, and their export to stable-baselines3."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from stable_baselines3 import DQN
 
 from ...checks import check_number
 from ...envs import DecodingMDP, Prompt
-from ...errors import CheckpointError
+from ...errors import CheckpointError, ConfigurationError
+from ..heuristics import BoundHeuristic, Composable, Heuristic
 from ..search.state import IntArray, Values
+from .checkpoints import pretrained_names
+from .policies import TokenQPolicy
+from .q_function import LearnedFunction, QFunction, QSpec, QuantileMean
 
-if TYPE_CHECKING:
-    from .q_function import QFunction, ValueFunction
-from ..heuristics import (
-    BoundHeuristic,
-    Composable,
-    Heuristic,
-)
-
-__all__ = ["QHeuristic", "ValueHeuristic", "shipped_heuristic"]
+__all__ = [
+    "QHeuristic",
+    "ValueFunction",
+    "ValueHeuristic",
+    "as_q_function",
+    "as_value_function",
+    "export_sb3",
+    "shipped_heuristic",
+]
 
 _MIN_LOGPROB = -50.0  # nats; a token that the policy finds less likely is as good as impossible
 
@@ -44,8 +52,6 @@ class QHeuristic(Composable):
             ConfigurationError: The agent has no Q-network of this environment.
             UnknownNameError: There is no such folder or task.
         """
-        from .q_function import as_q_function
-
         self.q: QFunction = as_q_function(q)
 
     def __call__(self, mdp: DecodingMDP, prompts: Sequence[Prompt], nodes: IntArray) -> Values:
@@ -67,8 +73,6 @@ def shipped_heuristic(task: str, mdp: DecodingMDP) -> tuple[Heuristic, str]:
     Returns:
         The heuristic, and why the shipped Q-function does not fit; empty if it does, or if there is none.
     """
-    from .q_function import pretrained_names
-
     if task not in pretrained_names():
         return BoundHeuristic(), ""
     heuristic = QHeuristic(task)
@@ -107,8 +111,6 @@ class ValueHeuristic(Composable):
         Raises:
             ConfigurationError: The agent has no such policy, or was trained on something else; β is not a number >= 0.
         """
-        from .q_function import as_value_function
-
         self.preference = check_number("preference", preference, low=0)
         self.function: ValueFunction = as_value_function(agent)
 
@@ -127,3 +129,124 @@ class ValueHeuristic(Composable):
     def __repr__(self) -> str:
         """Return the expression that makes it."""
         return f"ValueHeuristic({self.function!r}, preference={self.preference})"
+
+
+@dataclass(repr=False)
+class ValueFunction(LearnedFunction):
+    """An actor-critic's policy (``predict_values`` and ``get_distribution``) that can be applied to nodes."""
+
+    def values(self, mdp: DecodingMDP, prompts: Sequence[Prompt], nodes: IntArray) -> tuple[Values, Values]:
+        """Return V(s), φ(s) added back, float64 [n], and log π_θ(a | s), nats, float64 [n, k], masked actions included.
+
+        Raises:
+            CheckpointError: The network belongs to another model, k or observation layout.
+        """
+        observation, left_out = self._observe(mdp, prompts, nodes)
+        policy: Any = self.network
+        with torch.inference_mode():
+            v = policy.predict_values(observation).squeeze(1)
+            logprobs = policy.get_distribution(observation).distribution.logits  # normalised, in torch's Categorical
+        return v.double().cpu().numpy() + left_out, logprobs.double().cpu().numpy()
+
+
+def as_q_function(q: Any) -> QFunction:
+    """Return ``q`` as a :class:`QFunction`.
+
+    Args:
+        q: A :class:`QFunction`, an agent with a Q-network, or what :meth:`QFunction.from_pretrained` takes: the folder
+            of a checkpoint, the name of a shipped one, or a repository on the Hugging Face hub.
+
+    Raises:
+        CheckpointError: The checkpoint is broken, or cannot be downloaded.
+        UnknownNameError: There is no such folder or name.
+        ConfigurationError: ``q`` is none of these.
+    """
+    if isinstance(q, QFunction):
+        return q
+    if isinstance(q, (str, Path)):
+        return QFunction.from_pretrained(q)
+    if callable(own := getattr(q, "q_function", None)):
+        made = own()
+        assert isinstance(made, QFunction)
+        return made
+    network = getattr(q, "q_net", None)
+    if network is None and (quantiles := getattr(q, "quantile_net", None)) is not None:
+        network = QuantileMean(quantiles)
+    if network is None or not _sees_tokens(q):
+        raise ConfigurationError(
+            "a Q-heuristic needs an agent with a Q-network trained on TokenDecoding-v0 (DQN, QR-DQN, QStar), "
+            f"a QFunction or a checkpoint; got {type(q).__name__}"
+        )
+    spec = _trained_on(q)
+    return QFunction(network, spec, spec.shaped, spec.candidate_dims)
+
+
+def as_value_function(agent: Any) -> ValueFunction:
+    """Return the critic and the policy of an actor-critic agent, ready to be applied.
+
+    Raises:
+        ConfigurationError: The agent has no state-value, needs a memory of earlier states, or was not trained on
+            ``TokenDecoding-v0`` or only on a normalised copy of it.
+    """
+    policy: Any = getattr(agent, "policy", None)
+    is_critic = all(callable(getattr(policy, name, None)) for name in ("predict_values", "get_distribution"))
+    if not is_critic or hasattr(policy, "lstm_actor") or not _sees_tokens(agent):
+        raise ConfigurationError(
+            "a value heuristic needs an actor-critic agent without recurrence, trained on TokenDecoding-v0 "
+            f"(PPO, A2C, MaskablePPO); got {type(agent).__name__}"
+        )
+    spec = _trained_on(agent)
+    return ValueFunction(policy, spec, spec.shaped, spec.candidate_dims)
+
+
+def _sees_tokens(agent: Any) -> bool:
+    return "candidates" in getattr(getattr(agent, "observation_space", None), "spaces", {})
+
+
+def _trained_on(agent: Any) -> QSpec:
+    """Return what an agent of stable-baselines3 was trained on, as far as it and its environment tell."""
+    if agent.get_vec_normalize_env() is not None:
+        raise ConfigurationError(
+            "the agent was trained behind VecNormalize: its values are in other units than J, and it knows other "
+            "observations; train it without (observations and rewards of TokenDecoding-v0 are of order 1 already)"
+        )
+    spaces, k = agent.observation_space.spaces, int(agent.action_space.n)
+    dims = int(spaces["candidates"].shape[0]) // k
+    env = agent.get_env()
+    if env is None:
+        # Loaded without its environment. By default that has shaping.
+        return QSpec(None, k, int(spaces["hidden"].shape[0]), dims, shaped=True, hidden_layers=None)
+    return QSpec.of(env.get_attr("mdp")[0], dims, bool(env.get_attr("shaping")[0]))
+
+
+def export_sb3(q: Any, path: str | Path, env: Any) -> Path:
+    """Write a Q-function as the zip file of stable-baselines3's own ``DQN``, for programs that know only that.
+
+    ``DQN.load(path)`` gives an agent with :class:`TokenQPolicy` that takes the same greedy actions. That file is a
+    pickle, which this package never reads. Read one only if you trust its author.
+
+    Args:
+        q: A :class:`QStar`, or anything else that :func:`as_q_function` takes whose network is a TokenQPolicy's.
+        path: The file; ``.zip`` is added where there is no suffix.
+        env: The environment whose spaces the agent gets, with the arguments that Q was trained with.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        ConfigurationError: Q has another network, or is quantiles.
+        CheckpointError: Q was trained for another model, k or observation layout than ``env`` has.
+    """
+    q = as_q_function(q)
+    scorer = q.scorer
+    if scorer.n_quantiles is not None:
+        raise ConfigurationError("DQN has no quantiles; export the agent that learned them by its own save()")
+    # A buffer that fits into memory, for further training.
+    agent = DQN(TokenQPolicy, env, gamma=1.0, buffer_size=10_000, policy_kwargs=scorer.config.policy_kwargs())
+    q.check_env(agent.env)
+    for network in (agent.q_net, agent.q_net_target):
+        network.scorer.load_state_dict(scorer.state_dict())  # type: ignore[union-attr]
+    path = Path(path)
+    path = path if path.suffix else path.with_suffix(".zip")
+    agent.save(path)
+    return path

@@ -33,12 +33,12 @@ def snippets(page):
 @pytest.mark.filterwarnings("ignore:.*(upper bound|cannot be pickled)")
 @pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)])
 def test_every_snippet_runs(page, tmp_path, monkeypatch):
-    from qstar_decoding.agents import QStar
+    from qstar_decoding.agents import QStarConfig
 
     monkeypatch.chdir(tmp_path)
     # What is shown has to work; to be good, it would have to train for minutes.
     for name, value in {"searches_per_round": 2, "tokens_per_search": 24, "gradient_steps": 2}.items():
-        monkeypatch.setitem(QStar.__init__.__kwdefaults__, name, value)
+        monkeypatch.setitem(QStarConfig.__init__.__kwdefaults__, name, value)
     names = {"__name__": "docs"}
     for code in snippets(page):
         exec(compile(re.sub(r"\.learn\(\d\d+_000", ".learn(20", code), page, "exec"), names)

@@ -28,7 +28,7 @@ os.environ |= {
 from qstar_decoding.agents import QStar, TokenQPolicy
 from qstar_decoding.agents.distributed.jobs import InProcess, Job
 from qstar_decoding.agents.distributed.ray_workers import ATTEMPTS, RayWorkers, check_address
-from qstar_decoding.agents.learning.qstar import Searcher
+from qstar_decoding.agents.learning.experience import Searcher
 from qstar_decoding.cli import app as cli
 from qstar_decoding.envs import TokenDecodingVecEnv
 from qstar_decoding.errors import ConfigurationError, PromptError, RewardError, WorkerError

@@ -16,8 +16,8 @@ from sb3_contrib import QRDQN
 from stable_baselines3 import DQN
 
 from qstar_decoding.agents import AStarPlanner, QFunction, QHeuristic, QStar, TokenQPolicy
-from qstar_decoding.agents.learning import checkpoints
-from qstar_decoding.agents.learning.checkpoints import export_sb3, find_checkpoint, load_q_function
+from qstar_decoding.agents.learning import export_sb3, load_q_function, q_function, qstar
+from qstar_decoding.agents.learning.checkpoints import PRETRAINED, find_checkpoint, pretrained_names
 from qstar_decoding.agents.learning.policies import TokenQuantilePolicy, TokenScorer
 from qstar_decoding.envs import TabularLM, TokenDecodingEnv
 from qstar_decoding.errors import CheckpointError, ConfigurationError, UnknownNameError
@@ -79,8 +79,9 @@ def killed_after(monkeypatch):
     operations = [
         *((os, name) for name in ("mkdir", "rename", "replace", "unlink", "rmdir", "chmod")),
         (Path, "write_text"),
-        (checkpoints, "save_file"),
-        (checkpoints, "save_arrays"),
+        (q_function, "save_file"),
+        (qstar, "save_file"),
+        (qstar, "save_arrays"),
     ]
 
     def run(n, function):
@@ -167,7 +168,7 @@ def test_a_first_save_that_is_killed_leaves_none(agent, tmp_path, killed_after):
 MASSACRE = """
 import os, random, signal, sys, time
 from qstar_decoding.agents import QStar
-from qstar_decoding.agents.learning.checkpoints import load_q_function
+from qstar_decoding.agents.learning import load_q_function
 from qstar_decoding.envs import TabularLM, TokenDecodingEnv
 
 folder = sys.argv[1]
@@ -425,3 +426,45 @@ def test_an_agent_comes_by_folder_and_goes_to_stable_baselines3(tmp_path):
     assert len(actions) == 1
     with pytest.raises(UnknownNameError, match="sentiment"):
         QStar.from_pretrained("sentimant", env)
+
+
+# -- checkpoints of earlier versions ----------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_written_by_version_0_1_loads_searches_and_goes_on_learning(tmp_path):
+    env = TokenDecodingEnv(
+        TabularLM.random(5, 2, seed=0),
+        prompts=["ab", "c"],
+        reward="pangram",
+        top_k=3,
+        max_new_tokens=5,
+        logprob_weight=0.1,
+        candidate_dims=4,
+    )
+    folder = Path(__file__).parent / "checkpoint_of_0_1"
+    q = QFunction.from_pretrained(folder, env)
+    assert q.description == {"note": "written by version 0.1"}
+    f = AStarPlanner(env, heuristic=QHeuristic(folder)).plan("ab", 10).tree.f
+    assert f[0] == pytest.approx(-0.8199991583824158, abs=1e-5)  # as version 0.1 had it
+    agent = QStar.load(folder, env)
+    assert (agent.num_timesteps, agent.experience.size) == (80, 45)
+    written = json.loads((folder / "training_state.json").read_text())["arguments"]
+    kept = agent.arguments()
+    assert {name: kept[name] for name in kept if name != "policy_kwargs"} == {
+        **{name: written[name] for name in written if name != "policy_kwargs"},
+        "learning_rate": (0.001, 0.0001),
+    }
+    assert written["policy_kwargs"].items() <= kept["policy_kwargs"].items()
+    agent.learn(40, reset_num_timesteps=False)
+    assert agent.num_timesteps > 80
+    agent.save(tmp_path / "agent", note="written by version 0.1")
+    assert (tmp_path / "agent" / "config.json").read_text() == (folder / "config.json").read_text()
+
+
+@pytest.mark.parametrize("name", pretrained_names())
+def test_a_shipped_q_function_is_written_as_it_was_read(tmp_path, name):
+    q = QFunction.from_pretrained(name)
+    q.save(tmp_path / name)
+    folder = PRETRAINED / name
+    assert (tmp_path / name / "config.json").read_text("utf-8") == (folder / "config.json").read_text("utf-8")
+    assert load_q_function(tmp_path / name).fingerprint() == q.fingerprint()

@@ -453,10 +453,12 @@ def test_of_several_heads_the_largest_answer_counts_and_they_differ(tmp_path):
     observation = agent.experience.sample(20, np.random.default_rng(0)).observation
     inputs = {key: torch.from_numpy(value) for key, value in observation.items()}
     scorer = agent.q_net.scorer.eval()
-    answers = scorer.answers(inputs)
-    assert answers.shape == (20, 3, 3)
-    assert (answers.std(dim=2) > 1e-4).all()
-    assert torch.equal(scorer(inputs), answers.amax(dim=2))
+    outputs = scorer.head_outputs(inputs)
+    assert outputs.shape == (20, 3, 3)
+    assert (outputs.std(dim=2) > 1e-4).all()
+    assert torch.equal(scorer(inputs), outputs.amax(dim=2))
+    with pytest.warns(DeprecationWarning, match="head_outputs"):
+        assert torch.equal(scorer.answers(inputs), outputs)
     agent.save(tmp_path / "agent")
     assert torch.equal(QStar.load(tmp_path / "agent", env).q_net.scorer.eval()(inputs), scorer(inputs))
     with pytest.raises(ConfigurationError, match="heads is an integer >= 1"):
