@@ -204,6 +204,7 @@ class Stream:
         """Prepare the search; nothing runs until the first completion is asked for."""
         self._decoder, self._prompt, self._budget = decoder, prompt, budget
         self._active: ActiveSearch | None = None
+        self._plan: Plan | None = None
         self._found = self._run()
 
     def _run(self) -> Iterator[Completion]:
@@ -224,7 +225,9 @@ class Stream:
         """
         if self._active is None:
             raise ConfigurationError("the search has not begun; take the first completion from the iterator")
-        return make_plan(self._active, self._decoder.choose)
+        if self._plan is None or not self._active.search.is_over:
+            self._plan = make_plan(self._active, self._decoder.choose)
+        return self._plan
 
     def __iter__(self) -> Iterator[Completion]:
         """Return the iterator itself."""

@@ -82,17 +82,13 @@ def drive(active: Sequence[ActiveSearch]) -> Iterator[list[Search]]:
     Threads take turns with a language model, step by step.
     """
     continuing = list(active)
-    try:
-        while continuing:
-            asked = _step(continuing)
-            continuing = [one for one, edges in zip(continuing, asked, strict=True) if edges is not None]
-            for one in continuing:
-                one.search.record()
-            if continuing:
-                yield [one.search for one in continuing]
-    finally:
-        for one in active:
-            one.search.mdp.tree.unpin(one.search)
+    while continuing:
+        asked = _step(continuing)
+        continuing = [one for one, edges in zip(continuing, asked, strict=True) if edges is not None]
+        for one in continuing:
+            one.search.record()
+        if continuing:
+            yield [one.search for one in continuing]
 
 
 def drive_to_end(active: Sequence[ActiveSearch], progress: Progress | None = None) -> None:

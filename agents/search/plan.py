@@ -128,7 +128,10 @@ def make_plan(active: ActiveSearch, choose: Callable[[Search], Completion | None
         ConstraintError: The constraint left nothing to write.
     """
     with turn([active.search]):
-        return _make_plan(active, choose)
+        plan = _make_plan(active, choose)
+        if active.search.is_over:  # its nodes are looked up again if it is resumed
+            active.search.mdp.tree.unpin(active.search)
+        return plan
 
 
 def _make_plan(active: ActiveSearch, choose: Callable[[Search], Completion | None]) -> Plan:

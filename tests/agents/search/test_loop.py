@@ -12,6 +12,8 @@ from qstar_decoding.agents.search.plan import make_plan
 from qstar_decoding.envs import DecodingMDP, TabularLM, TokenDecodingEnv, load_prompts
 from qstar_decoding.rewards import as_reward
 
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+
 LM = TabularLM.random(6, 2, seed=3)
 
 
