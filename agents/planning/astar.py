@@ -173,7 +173,8 @@ class AStarPlanner(Decoder):
         values = search.f[rows]
         if self.weight != 1:
             most, g = self.mdp.reward.upper, search.g[rows, None]
-            values = g + most - self.weight * (most - (values - g))
+            # With a weight of 0 the estimate counts for nothing, even where it is infinite.
+            values = g + most - (self.weight * (most - (values - g)) if self.weight else np.zeros_like(values))
         if self.prior:
             values = values + self.prior * search.edge_logprob(rows)
         return values
@@ -185,7 +186,7 @@ class AStarPlanner(Decoder):
 def level_by_level(planner: AStarPlanner, search: Search) -> Iterator[Edges]:
     """Go through the depths in rounds of growing width, as long as anything can be better than what was found."""
     margin, taper = planner.margin, planner.taper
-    unlimited = taper is None or math.isinf(search.remaining_tokens)
+    unlimited = taper is None or math.isinf(search.affordable_tokens(search.mdp.max_new_tokens))
     width = float(planner.width or (_UNBUDGETED_WIDTH if unlimited else math.inf))
     while search.can_improve:
         before = len(search.completions) + search.size
@@ -240,14 +241,17 @@ def ration(search: Search, edges: Edges, depth: int, taper: float) -> Edges:
     With n tokens still to come, a depth gets n**taper parts of what is left once every later depth has a token.
     """
     still_to_come = search.mdp.max_new_tokens - 1 - depth
-    if math.isinf(search.remaining_tokens) or not still_to_come:
+    affordable = search.affordable_tokens(still_to_come + 1)
+    if math.isinf(affordable) or not still_to_come:
         return edges
     # What is left pays for fewer prefixes where the heuristic looks ahead, at the price that they have had so far.
-    room = search.remaining_tokens * search.size / (search.size + search.heuristic_tokens)
+    room = affordable * search.size / (search.size + search.heuristic_tokens)
     shares = np.arange(1, still_to_come + 1, dtype=np.float64) ** taper
     most = 1 + max(int((room - still_to_come) * shares[-1] / shares.sum()), 0)
     continuing = search.finish[edges] == Finish.NO
     keep = ~continuing | (np.cumsum(continuing) <= most)
+    if search.budget.pops is not None:  # which edges that end a text use up too
+        keep &= np.cumsum(keep) <= most
     return Edges(edges.rows[keep], edges.actions[keep])
 
 
@@ -270,7 +274,7 @@ def best_first(planner: AStarPlanner, search: Search, order: Order) -> Iterator[
         batch: list[tuple[int, int]] = []
         room = planner.batch_size
         while room and queue.entries:
-            if not order.persistent and queue.entries[0].promise <= search.nth_best:
+            if not order.persistent and -math.inf < search.nth_best >= queue.entries[0].promise:
                 if not batch:
                     return  # what is left promises no more; with an admissible h it keeps no more either
                 break

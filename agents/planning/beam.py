@@ -113,6 +113,6 @@ class DiverseBeamSearch(Decoder):
 
 def affordable_width(search: Search, depth: int = 0) -> int:
     """Return how many prefixes of each length, from this depth on, the rest of the budget surely pays for."""
-    if math.isinf(search.remaining_tokens):
-        return _UNBUDGETED_BEAM
-    return max(int(search.remaining_tokens) // max(search.mdp.max_new_tokens - 1 - depth, 1), 1)
+    steps = max(search.mdp.max_new_tokens - 1 - depth, 1)
+    affordable = search.affordable_tokens(steps)
+    return _UNBUDGETED_BEAM if math.isinf(affordable) else max(int(affordable) // steps, 1)

@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
+import numpy as np
+
 from ...envs.mdp import Completion, mdp_of
 from ...envs.prompts import Prompt, as_prompt, load_prompts
 from ...errors import ConfigurationError
@@ -21,7 +23,7 @@ from ..search.budget import Budget, SharedBudget
 from ..search.loop import ActiveSearch, Progress, begin, drive, drive_to_end, turn
 from ..search.plan import Plan, make_plan
 from ..search.problem import Heuristic, Problem, Scope, Score
-from ..search.state import Edges, Search
+from ..search.state import Edges, Search, Status
 
 __all__ = ["Decoder", "Stream"]
 
@@ -106,7 +108,8 @@ class Decoder(ABC):
         problem = self.problem
         searches = [Search(problem, prompt, budget, together) for prompt in prompts]
         begin(searches)
-        return [ActiveSearch(search, self.select) for search in searches]
+        first = None if budget.seconds is None else roll_out
+        return [ActiveSearch(search, self.select, first) for search in searches]
 
     def run_searches(self, prompts: Sequence[Prompt], budget: Budget) -> list[Search]:
         """Search all prompts and return the searches themselves; Ctrl-C is let through."""
@@ -195,6 +198,22 @@ class Decoder(ABC):
         the plan so far.
         """
         return Stream(self, as_prompt(prompt), Budget.of(budget))
+
+
+def roll_out(search: Search) -> Iterator[Edges]:
+    """Follow the edges of largest f until a text is finished, going back where a constraint leaves nothing to write."""
+    row = 0
+    while search.best is None and search.can_improve:
+        is_open = search.status[row] == Status.OPEN
+        if not is_open.any():  # the deepest row that has anything left
+            rows = np.flatnonzero((search.status[: search.size] == Status.OPEN).any(axis=1))
+            row = int(rows[search.depth[rows].argmax()])
+            continue
+        edge = Edges(np.array([row]), np.array([np.where(is_open, search.f[row], -np.inf).argmax()]))
+        if not is_open[edge.actions[0]]:  # all of them are -inf
+            edge = Edges(edge.rows, np.array([is_open.argmax()]))
+        yield edge
+        row = max(int(search.child[edge][0]), 0)
 
 
 class Stream:

@@ -22,13 +22,15 @@ class GreedyDecoder(Decoder):
         """Yield one edge per step, until the text is finished."""
         row = 0
         while row >= 0 and (search.status[row] != Status.MASKED).any():  # a constraint may leave nothing to take
-            edge = Edges(*(np.array([i]) for i in (row, int(self.preferences(search, row).argmax()))))
-            yield edge
+            legal = np.flatnonzero(search.status[row] != Status.MASKED)
+            edge = Edges(np.array([row]), legal[[self.preferences(search, row)[legal].argmax()]])
+            if search.status[edge][0] == Status.OPEN:
+                yield edge
             row = int(search.child[edge][0])
 
     def preferences(self, search: Search, row: int) -> Values:
-        """Return what the actions of a row are chosen by, float64 [k], -inf for those that are none."""
-        values: Values = np.where(search.status[row] == Status.MASKED, -np.inf, search.f[row])
+        """Return the values that the actions of a row are chosen by, float64 [k]."""
+        values: Values = search.f[row]
         return values
 
 

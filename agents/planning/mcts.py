@@ -159,8 +159,10 @@ class MCTS(Decoder):
 
     def select(self, search: Search) -> Iterator[Edges]:
         """Yield the edge that each simulation ends with."""
-        unlimited = math.isinf(search.remaining_tokens)
-        budgeted = _UNBUDGETED_SIMULATIONS if unlimited else int(search.remaining_tokens) // search.mdp.max_new_tokens
+        horizon = search.mdp.max_new_tokens
+        affordable = search.affordable_tokens(horizon * _UNBUDGETED_SIMULATIONS)
+        unlimited = math.isinf(affordable)
+        budgeted = _UNBUDGETED_SIMULATIONS if unlimited else int(affordable) // horizon
         per_token = self.simulations or max(budgeted, 1)
         simulations = Simulations(search, self.exploration, self.temperature)
         root = fruitless = 0

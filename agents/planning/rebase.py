@@ -16,6 +16,9 @@ from .sampling import generator
 __all__ = ["RebaseSearch"]
 
 
+_LARGE = 1e30  # stands in for infinite estimates, whose differences are no numbers
+
+
 class RebaseSearch(Decoder):
     """Level by level, each prefix gets children in proportion to exp(value / τ), drawn from the language model.
 
@@ -50,7 +53,7 @@ class RebaseSearch(Decoder):
             rows, legal = rows[legal.any(axis=1)], legal[legal.any(axis=1)]
             if not len(rows):
                 return
-            value = np.where(legal, search.f[rows], -np.inf).max(axis=1)
+            value = np.clip(search.f[rows].max(axis=1), -_LARGE, _LARGE)
             share = np.exp((value - value.max()) / self.balance)
             # The best prefixes first, as in the paper: each takes its rounded share of what is left.
             edges: list[tuple[int, int]] = []
@@ -64,7 +67,8 @@ class RebaseSearch(Decoder):
             if not edges:
                 return
             followed = Edges(*np.array(edges, dtype=np.int64).T)
-            yield followed
+            is_open = search.status[followed] == Status.OPEN
+            yield Edges(followed.rows[is_open], followed.actions[is_open])
             children = search.child[followed]
             width -= int((children < 0).sum())  # a finished text gives up its place
             rows = children[children >= 0]

@@ -19,6 +19,9 @@ from .decoder import Decoder
 __all__ = ["BlockwiseDecoder", "ILQLDecoder", "MajorityVote", "SamplingDecoder"]
 
 
+_LARGE = 1e30  # stands in for infinite logits
+
+
 class SamplingDecoder(Decoder):
     """Sample completions from the top-k distribution and keep the best: best-of-n; with n = 1 ancestral sampling.
 
@@ -66,7 +69,8 @@ class SamplingDecoder(Decoder):
         cost = max(search.mdp.max_new_tokens - 1, 1)
         drawn = fruitless = 0
         while self.n is None or drawn < self.n:
-            wave = math.inf if math.isinf(search.remaining_tokens) else int(search.remaining_tokens) // cost
+            affordable = search.affordable_tokens(cost)
+            wave = math.inf if math.isinf(affordable) else int(affordable) // cost
             wave = min(wave, (self.n or (1 if math.isinf(wave) else math.inf)) - drawn)
             if wave < 1 and drawn:
                 search.stop_reason = "budget"  # until it is resumed with a larger one
@@ -90,7 +94,8 @@ class SamplingDecoder(Decoder):
 
     def draw(self, search: Search, rows: IntArray, rng: np.random.Generator) -> IntArray:
         """Return the action to take at each of these rows, int64 [n]."""
-        logits = self.logits(search, rows)
+        # An open action may have any estimate; even at -inf it is drawn before one that is masked.
+        logits = np.nan_to_num(self.logits(search, rows), nan=-_LARGE, posinf=_LARGE, neginf=-_LARGE)
         logits[search.status[rows] == Status.MASKED] = -np.inf
         if self.top_p < 1:
             order = np.argsort(-logits, axis=1, kind="stable")
@@ -162,9 +167,10 @@ class BlockwiseDecoder(SamplingDecoder):
     def select(self, search: Search) -> Iterator[Edges]:
         """Yield the next token of each block."""
         rng, cost = generator(self.seed, search), max(search.mdp.max_new_tokens - 1, 1)
-        n = self.n or (4 if math.isinf(search.remaining_tokens) else max(int(search.remaining_tokens) // cost, 1))
+        affordable = search.affordable_tokens(cost)
+        n = self.n or (4 if math.isinf(affordable) else max(int(affordable) // cost, 1))
         fruitless = 0
-        while fruitless < 20 and (math.isfinite(search.remaining_tokens) or not search.completions):
+        while fruitless < 20 and (math.isfinite(affordable) or not search.completions):
             before, start = search.size + len(search.completions), 0
             while start >= 0:
                 rows, ended = np.full(n, start), []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import NamedTuple, Protocol
+import math
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, NamedTuple, Protocol
 
 from ...errors import ConfigurationError
 
@@ -19,9 +21,13 @@ class Budget:
             once, whether or not an earlier search left it in the token tree, and so do those it prunes later; the
             prompt itself does not count. A budget therefore means the same for every decoder and in every order.
         reward_calls: Completions that the reward model may score.
-        seconds: Wall-clock time, looked at between steps.
+        seconds: Wall-clock time, looked at between steps. A search with a deadline finishes one text first, greedily,
+            and widens then, as far as its measured speed allows.
         kv_bytes: Bytes of keys and values of the prefixes processed, the prompt's included.
         pops: Edges followed, those that end a text included.
+        gap: The search stops once UB - LB is at most this, in units of J; a number >= 0.
+        target: The search stops once J of a text is at least this.
+        patience: The search stops after this many LM tokens without a better text.
     """
 
     lm_tokens: int | None = None
@@ -29,16 +35,24 @@ class Budget:
     seconds: float | None = None
     kv_bytes: int | None = None
     pops: int | None = None
+    gap: float | None = None
+    target: float | None = None
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         """Check the limits.
 
         Raises:
-            ConfigurationError: A limit is not a positive number.
+            ConfigurationError: A limit is not a positive number, ``gap`` is negative, or ``target`` is no number.
         """
-        for name, value in vars(self).items():
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
-                raise ConfigurationError(f"Budget({name}=…) is a number > 0 or None, got {value!r}")
+        given: dict[str, Any] = vars(self)
+        for name, value in given.items():
+            if value is None:
+                continue
+            is_number = type(value) is not bool and isinstance(value, Real) and not math.isnan(value)
+            wanted = {"gap": "a number >= 0", "target": "a number"}.get(name, "a number > 0")
+            if not is_number or (name != "target" and value < 0) or (name not in ("gap", "target") and value == 0):
+                raise ConfigurationError(f"Budget({name}=…) is {wanted} or None, got {value!r}")
 
     @classmethod
     def of(cls, value: Budget | int | None) -> Budget:
@@ -50,8 +64,8 @@ class Budget:
 
         What was not used of this budget is not lost; a limit that ``by`` does not set is lifted.
         """
-        more: dict[str, float | None] = {}
-        for limit in (f.name for f in fields(self)):
+        more: dict[str, float | None] = {name: getattr(by, name) for name in ("gap", "target", "patience")}
+        for limit in ("lm_tokens", "reward_calls", "seconds", "kv_bytes", "pops"):
             had, extra = getattr(self, limit), getattr(by, limit)
             more[limit] = None if extra is None else extra + (getattr(usage, limit) if had is None else had)
         return Budget(**more)  # type: ignore[arg-type]

@@ -36,10 +36,10 @@ class ActiveSearch:
         strategy: Yields the edges to follow.
     """
 
-    def __init__(self, search: Search, strategy: Strategy) -> None:
-        """Prepare; the strategy runs when edges are first asked for."""
+    def __init__(self, search: Search, strategy: Strategy, first: Strategy | None = None) -> None:
+        """Prepare; the strategy runs when edges are first asked for, after all of ``first``, if that is given."""
         self.search, self.strategy = search, strategy
-        self._steps = strategy(search)
+        self._steps = strategy(search) if first is None else itertools.chain(first(search), strategy(search))
         self._pending = NO_EDGES  # what it asked for last
 
     def next_edges(self) -> Edges | None:
@@ -48,6 +48,7 @@ class ActiveSearch:
         Edges that the budget did not pay for come first when the search is resumed.
         """
         search, pending = self.search, self._pending
+        search.stop_if_good_enough()
         if search.is_over:
             return None
         left = search.status[pending] == Status.OPEN

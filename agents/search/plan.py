@@ -40,8 +40,9 @@ class Plan:
         certified: Whether the gap is at most epsilon, that is: this completion is the best there is.
         scope: What the upper bound speaks of: ``"top-k tree"`` or ``"full vocabulary"``.
         usage: What it took.
-        stop_reason: ``"certified"``, ``"budget"``, ``"interrupted"`` (Ctrl-C), ``"exhausted"`` (nothing left that could
-            be better in this scope, without a certificate) or ``"finished"`` (the decoder had nothing more to try).
+        stop_reason: ``"certified"``, ``"budget"``, ``"gap"``, ``"target"``, ``"patience"`` (see :class:`Budget`),
+            ``"interrupted"`` (Ctrl-C), ``"exhausted"`` (nothing left that could be better in this scope, without a
+            certificate) or ``"finished"`` (the decoder had nothing more to try).
         completions: Every completion that was scored, the best first.
         trace: LB and UB after each step.
         tree: What the search saw.
@@ -107,8 +108,10 @@ class Plan:
         check_number("temperature", temperature, low=0, open_low=True)
         if not self.completions:
             raise ConfigurationError("no completion was finished, so there is none to draw; plan with a larger budget")
-        logits = np.array([completion.objective for completion in self.completions]) / temperature
-        weights = np.exp(logits - logits.max())
+        objectives = np.array([completion.objective for completion in self.completions])
+        is_best = objectives == objectives.max()  # their difference from the best is 0, even where J is infinite
+        with np.errstate(invalid="ignore"):
+            weights = np.exp(np.where(is_best, 0.0, objectives - objectives.max()) / temperature)
         drawn = np.random.default_rng(seed).choice(len(weights), size=n, p=weights / weights.sum())
         return [self.completions[i] for i in drawn]
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ __all__ = ["NO_EDGES", "Edges", "IntArray", "Search", "Status", "Values"]
 
 # J and U that differ by less count as equal: sums of the same float64 numbers in another order differ by about 1e-15.
 EPSILON = 1e-9
+_MEASURED_STEPS = 24  # from which the speed of a search with a deadline is estimated
 # Unit round-offs, relative: of float32, in which log-probabilities come, and of float64, in which bounds are summed.
 _FLOAT32, _FLOAT64 = 2.0**-24, 2.0**-53
 # By how much a completion may exceed its bound before the bound is called broken: rewards round.
@@ -68,7 +70,7 @@ class Search:
         parent: int64 [rows], the row it was reached from, -1 at the prompt.
         depth: int64 [rows], tokens since the prompt.
         g: float64 [rows], α · Σ log π so far.
-        f: float64 [rows, k], the estimate g + h of each edge.
+        f: float64 [rows, k], the estimate g + h of each edge, -inf where it is masked.
         bound: float64 [rows, k], U = g + α · log π(a | s) + r_max(s); no learned value enters.
         open_bound: float64 [rows], the largest U of the edges that are still open, -inf if none is.
         omitted: float64 [rows], U of everything that is not an action there.
@@ -128,6 +130,7 @@ class Search:
         self.trace: list[TracePoint] = []
         self.lm_forwards = self.reward_calls = self.heuristic_tokens = 0
         self.busy_seconds = 0.0
+        self._improved_at = 0  # LM tokens when the best text was found
         self._started, self._seconds_before = time.perf_counter(), 0.0
 
     # -- what a strategy asks -----------------------------------------------------------------------------------------
@@ -195,10 +198,31 @@ class Search:
         remaining = math.inf if self.budget.lm_tokens is None else self.budget.lm_tokens - self.lm_tokens
         if self.shared is not None:
             remaining = min(remaining, self.shared.share(self))
+        if self.budget.pops is not None:
+            reserved = 0 if self.completions else 1  # to end the first text
+            remaining = min(remaining, self.budget.pops - self.pops - reserved)
         if self.budget.kv_bytes is not None and (size := self.mdp.model.kv_token_bytes):
             prompt_tokens = len(self.mdp.encode(self.prompt))
             remaining = min(remaining, self.budget.kv_bytes // size - prompt_tokens - self.lm_tokens)
         return remaining
+
+    def affordable_tokens(self, steps: int) -> float:
+        """Return how many LM tokens the budget, its deadline included, pays for if spent in so many steps.
+
+        The time of a step is taken for a + b · tokens, fitted to the last steps. While all of them had one size, b is
+        taken for an eighth of the time per token, as measured on CPUs for steps of 1 to 16 tokens.
+        """
+        remaining, recent = self.remaining_tokens, self.trace[-_MEASURED_STEPS:]
+        if self.budget.seconds is None or len(recent) < 2:
+            return remaining
+        tokens, seconds = np.diff([point[:2] for point in recent], axis=0).T
+        sizes = tokens - tokens.mean()
+        per_token = seconds.sum() / max(tokens.sum(), 1) / 8
+        if sizes.any():
+            per_token = max(float(sizes @ seconds / (sizes @ sizes)), per_token)
+        per_step = max(float(seconds.mean() - per_token * tokens.mean()), 0.0)
+        left = self.budget.seconds - self.seconds - steps * per_step
+        return max(min(remaining, float(left / max(per_token, 1e-9))), 0.0)
 
     @property
     def seconds(self) -> float:
@@ -238,7 +262,7 @@ class Search:
         if self._tables.reserve(self.size + len(nodes)):
             self._publish()
         self.node[rows], self.depth[rows], self.g[rows] = nodes, mdp.tree.depth[nodes], mdp.path_return(nodes)
-        self.f[rows] = self.g[rows, None] + h
+        self.f[rows] = np.where(mask, self.g[rows, None] + h, -np.inf)
         self.bound[rows] = _sum_outward(self.g[rows, None], edge, most[:, None])
         self.omitted[rows] = _sum_outward(self.g[rows], omitted)
         if parent_edges is not None:
@@ -275,10 +299,11 @@ class Search:
                     "trusted. Correct the reward's `upper` or its `bound_prefixes`."
                 )
             self.completions[int(row), int(action)] = completion
-            if completion.objective > self.incumbent:  # False for NaN: what cannot be scored is no candidate
-                self.best = completion
-            if not math.isnan(completion.objective):
-                self._enter_leader(completion)
+            if math.isnan(completion.objective):
+                continue  # a text that cannot be scored is no candidate
+            if self.best is None or completion.objective > self.best.objective:
+                self.best, self._improved_at = completion, self.lm_tokens
+            self._enter_leader(completion)
         if self.score == "q":
             self._unscored = max(self._unscored, float(self.bound[edges].max(initial=-math.inf)))
         self.status[edges] = Status.FINISHED
@@ -287,6 +312,16 @@ class Search:
     def record(self) -> None:
         """Add a point to the trace."""
         self.trace.append(TracePoint(self.lm_tokens, self.seconds, self.lower_bound, self.upper_bound))
+
+    def stop_if_good_enough(self) -> None:
+        """End the search where the budget's gap, target or patience says so."""
+        budget = self.budget
+        if budget.gap is not None and self.best is not None and self.upper_bound - self.lower_bound <= budget.gap:
+            self.stop_reason = "gap"
+        elif budget.target is not None and self.incumbent >= budget.target:
+            self.stop_reason = "target"
+        elif budget.patience is not None and self.best and self.lm_tokens - self._improved_at >= budget.patience:
+            self.stop_reason = "patience"
 
     def affordable(self, edges: Edges) -> Edges:
         """Return the leading edges that the budget pays for; the search is over if that is not all of them."""
@@ -314,9 +349,9 @@ class Search:
 
     def resume(self, budget: Budget) -> None:
         """Let the search go on with a further budget; its nodes, maybe evicted, are looked up again."""
-        self.budget = self.budget.extended(budget, self.usage)
-        self.stop_reason = ""
         self._seconds_before, self._started = self.trace[-1].seconds if self.trace else 0.0, time.perf_counter()
+        self.budget = self.budget.extended(budget, replace(self.usage, seconds=self._seconds_before))
+        self.stop_reason, self._improved_at = "", self.lm_tokens
         self.node[:1] = self.mdp.roots([self.prompt])
         row, action = np.nonzero(self.child[: self.size] >= 0)
         depth = self.depth[row]

@@ -1,0 +1,116 @@
+"""Budgets of every kind: a finished text where one was affordable, stops that say why, and bad values refused."""
+
+import time
+
+import numpy as np
+import pytest
+
+from qstar_decoding.agents import DECODERS, AStarPlanner, Budget, ZeroHeuristic
+from qstar_decoding.envs import DecodingMDP, ForcedStrings, TabularLM
+from qstar_decoding.errors import ConfigurationError
+from qstar_decoding.rewards import as_reward
+
+HORIZON = 12
+REWARD = as_reward(lambda prompt, text: len(set(text)) / 8, lower=0, upper=1)
+
+
+class SlowLM(TabularLM):
+    """A language model that takes its time for every forward, and some for every sequence."""
+
+    def forward(self, sequences):
+        time.sleep(0.004 + 0.0005 * len(sequences))
+        return super().forward(sequences)
+
+
+def make(lm=None, **options):
+    lm = lm or TabularLM.random(8, 2, seed=1, eos_token_ids=[])
+    return DecodingMDP(lm, reward=REWARD, **{"top_k": 4, "max_new_tokens": HORIZON, **options})
+
+
+def slow(**options):
+    return make(SlowLM(np.random.default_rng(0).dirichlet(np.ones(8), size=(8,)), eos_token_ids=[]), **options)
+
+
+NAMES = sorted(set(DECODERS) - {"args"})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_deadline_returns_a_finished_text(name):
+    # One text takes 12 steps of at least 5 ms; four times that, since machines stall.
+    options = {"heuristic": ZeroHeuristic()} if name in ("ilql", "mcts", "rebase", "blockwise") else {}
+    plan = DECODERS[name](slow(), **options).plan("a", Budget(seconds=0.4))
+    assert plan.stop == "length"
+    assert len(plan.token_ids) == HORIZON
+
+
+@pytest.mark.parametrize("search", ["level", "astar", "qstar", "weighted", "anytime", "capped"])
+def test_a_deadline_returns_a_finished_text_by_every_search(search):
+    plan = AStarPlanner(slow(), search=search).plan("a", Budget(seconds=0.4))
+    assert plan.stop == "length"
+
+
+def test_a_deadline_is_used_to_widen():
+    plan = AStarPlanner(slow()).plan("a", Budget(seconds=0.6))
+    assert plan.usage.lm_tokens > 2 * HORIZON
+    assert len(plan.completions) > 1
+
+
+def test_a_deadline_with_a_constraint_goes_back_from_dead_ends():
+    mdp = slow(constraint=ForcedStrings("aaaa"))
+    plan = AStarPlanner(mdp).plan("a", Budget(seconds=2))
+    assert "aaaa" in plan.text
+
+
+@pytest.mark.parametrize(
+    "budget", [Budget(pops=HORIZON), Budget(pops=30), Budget(reward_calls=1), Budget(lm_tokens=11)]
+)
+def test_other_limits_return_a_finished_text_too(budget):
+    plan = AStarPlanner(make()).plan("a", budget)
+    assert plan.stop == "length"
+    for limit in ("pops", "reward_calls", "lm_tokens"):
+        if getattr(budget, limit) is not None:
+            assert getattr(plan.usage, limit) <= getattr(budget, limit)
+
+
+def test_gap_target_and_patience_end_a_search_and_say_so():
+    mdp = make(max_new_tokens=5, logprob_weight=0.1)
+    best = AStarPlanner(mdp).plan("a")
+    assert best.certified
+    good = AStarPlanner(mdp).plan("a", Budget(gap=0.3))
+    assert good.stop_reason == "gap"
+    assert 0 <= good.gap <= 0.3
+    assert good.usage.lm_tokens < best.usage.lm_tokens
+    assert best.objective - good.objective <= 0.3
+    aimed = AStarPlanner(mdp).plan("a", Budget(target=best.objective - 0.2))
+    assert aimed.stop_reason == "target"
+    assert aimed.objective >= best.objective - 0.2
+    assert aimed.usage.lm_tokens < best.usage.lm_tokens
+    patient = AStarPlanner(mdp, search="anytime").plan("a", Budget(patience=6))
+    assert patient.stop_reason in ("patience", "certified")
+    assert AStarPlanner(mdp).plan("a", Budget(gap=0)).stop_reason in ("gap", "certified")
+
+
+def test_a_search_that_stopped_early_can_be_resumed():
+    mdp = make(max_new_tokens=5, logprob_weight=0.1)
+    planner = AStarPlanner(mdp)
+    early = planner.plan("a", Budget(gap=0.5))
+    assert early.stop_reason == "gap"
+    assert planner.resume(early).certified
+
+
+@pytest.mark.parametrize(
+    ("limits", "wanted"),
+    [
+        ({"gap": -0.1}, "gap=…\\) is a number >= 0"),
+        ({"gap": "small"}, "gap=…\\) is a number >= 0"),
+        ({"target": "good"}, "target=…\\) is a number"),
+        ({"target": float("nan")}, "target=…\\) is a number"),
+        ({"patience": 0}, "patience=…\\) is a number > 0"),
+        ({"seconds": float("nan")}, "seconds=…\\) is a number > 0"),
+        ({"lm_tokens": True}, "lm_tokens=…\\) is a number > 0"),
+        ({"pops": -1}, "pops=…\\) is a number > 0"),
+    ],
+)
+def test_bad_limits_are_refused(limits, wanted):
+    with pytest.raises(ConfigurationError, match=wanted):
+        Budget(**limits)
