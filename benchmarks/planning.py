@@ -1,10 +1,11 @@
 """What A* expands, what it costs beside the language model, and whether it earns its place beside Q.
 
-    python benchmarks/planning.py exact|overhead|duel|certificates [--json FILE]
+    python benchmarks/planning.py exact|overhead|duel|pruning|certificates [--json FILE]
 
 exact         expansions to the optimum for heuristics from none to perfect, on trees small enough to enumerate
 overhead      seconds that the planner itself takes, and what a long queue costs
 duel          the same Q and prompts: A* against beam on g + Q, sampling on Q and MCTS; a budget each, and one for all
+pruning       the parts of A*'s lead over a beam on the same Q: width schedule, and pruning by the incumbent
 certificates  the gap that remains, by budget and α, and how many texts are proven to be the best of their tree
 """
 
@@ -278,6 +279,47 @@ def duel(names=("sentiment", "keywords"), budgets=BUDGETS):
     return rows
 
 
+# -- pruning ----------------------------------------------------------------------------------------------------------
+
+
+def pruning(names=("sentiment", "keywords"), budgets=(50, 100, 200)):
+    """The same Q and the task's own settings; an infinite margin prunes by U only, never by f."""
+    rows = []
+    for name in names:
+        task = load_task(name)
+        mdp, q, test = task.mdp(), QHeuristic(name), task.prompts.of("test")
+        beam = CONTENDERS["beam on g + Q"].make(mdp, q, 0, task.planner)
+        decoders = {"beam on g + Q": beam} | {
+            label: AStarPlanner(mdp, heuristic=q, **{**task.planner, **options})
+            for label, options in {
+                "A*, as wide at every depth, no pruning by f": {"taper": 0.0, "margin": math.inf},
+                "A*, taper 2, no pruning by f": {"margin": math.inf},
+                "A*, taper 2, pruning by f (the default)": {},
+            }.items()
+        }
+        found = {
+            (label, budget): evaluate(decoders[label], test, budget).objectives
+            for label, budget in progress(list(itertools.product(decoders, budgets)), f"{name}: decoding")
+        }
+        table = table_of(f"{name}: {len(test)} held-out prompts, J", "decoder", *map(str, budgets))
+        for label in decoders:
+            table.add_row(label, *(f"{found[label, budget].mean():.3f}" for budget in budgets))
+        *_, schedule, default = decoders
+        for title, better, worse in (
+            ("width schedule (and prior)", schedule, "beam on g + Q"),
+            ("pruning by f", default, schedule),
+        ):
+            cells = []
+            for budget in budgets:
+                difference = found[better, budget] - found[worse, budget]
+                low, high = paired_bootstrap(difference)
+                cells.append(f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
+                rows.append(row(f"{name}, {budget} LM tokens: {title}", difference.mean(), "J"))
+            table.add_row(f"difference: {title}", *cells)
+        out.print(table)
+    return rows
+
+
 # -- certificates -----------------------------------------------------------------------------------------------------
 
 
@@ -307,7 +349,7 @@ def certificates(prompts=20, budgets=(100, 400, 1600), alphas=(0.02, 0.1, 0.3, 1
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {function.__name__: function for function in (exact, overhead, duel, certificates)}
+    parts = {function.__name__: function for function in (exact, overhead, duel, pruning, certificates)}
     parser.add_argument("part", choices=parts)
     add_json_option(parser)
     arguments = parser.parse_args()
