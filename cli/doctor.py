@@ -125,10 +125,10 @@ def _torch() -> Finding:
         return Finding("torch", "bad", f"torch cannot be used: {first}", remedy)
     if product.tolist() != [[2.0, 2.0], [2.0, 2.0]]:
         return Finding("torch", "bad", f"torch multiplies wrongly: {product.tolist()}", "install torch anew")
-    from ..models.registry import _resolve_device, _resolve_dtype
+    from ..models.transformers_lm import resolve_device, resolve_dtype
 
-    device = _resolve_device("auto")
-    dtype = str(_resolve_dtype("auto", device)).removeprefix("torch.")
+    device = resolve_device("auto")
+    dtype = str(resolve_dtype("auto", device)).removeprefix("torch.")
     detail = f"{torch.__version__}, device {device}, {dtype}, {torch.get_num_threads()} CPU thread(s)"
     if torch.version.cuda and device.type == "cpu":
         return Finding("torch", "note", f"{detail}; built for CUDA {torch.version.cuda}, but there is no usable GPU")
@@ -202,10 +202,11 @@ def _decode() -> Finding:
     import numpy as np
 
     from ..agents import AStarPlanner
-    from ..envs import DecodingMDP, load_language_model
+    from ..envs import DecodingMDP
+    from ..models.transformers_lm import load_transformers
 
     start = time.perf_counter()
-    model = load_language_model(MODEL)
+    model = load_transformers(MODEL)
     loaded = time.perf_counter() - start
     mdp = DecodingMDP(model, reward="length", max_new_tokens=8)
     plan = AStarPlanner(mdp).plan("The movie was", 64)

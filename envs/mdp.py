@@ -15,7 +15,6 @@ from ..deprecated import with_old_names
 from ..errors import ConfigurationError, ConstraintError, InternalError, PromptError
 from ..models.base import IntArray, LanguageModel, free_memory
 from ..models.registry import load_language_model
-from ..models.tabular import TOY, toy_language_model
 from ..rewards import Reward, as_reward
 from .constraints import Rules, StopStrings
 from .prompts import Prompt, columns_of
@@ -98,7 +97,7 @@ class DecodingMDP:
         """Define the process; the arguments are those of ``gym.make("TokenDecoding-v0")``.
 
         Args:
-            model: A known name, hub id or local folder (see :func:`load_language_model`), ``"toy"``, or a model.
+            model: A known name, hub id or local folder (see :func:`load_language_model`), or a model.
             reward: A registered name, a weighted sum, a callable, or a Reward (see :func:`as_reward`).
             top_k: Number of actions.
             top_p: Actions outside the smallest set of tokens with this probability are masked; 1 masks none.
@@ -128,11 +127,11 @@ class DecodingMDP:
         self.stop = self._stop.strings
         # The reward is resolved first, so that a misspelt name is reported before a model is loaded.
         self.reward: Reward = as_reward(reward)
-        if isinstance(model, str) and model != TOY:
-            options = {"hidden_layers": hidden_layers, **(model_kwargs or {})}
+        if isinstance(model, str):
+            options = {**({"hidden_layers": hidden_layers} if hidden_layers else {}), **(model_kwargs or {})}
             self.model: LanguageModel = load_language_model(model, device, dtype, **options)
         else:
-            self.model = toy_language_model() if isinstance(model, str) else model
+            self.model = model
             if hidden_layers and tuple(hidden_layers) != self.model.hidden_layers:
                 raise ConfigurationError(
                     "hidden_layers is for a model given by name; give it to TransformersLM instead"
@@ -151,8 +150,11 @@ class DecodingMDP:
         self._token_texts: dict[int, str] = {}
 
     def with_empty_tree(self) -> DecodingMDP:
-        """Return the same process with an empty tree and the same model and reward."""
-        return DecodingMDP(
+        """Return the same process with an empty tree on an engine of its own; model and reward are shared.
+
+        So nothing is computed yet, and nothing that others compute helps it.
+        """
+        process = DecodingMDP(
             self.model,
             reward=self.reward,
             top_k=self.top_k,
@@ -164,6 +166,10 @@ class DecodingMDP:
             max_prefixes=self.max_prefixes,
             constraint=self.constraint,
         )
+        allowed = process._rules.allowed if process._rules else None
+        engine = self.model.new_engine(kv_budget=self._kv_budget)
+        process.tree = TokenTree(self.model, self.top_k, self._kv_budget, allowed, engine=engine)
+        return process
 
     # -- states -------------------------------------------------------------------------------------------------------
 

@@ -1,9 +1,10 @@
-"""The prefixes seen so far, and what the language model said at each."""
+"""The token tree: the prefixes seen so far, with the language model's outputs at each."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 from weakref import WeakSet
 
@@ -11,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..checks import check_integer
+from ..columns import GrowableColumns
 from ..deprecated import with_old_names
-from ..models.base import FloatArray, IntArray, LanguageModel
+from ..models.base import BoolArray, Engine, FloatArray, IntArray, LanguageModel, Outputs
 
 __all__ = ["GrowRequest", "Holder", "TokenTree", "grow_together"]
 
@@ -21,18 +23,20 @@ _NOTHING = np.empty(0, dtype=np.int64)
 
 
 class Holder(Protocol):
-    """Whoever keeps nodes from one call to the next: they are never forgotten, and renumbered where others are."""
+    """An object that keeps nodes from one call to the next; see :meth:`TokenTree.pin`."""
 
     node: IntArray  # -1 for none
 
 
 @with_old_names(hold="pin", forget="evict")
 class TokenTree:
-    """A cache of prefixes: each is computed once, whoever asks, and known by a node number from then on.
+    """A cache of prefixes: each is computed once and has a node number from then on.
 
-    The columns below have one row per node; they are read-only views that a later ``grow`` or ``evict`` may replace.
+    Trees on one language model share its engine, and with it the memory of what they have in common. The columns below
+    have one row per node; they are read-only views that a later ``grow`` or ``evict`` may replace.
 
     Attributes:
+        model: The language model.
         top_k: Number k of next tokens kept at a node.
         hidden: float32 [nodes, d], the language model's last hidden state.
         tokens: int64 [nodes, k], the most likely next tokens, most likely first.
@@ -43,47 +47,9 @@ class TokenTree:
         depth: int64 [nodes], tokens since the prompt.
         path_logprob: float64 [nodes], nats, summed since the prompt.
         children: int64 [nodes, k], the node that each action leads to, -1 where not yet computed.
+        handle: int64 [nodes], the engine's name for the prefix.
+        last_used: int64 [nodes], the last call that asked for the node or continued it.
     """
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        top_k: int,
-        kv_budget: int | None = None,
-        allowed: Callable[[Sequence[int]], npt.NDArray[np.bool_]] | None = None,
-    ) -> None:
-        """Start an empty tree.
-
-        Args:
-            model: The language model.
-            top_k: Next tokens kept at each node, 1 to the vocabulary's size.
-            kv_budget: Bytes of key-value memory; None for a share of the free memory.
-            allowed: Given a completion's tokens so far, returns which tokens may follow, bool [V]; the candidates are
-                the likeliest of those, with log-probability -inf where there are fewer than k. None allows all.
-
-        Raises:
-            ConfigurationError: ``top_k`` is out of range.
-        """
-        self.model = model
-        self.top_k = check_integer("top_k", top_k, high=model.vocab_size, meaning="at most the vocabulary")
-        self._engine, self._allowed = model.engine(self.top_k, kv_budget), allowed
-        self._roots: dict[tuple[int, ...], int] = {}
-        self._holders: WeakSet[Holder] = WeakSet()
-        self._size = self._clock = 0
-        self._columns: dict[str, npt.NDArray[np.generic]] = {
-            "hidden": np.empty((0, model.hidden_size), dtype=np.float32),
-            "tokens": np.empty((0, self.top_k), dtype=np.int64),
-            "logprobs": np.empty((0, self.top_k), dtype=np.float32),
-            "parent": np.empty(0, dtype=np.int64),
-            "root": np.empty(0, dtype=np.int64),
-            "action": np.empty(0, dtype=np.int64),
-            "depth": np.empty(0, dtype=np.int64),
-            "path_logprob": np.empty(0, dtype=np.float64),
-            "children": np.empty((0, self.top_k), dtype=np.int64),
-            "handle": np.empty(0, dtype=np.int64),
-            "used": np.empty(0, dtype=np.int64),  # the last call that a node was asked for or continued in
-        }
-        self._publish()
 
     hidden: FloatArray
     tokens: IntArray
@@ -95,21 +61,69 @@ class TokenTree:
     path_logprob: npt.NDArray[np.float64]
     children: IntArray
     handle: IntArray
-    used: IntArray
+    last_used: IntArray
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        top_k: int,
+        kv_budget: int | None = None,
+        allowed: Callable[[Sequence[int]], BoolArray] | None = None,
+        *,
+        engine: Engine | None = None,
+    ) -> None:
+        """Start an empty tree.
+
+        Args:
+            model: The language model.
+            top_k: Next tokens kept at each node, 1 to the vocabulary's size.
+            kv_budget: Bytes of key-value memory; None for a share of the free memory.
+            allowed: Given a completion's tokens so far, returns the tokens that may follow, bool [V]; the candidates
+                are the likeliest of those, with log-probability -inf where there are fewer than k. None allows all.
+            engine: Computes the prefixes; by default the one that all trees with this model and ``kv_budget`` share.
+
+        Raises:
+            ConfigurationError: ``top_k`` is out of range.
+        """
+        self.model = model
+        self.top_k = check_integer("top_k", top_k, high=model.vocab_size, meaning="at most the vocabulary")
+        self._engine, self._allowed = engine or model.engine(kv_budget=kv_budget), allowed
+        self._roots: dict[tuple[int, ...], int] = {}
+        self._holders: WeakSet[Holder] = WeakSet()
+        self._clock = 0
+        per_action = (self.top_k,)
+        self._columns = GrowableColumns(
+            {
+                "hidden": ((model.hidden_size,), np.float32),
+                "tokens": (per_action, np.int64),
+                "logprobs": (per_action, np.float32),
+                "parent": ((), np.int64),
+                "root": ((), np.int64),
+                "action": ((), np.int64),
+                "depth": ((), np.int64),
+                "path_logprob": ((), np.float64),
+                "children": (per_action, np.int64),
+                "handle": ((), np.int64),
+                "last_used": ((), np.int64),
+            },
+            minimum=1024,
+        )
+        self._publish()
+        self._engine.register(self)
 
     def __len__(self) -> int:
         """Return the number of nodes."""
-        return self._size
+        return self._columns.size
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of key-value memory held now."""
+        """Bytes of key-value memory allocated now, by all trees on the same engine together."""
         return self._engine.kv_bytes
 
     @property
     def node_bytes(self) -> int:
         """Bytes that a node takes here, beside its key-value memory."""
-        return sum(column.dtype.itemsize * math.prod(column.shape[1:]) for column in self._columns.values())
+        return self._columns.row_bytes
 
     def roots(self, prompts: Sequence[Sequence[int]]) -> IntArray:
         """Return the nodes of ``n`` prompts (token ids), int64 [n]; the unseen ones are processed in one batch."""
@@ -125,41 +139,11 @@ class TokenTree:
         return self.grow([], nodes, actions)[1]
 
     def grow(self, prompts: Sequence[Sequence[int]], nodes: IntArray, actions: IntArray) -> tuple[IntArray, IntArray]:
-        """Do what ``roots`` and ``expand`` do, in one forward together; on an error the tree stays as it was."""
-        keys = [tuple(prompt) for prompt in prompts]
-        new = [key for key in dict.fromkeys(keys) if key not in self._roots]
-        missing = self.children[nodes, actions] == _MISSING
-        if new or missing.any():
-            edges = np.unique(nodes[missing] * self.top_k + actions[missing])
-            parents, ranks = edges // self.top_k, edges % self.top_k
-            tokens, allowed = self.tokens[parents, ranks], None
-            if self._allowed is not None:
-                written = [[*c, t] for c, t in zip(self.completions(parents), tokens.tolist(), strict=True)]
-                allowed = np.stack([self._allowed(ids) for ids in [*([] for _ in new), *written]])
-            handles, outputs = self._engine.compute(new, self.handle[parents], tokens, allowed)
-            added = np.arange(self._size, self._size + len(handles))
-            start = np.full(len(new), _MISSING)
-            logprob = self.path_logprob[parents] + self.logprobs[parents, ranks]
-            self._append(
-                **outputs._asdict(),
-                parent=np.concatenate((start, parents)),
-                root=np.concatenate((added[: len(new)], self.root[parents])),
-                action=np.concatenate((start, ranks)),
-                depth=np.concatenate((start + 1, self.depth[parents] + 1)),
-                path_logprob=np.concatenate((np.zeros(len(new)), logprob)),
-                handle=handles,
-            )
-            self._columns["children"][parents, ranks] = added[len(new) :]
-            self._roots.update(zip(new, added.tolist(), strict=False))
-        roots = np.array([self._roots[key] for key in keys], dtype=np.int64)
-        children = self.children[nodes, actions]
-        self._clock += 1
-        for asked in (roots, nodes, children):
-            self._columns["used"][asked] = self._clock
-        return roots, children
+        """Do the work of ``roots`` and ``expand`` in one forward; on an error the tree stays as it was."""
+        return grow_together([GrowRequest(self, prompts, nodes, actions)])[0]
 
     def pin(self, holder: Holder) -> None:
-        """Let no ``evict`` forget the nodes in ``holder.node``, and renumber them there, for as long as it lives."""
+        """Keep the nodes in ``holder.node`` through every ``evict``, which renumbers them there, while it lives."""
         self._holders.add(holder)
 
     def unpin(self, holder: Holder) -> None:
@@ -167,32 +151,34 @@ class TokenTree:
         self._holders.discard(holder)
 
     def evict(self, most: int) -> IntArray:
-        """Forget nodes that were not asked for lately, so that at most ``most`` others stay beside those held.
+        """Evict the nodes whose last use is longest ago, so that at most ``most`` stay beside the pinned ones.
+
+        Nodes that lead to one that stays, stay too.
 
         Returns:
-            The new number of each node, int64 [old nodes], -1 where it was forgotten.
+            The new number of each node, int64 [old nodes], -1 where it was evicted.
         """
-        keep = np.zeros(self._size, dtype=bool)
-        keep[np.argsort(self.used)[max(self._size - most, 0) :]] = True
+        size = len(self)
+        keep = np.zeros(size, dtype=bool)
+        keep[np.argsort(self.last_used)[max(size - most, 0) :]] = True
         for holder in self._holders:
             keep[holder.node[holder.node != _MISSING]] = True
         frontier = np.flatnonzero(keep)
-        while len(frontier):  # what leads to a node that stays, stays
+        while len(frontier):
             frontier = self.parent[frontier]
             frontier = frontier[(frontier != _MISSING) & ~keep[frontier]]
             keep[frontier] = True
         kept = np.flatnonzero(keep)
-        new = np.full(self._size + 1, _MISSING, dtype=np.int64)  # the last is for -1, no node
+        new = np.full(size + 1, _MISSING, dtype=np.int64)  # the last is for -1, no node
         new[kept] = np.arange(len(kept))
-        self._columns["handle"][kept] = self._engine.evict(self.handle[kept])
+        self._columns.keep(kept)
         for name in ("parent", "root", "children"):
-            self._columns[name][kept] = new[self._columns[name][kept]]
-        self._columns = {name: column[kept] for name, column in self._columns.items()}
-        self._size = len(kept)
+            self._columns[name][:] = new[self._columns[name]]
         self._roots = {key: int(new[root]) for key, root in self._roots.items() if new[root] != _MISSING}
         for holder in self._holders:
             holder.node[:] = new[holder.node]
         self._publish()
+        self._engine.release_unused()
         return new[:-1]
 
     def completion_ids(self, node: int) -> list[int]:
@@ -210,29 +196,71 @@ class TokenTree:
             nodes = np.where(inside, parents, nodes)
         return [row[len(row) - depth :] for row, depth in zip(tokens.tolist(), depths.tolist(), strict=True)]
 
-    def _append(self, **values: npt.NDArray[np.generic]) -> None:
-        nodes = slice(self._size, self._size + len(values["handle"]))
-        self._size = nodes.stop
-        if self._size > len(self._columns["parent"]):
-            capacity = max(2 * len(self._columns["parent"]), self._size, 1024)
-            for name, column in self._columns.items():
-                bigger = np.empty((capacity, *column.shape[1:]), dtype=column.dtype)
-                bigger[: len(column)] = column
-                self._columns[name] = bigger
-        self._columns["children"][nodes] = _MISSING
-        for name, value in values.items():
-            self._columns[name][nodes] = value
+    def _missing(self, requests: Sequence[GrowRequest]) -> _Missing | None:
+        """Return the prompts and edges of these requests that are not yet computed, each once; None without any."""
+        prompts = [prompt for r in requests for p in r.prompts if (prompt := tuple(p)) not in self._roots]
+        nodes = np.concatenate([request.nodes for request in requests])
+        actions = np.concatenate([request.actions for request in requests])
+        new = self.children[nodes, actions] == _MISSING
+        if not prompts and not new.any():
+            return None
+        edges = np.unique(nodes[new] * self.top_k + actions[new])
+        parents, ranks = edges // self.top_k, edges % self.top_k
+        prompts, tokens = list(dict.fromkeys(prompts)), self.tokens[parents, ranks]
+        allowed: list[BoolArray | None] = [None] * (len(prompts) + len(edges))
+        if self._allowed is not None:
+            written = [[*c, t] for c, t in zip(self.completions(parents), tokens.tolist(), strict=True)]
+            allowed = [self._allowed(ids) for ids in [*([] for _ in prompts), *written]]
+        return _Missing(self, prompts, parents, ranks, tokens, allowed)
+
+    def _add(self, missing: _Missing, handles: IntArray, outputs: Outputs) -> None:
+        """Enter what was missing, with its handles and outputs, the prompts first."""
+        count, parents, ranks = len(missing.prompts), missing.parents, missing.ranks
+        logprob = self.path_logprob[parents] + self.logprobs[parents, ranks]
+        none, added = np.full(count, _MISSING), np.arange(len(self), len(self) + len(handles))
+        values = {
+            "hidden": outputs.hidden,
+            # Engines return as many tokens as the tree with the largest k asks for.
+            "tokens": outputs.tokens[:, : self.top_k],
+            "logprobs": outputs.logprobs[:, : self.top_k],
+            "parent": np.concatenate((none, parents)),
+            "root": np.concatenate((added[:count], self.root[parents])),
+            "action": np.concatenate((none, ranks)),
+            "depth": np.concatenate((none + 1, self.depth[parents] + 1)),
+            "path_logprob": np.concatenate((np.zeros(count), logprob)),
+            "children": _MISSING,
+            "handle": handles,
+            "last_used": self._clock,
+        }
+        size = len(self)
+        try:
+            rows = self._columns.append(len(handles))
+            for name, value in values.items():
+                self._columns[name][rows] = value
+        except BaseException:
+            self._columns.size = size
+            raise
         self._publish()
+        self._columns["children"][parents, ranks] = added[count:]
+        self._roots.update(zip(missing.prompts, added.tolist(), strict=False))
+
+    def _find(self, request: GrowRequest) -> tuple[IntArray, IntArray]:
+        """Return the nodes of a request's prompts and edges, all of which exist, and note that they were used."""
+        roots = np.array([self._roots[tuple(prompt)] for prompt in request.prompts], dtype=np.int64)
+        children = self.children[request.nodes, request.actions]
+        for asked in (roots, request.nodes, children):
+            self._columns["last_used"][asked] = self._clock
+        return roots, children
 
     def _publish(self) -> None:
-        for name, column in self._columns.items():
-            view = column[: self._size]
+        """Make read-only views of the columns, which growing replaces, attributes."""
+        for name, view in self._columns.used().items():
             view.flags.writeable = False
             setattr(self, name, view)
 
 
 class GrowRequest(NamedTuple):
-    """What one caller asks of one tree; see :meth:`TokenTree.grow`."""
+    """The prompts and edges that one caller asks of one tree; see :meth:`TokenTree.grow`."""
 
     tree: TokenTree
     prompts: Sequence[Sequence[int]]
@@ -240,24 +268,79 @@ class GrowRequest(NamedTuple):
     actions: IntArray
 
 
+@dataclass(frozen=True)
+class _Missing:
+    """The prompts and edges that a tree has yet to compute.
+
+    Attributes:
+        tree: The tree.
+        prompts: Token ids of ``m`` prompts.
+        parents: int64 [n], the nodes of the edges.
+        ranks: int64 [n], the actions of the edges.
+        tokens: int64 [n], the tokens of the edges.
+        allowed: [m + n] bool [V] each, the tokens that may follow; None for all.
+    """
+
+    tree: TokenTree
+    prompts: list[tuple[int, ...]]
+    parents: IntArray
+    ranks: IntArray
+    tokens: IntArray
+    allowed: list[BoolArray | None]
+
+
 def grow_together(requests: Sequence[GrowRequest]) -> list[tuple[IntArray, IntArray]]:
-    """Do what :meth:`TokenTree.grow` does for several callers, in one forward of each language model.
+    """Grow several trees, in one forward of each engine; on an error of an engine, its trees stay as they were.
+
+    Trees that share an engine may differ in k, constraint and everything else.
 
     Returns:
         For each request, the nodes of its prompts, int64 [m], and those that its edges lead to, int64 [n].
     """
-    results: list[tuple[IntArray, IntArray]] = [(_NOTHING, _NOTHING)] * len(requests)
-    trees: dict[int, list[int]] = {}
-    for i, request in enumerate(requests):
-        trees.setdefault(id(request.tree), []).append(i)
-    for members in trees.values():
-        asked = [requests[i] for i in members]
-        roots, children = asked[0].tree.grow(
-            [prompt for request in asked for prompt in request.prompts],
-            np.concatenate([request.nodes for request in asked]),
-            np.concatenate([request.actions for request in asked]),
-        )
-        for i, request in zip(members, asked, strict=True):
-            results[i] = roots[: len(request.prompts)], children[: len(request.nodes)]
-            roots, children = roots[len(request.prompts) :], children[len(request.nodes) :]
-    return results
+    by_tree: dict[int, list[GrowRequest]] = {}
+    for request in requests:
+        by_tree.setdefault(id(request.tree), []).append(request)
+    by_engine: dict[int, list[list[GrowRequest]]] = {}
+    for asked in by_tree.values():
+        by_engine.setdefault(id(asked[0].tree._engine), []).append(asked)
+    with ExitStack() as locks:
+        # Threads take turns at a language model; all take several in the same order, or each could wait for the other.
+        models = {id(request.tree.model): request.tree.model for request in requests}
+        for _, model in sorted(models.items()):
+            locks.enter_context(model.lock)
+        computed = [
+            (missing, *_compute(missing))
+            for asked_of_engine in by_engine.values()
+            if (missing := [m for asked in asked_of_engine if (m := asked[0].tree._missing(asked)) is not None])
+        ]
+        for missing, handles, outputs in computed:
+            for one, rows in zip(missing, _rows_of_each(missing), strict=True):
+                one.tree._add(
+                    one, handles[rows], Outputs(outputs.hidden[rows], outputs.tokens[rows], outputs.logprobs[rows])
+                )
+        for asked in by_tree.values():
+            asked[0].tree._clock += 1
+        return [request.tree._find(request) for request in requests]
+
+
+def _compute(missing: Sequence[_Missing]) -> tuple[IntArray, Outputs]:
+    """Compute, in one forward, all that trees on one engine are missing; return the handles and outputs."""
+    allowed = [
+        *(mask for one in missing for mask in one.allowed[: len(one.prompts)]),
+        *(mask for one in missing for mask in one.allowed[len(one.prompts) :]),
+    ]
+    return missing[0].tree._engine.compute(
+        [prompt for one in missing for prompt in one.prompts],
+        np.concatenate([one.tree.handle[one.parents] for one in missing]),
+        np.concatenate([one.tokens for one in missing]),
+        max(one.tree.top_k for one in missing),
+        None if all(mask is None for mask in allowed) else allowed,
+    )
+
+
+def _rows_of_each(missing: Sequence[_Missing]) -> Iterator[IntArray]:
+    """Yield the rows of each tree among the handles: all trees' prompts stand first, then all their edges."""
+    prompt, edge = 0, sum(len(one.prompts) for one in missing)
+    for one in missing:
+        yield np.r_[prompt : prompt + len(one.prompts), edge : edge + len(one.tokens)]
+        prompt, edge = prompt + len(one.prompts), edge + len(one.tokens)

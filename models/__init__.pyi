@@ -1,8 +1,11 @@
 from .base import Engine as Engine
+from .base import HandleHolder as HandleHolder
 from .base import LanguageModel as LanguageModel
 from .base import Outputs as Outputs
 from .base import PrefixEngine as PrefixEngine
+from .registry import language_model_names as language_model_names
 from .registry import load_language_model as load_language_model
+from .registry import register_language_model as register_language_model
 from .tabular import TabularLM as TabularLM
 from .transformers_lm import TransformersLM as TransformersLM
 from .tree_engine import TreeEngine as TreeEngine

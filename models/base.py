@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
-from weakref import WeakKeyDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 
-__all__ = ["Engine", "LanguageModel", "Outputs", "PrefixEngine"]
+__all__ = ["Engine", "HandleHolder", "LanguageModel", "Outputs", "PrefixEngine"]
 
 IntArray = npt.NDArray[np.int64]
 
@@ -23,16 +24,17 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 
 
+BoolArray = npt.NDArray[np.bool_]
+
+
+_REMEMBERED = 1 << 14  # sequences
+
+
 Message = Mapping[str, str]
 
 
-# By language model. Kept beside the models, which are pickled and whose subclasses need not call ``__init__``.
-_LOCKS: WeakKeyDictionary[LanguageModel, threading.RLock] = WeakKeyDictionary()
-_LOCKS_LOCK = threading.Lock()
-
-
 class Outputs(NamedTuple):
-    """What a language model says about ``n`` prefixes.
+    """The outputs of a language model after ``n`` prefixes.
 
     Attributes:
         hidden: float32 [n, d], the last layer's hidden state at the last token, and those of further layers where the
@@ -46,35 +48,51 @@ class Outputs(NamedTuple):
     logprobs: FloatArray
 
 
+class HandleHolder(Protocol):
+    """An object that keeps handles of an engine from one call to the next, such as a token tree."""
+
+    @property
+    def handle(self) -> IntArray:
+        """The handles that it keeps, int64 [nodes]."""
+
+
 class Engine(Protocol):
-    """Computes a growing tree of prefixes, each once; prefixes are referred to by integer handles."""
+    """Computes a growing tree of prefixes, each once; prefixes are referred to by integer handles.
+
+    Several holders may share an engine. A handle is valid as long as a registered holder keeps it.
+    """
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of key-value memory held now."""
+        """Bytes of key-value memory allocated now."""
+
+    def register(self, holder: HandleHolder) -> None:
+        """Keep the prefixes in ``holder.handle``, and all that lead to them, for as long as the holder lives."""
 
     def compute(
         self,
         prompts: Sequence[Sequence[int]],
         parents: IntArray,
         tokens: IntArray,
-        allowed: npt.NDArray[np.bool_] | None = None,
+        top_k: int,
+        allowed: Sequence[BoolArray | None] | None = None,
     ) -> tuple[IntArray, Outputs]:
         """Start sequences and continue others, in one forward if memory allows; on an error nothing has changed.
 
         Args:
             prompts: Token ids of ``m`` new prompts.
             parents: int64 [n], handles of prefixes.
-            tokens: int64 [n], what to append to each.
-            allowed: bool [m + n, V], the tokens that the k likeliest after each are taken from; None for all. Where
-                fewer than k are allowed, others fill up with a log-probability of -inf.
+            tokens: int64 [n], the token to append to each.
+            top_k: Number k of next tokens to return.
+            allowed: [m + n] bool [V] each, the tokens that the k likeliest after each are taken from; None for all.
+                Where fewer than k are allowed, others fill up with a log-probability of -inf.
 
         Returns:
             Handles int64 [m + n], the prompts' first, and the outputs after each.
         """
 
-    def evict(self, kept: IntArray) -> IntArray:
-        """Give up all prefixes but ``kept`` and their ancestors; return the new handles of ``kept``, int64 [n]."""
+    def release_unused(self) -> None:
+        """Give back the memory of all prefixes that no holder keeps and that lead to none that is kept."""
 
 
 class LanguageModel(ABC):
@@ -93,7 +111,14 @@ class LanguageModel(ABC):
             the full vocabulary allow for it. The default covers a float32 softmax of logits up to 64 over 2^18 tokens:
             rounding the normaliser (2^-18) and summing its terms in blocks (18 · 2^-24).
         kv_token_bytes: Bytes of keys and values per token over all layers; None where none are kept, or not yet known.
+        lock: Held by everything that grows, reads or evicts a token tree of this model; threads take turns with it.
     """
+
+    # In slots, so that they are no part of a subclass's state, which may be pickled.
+    __slots__ = ("__weakref__", "_engines", "lock")
+
+    lock: AbstractContextManager[Any]
+    _engines: WeakValueDictionary[int | None, Engine]
 
     name: str
     hidden_layers: tuple[int, ...] = ()
@@ -103,6 +128,13 @@ class LanguageModel(ABC):
     hidden_size: int
     context_length: int
     eos_token_ids: frozenset[int]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Make the lock and the list of engines, so that subclasses need not call ``super().__init__``."""
+        del args, kwargs
+        model = super().__new__(cls)
+        model.lock, model._engines = threading.RLock(), WeakValueDictionary()
+        return model
 
     @abstractmethod
     def encode(self, prompt: str | Sequence[Message]) -> list[int]:
@@ -125,16 +157,30 @@ class LanguageModel(ABC):
         """Return float32 [V, e], one vector per token; random unit Gaussians unless the model has its own."""
         return np.random.default_rng(0).standard_normal((self.vocab_size, 16)).astype(np.float32)
 
-    def engine(self, top_k: int, kv_budget: int | None = None) -> Engine:
-        """Return the fastest exact engine for this model; ``kv_budget`` in bytes, None for a sensible default."""
-        del kv_budget  # nothing is cached
-        return PrefixEngine(self, top_k)
+    def engine(self, *, kv_budget: int | None = None) -> Engine:
+        """Return the engine that everybody who asks for this ``kv_budget`` shares, for as long as somebody keeps it.
 
-    @property
-    def lock(self) -> threading.RLock:
-        """Lock of everything that grows, reads or evicts a token tree of this model; threads take turns with it."""
-        with _LOCKS_LOCK:
-            return _LOCKS.setdefault(self, threading.RLock())
+        Args:
+            kv_budget: Bytes of key-value memory; None for a sensible default.
+        """
+        with self.lock:
+            engine = self._engines.get(kv_budget)
+            if engine is None:
+                engine = self._engines[kv_budget] = self.new_engine(kv_budget=kv_budget)
+        return engine
+
+    def new_engine(self, *, kv_budget: int | None = None) -> Engine:
+        """Return a new engine with an empty memory, the fastest exact one for this model.
+
+        Args:
+            kv_budget: Bytes of key-value memory; None for a sensible default.
+        """
+        del kv_budget  # nothing is cached
+        return PrefixEngine(self)
+
+    def __getstate__(self) -> Any:
+        """Pickle the attributes; locks and engines belong to a process."""
+        return self.__dict__
 
     # ``env.spec`` deep-copies the arguments of ``gym.make``: a model given as an object must not be copied with it.
     def __copy__(self) -> Self:
@@ -152,39 +198,57 @@ class PrefixEngine:
     For models whose attention cannot take a tree mask, for models that cost nothing, and as the reference in tests.
     """
 
-    def __init__(self, model: LanguageModel, top_k: int) -> None:
-        """Compute with ``model.forward`` and keep the ``top_k`` most likely tokens."""
-        self._model, self._top_k = model, top_k
-        self._sequences: list[tuple[int, ...]] = []
+    def __init__(self, model: LanguageModel) -> None:
+        """Compute with ``model.forward``."""
+        self._model = model
+        self._sequences: dict[int, tuple[int, ...]] = {}
+        self._next = 0
+        self._holders: WeakSet[HandleHolder] = WeakSet()
+        self._room = _REMEMBERED  # sequences, before those that nobody needs are looked for
 
     @property
     def kv_bytes(self) -> int:
         """Always 0: nothing is cached."""
         return 0
 
+    def register(self, holder: HandleHolder) -> None:
+        """See :meth:`Engine.register`."""
+        self._holders.add(holder)
+
     def compute(
         self,
         prompts: Sequence[Sequence[int]],
         parents: IntArray,
         tokens: IntArray,
-        allowed: npt.NDArray[np.bool_] | None = None,
+        top_k: int,
+        allowed: Sequence[BoolArray | None] | None = None,
     ) -> tuple[IntArray, Outputs]:
         """See :meth:`Engine.compute`."""
-        sequences = [tuple(prompt) for prompt in prompts]
-        sequences += [(*self._sequences[p], int(t)) for p, t in zip(parents, tokens, strict=True)]
-        hidden, logprobs = self._model.forward(sequences)
+        asked = [tuple(prompt) for prompt in prompts]
+        asked += [(*self._sequences[p], t) for p, t in zip(parents.tolist(), tokens.tolist(), strict=True)]
+        # Trees that ask for the same prefix share its row.
+        row = {sequence: i for i, sequence in enumerate(dict.fromkeys(asked))}
+        hidden, logprobs = self._model.forward(list(row))
+        rows = [row[sequence] for sequence in asked]
+        hidden, logprobs = hidden[rows], logprobs[rows]
         if allowed is not None:
-            logprobs = np.where(allowed, logprobs, -np.inf)
-        # A stable sort makes ties fall the same way in every batch.
-        ranked = np.argsort(-logprobs, axis=1, kind="stable")[:, : self._top_k]
-        handles = np.arange(len(self._sequences), len(self._sequences) + len(sequences))
-        self._sequences.extend(sequences)
+            logprobs = np.stack(
+                [p if mask is None else np.where(mask, p, -np.inf) for p, mask in zip(logprobs, allowed, strict=True)]
+            )
+        # A stable sort makes ties fall the same way in every batch, and for every k.
+        ranked = np.argsort(-logprobs, axis=1, kind="stable")[:, :top_k]
+        if len(self._sequences) + len(row) > self._room:
+            self.release_unused()
+            self._room = max(2 * len(self._sequences), _REMEMBERED)
+        self._sequences.update(zip(range(self._next, self._next + len(row)), row, strict=True))
+        handles = self._next + np.array(rows, dtype=np.int64)
+        self._next += len(row)
         return handles, Outputs(hidden, ranked, np.take_along_axis(logprobs, ranked, axis=1))
 
-    def evict(self, kept: IntArray) -> IntArray:
-        """See :meth:`Engine.evict`."""
-        self._sequences = [self._sequences[handle] for handle in kept]
-        return np.arange(len(kept))
+    def release_unused(self) -> None:
+        """See :meth:`Engine.release_unused`."""
+        kept = {handle for holder in self._holders for handle in holder.handle.tolist()}
+        self._sequences = {handle: self._sequences[handle] for handle in sorted(kept)}
 
 
 def free_memory(device: torch.device | None = None) -> int:

@@ -1,137 +1,100 @@
-"""Language models by name: known names, hub ids and local folders."""
+"""Language models by name: one table of loaders, for known names, hub ids and local folders."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from ..errors import ConfigurationError, UnknownNameError
-from .embedded_model import EMBEDDED_MODELS, embedded_model_folder
+from .base import LanguageModel
+from .embedded_model import EMBEDDED_MODELS
+from .tabular import TOY, load_toy
+from .transformers_lm import load_transformers
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
+__all__ = ["language_model_names", "load_language_model", "register_language_model"]
 
-from .transformers_lm import TransformersLM
+# Called with the name, the device, the dtype and whatever other options the user gave.
+Loader = Callable[..., LanguageModel]
 
-__all__ = ["load_language_model"]
+# By name, or by a pattern of names as of file names. A full name comes before the patterns, and these in their order.
+_LOADERS: dict[str, Loader] = {
+    TOY: load_toy,
+    **dict.fromkeys(EMBEDDED_MODELS, load_transformers),
+    "*": load_transformers,  # local folders and hub ids
+}
 
-_LOADED: dict[tuple[str, ...], TransformersLM] = {}
+
+def language_model_names() -> list[str]:
+    """Return the names of the table, patterns left out."""
+    return [name for name in _LOADERS if "*" not in name]
+
+
+def register_language_model(name: str) -> Callable[[Loader], Loader]:
+    """Return a decorator that makes a language model known by name.
+
+    ::
+
+        @register_language_model("mine")
+        def load_mine(name: str, device: str, dtype: str) -> LanguageModel:
+            return MyLanguageModel()
+
+    Args:
+        name: The name, or a pattern with ``*`` such as ``"*.gguf"``.
+
+    Returns:
+        A decorator for a function of name, device, dtype and further keyword options. It returns what it is given.
+        Whether the function loads anew at each call is its own business.
+
+    Raises:
+        ConfigurationError: The name is empty or taken.
+    """
+    if not name:
+        raise ConfigurationError(f"the name of a language model is a non-empty string, got {name!r}")
+    if name in _LOADERS:
+        raise ConfigurationError(f"the language model {name!r} is registered already; choose another name")
+
+    def register(loader: Loader) -> Loader:
+        rest = _LOADERS.pop("*")  # which stays the last
+        _LOADERS.update({name: loader, "*": rest})
+        return loader
+
+    return register
 
 
 def load_language_model(
-    name: str = "smollm2-135m-instruct",
-    device: str = "auto",
-    dtype: str = "auto",
-    *,
-    prepack: bool | str = "auto",
-    hidden_layers: Sequence[int] = (),
-    **model_kwargs: Any,
-) -> TransformersLM:
-    """Load a causal language model, once per process however often it is asked for.
+    name: str = "smollm2-135m-instruct", device: str = "auto", dtype: str = "auto", **options: Any
+) -> LanguageModel:
+    """Load a language model, once per process however often it is asked for with the same arguments.
 
     Args:
-        name: ``"smollm2-135m-instruct"`` (the embedded default), a local folder, or a hub id.
+        name: ``"smollm2-135m-instruct"`` (the embedded default), ``"toy"``, a registered name, a local folder, or a
+            hub id.
         device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
         dtype: ``"auto"`` (bfloat16 where the hardware computes it natively, else float32), ``"float32"``, …
-        prepack: See :class:`TransformersLM`.
-        hidden_layers: See :class:`TransformersLM`; models that differ in nothing else share their weights.
-        model_kwargs: Handed to ``AutoModelForCausalLM.from_pretrained`` (``revision``, ``device_map``,
-            ``quantization_config``, …).
+        options: Further options of the loader. For models of transformers: ``prepack`` and ``hidden_layers`` (see
+            :class:`TransformersLM`), and what ``AutoModelForCausalLM.from_pretrained`` takes (``revision``,
+            ``device_map``, ``quantization_config``, …).
 
     Returns:
         The model, shared by everybody in this process who asked with the same arguments.
 
     Raises:
         UnknownNameError: The name is neither known, nor a folder, nor a model that the hub (or its cache) has.
-        ConfigurationError: The device does not exist or the dtype is not one.
+        ConfigurationError: The device does not exist, the dtype is not one, or the loader has no such option.
         CacheError: The cache folder cannot be written.
     """
     if not name:
         raise ConfigurationError("a model name is empty; give a known name, a hub id or a local folder")
-    torch_device = _resolve_device(device)
-    torch_dtype = _resolve_dtype(dtype, torch_device)
-    key = (name, str(torch_device), str(torch_dtype), str(prepack), repr(sorted(model_kwargs.items())))
-    if key not in _LOADED:
-        _LOADED[key] = _load(name, torch_device, torch_dtype, prepack, model_kwargs)
-    if not hidden_layers:
-        return _LOADED[key]
-    tapping = *key, repr(tuple(hidden_layers))
-    if tapping not in _LOADED:
-        plain = _LOADED[key]
-        loaded = TransformersLM(plain.model, plain.tokenizer, name=name, prepack=False, hidden_layers=hidden_layers)
-        loaded.packed_weights = plain.packed_weights
-        loaded.recipe = _recipe(plain.model, name, prepack, {**model_kwargs, "hidden_layers": tuple(hidden_layers)})
-        _LOADED[tapping] = loaded
-    return _LOADED[tapping]
-
-
-def _load(
-    name: str, device: torch.device, dtype: torch.dtype, prepack: bool | str, model_kwargs: dict[str, Any]
-) -> TransformersLM:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    is_typo = "/" not in name and difflib.get_close_matches(name.lower(), EMBEDDED_MODELS)
-    if name not in EMBEDDED_MODELS and is_typo and not Path(name).exists():
-        # Said at once: the hub would be asked for it for a minute where there is no network.
-        raise UnknownNameError("model", name, EMBEDDED_MODELS, "A local folder or a hub id works too.")
-    source = str(embedded_model_folder(name) or EMBEDDED_MODELS[name].hub_id) if name in EMBEDDED_MODELS else name
-    tokenizer_kwargs = {k: v for k, v in model_kwargs.items() if k in ("revision", "token", "trust_remote_code")}
+    known = language_model_names()
+    pattern = name if name in _LOADERS else next(p for p in _LOADERS if "*" in p and fnmatchcase(name, p))
+    is_typo = pattern == "*" and "/" not in name and difflib.get_close_matches(name.lower(), known, cutoff=0.8)
+    if is_typo and not Path(name).exists():
+        # Told at once: without a network, asking the hub takes a minute.
+        raise UnknownNameError("model", name, known, "A local folder or a hub id works too.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_kwargs)
-        model = AutoModelForCausalLM.from_pretrained(source, **{"dtype": dtype, **model_kwargs})
-    except (OSError, ValueError) as error:
-        hint = f"A local folder or a hub id works too, but {source!r} could not be loaded: {str(error).splitlines()[0]}"
-        raise UnknownNameError("model", name, EMBEDDED_MODELS, hint) from error
-    if "device_map" not in model_kwargs and "quantization_config" not in model_kwargs:
-        model = cast("Any", model).to(device)
-    loaded = TransformersLM(model, tokenizer, name=name, prepack=prepack)
-    loaded.recipe = _recipe(model, name, prepack, model_kwargs)
-    return loaded
-
-
-def _recipe(model: PreTrainedModel, name: str, prepack: bool | str, options: dict[str, Any]) -> tuple[Any, ...]:
-    """Return how another process loads the same model, as ``__reduce__`` says it."""
-    dtype = str(model.dtype).removeprefix("torch.")
-    return partial(load_language_model, prepack=prepack, **options), (name, str(model.device), dtype)
-
-
-def _resolve_device(device: str) -> torch.device:
-    import torch
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        resolved = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigurationError(f"device {device!r} is not one: use 'auto', 'cpu', 'cuda', 'cuda:N', 'mps'") from error
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise ConfigurationError(
-            f"device {device!r} asked for, but torch sees {torch.cuda.device_count()} CUDA devices"
-        )
-    try:
-        # A tensor's device has the number that the model will tell: who unpickles the model asks for it by that.
-        return torch.empty(0, device=resolved).device
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigurationError(f"device {device!r} asked for, but torch cannot use it: {error}") from error
-
-
-def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    import torch
-
-    if dtype == "auto":
-        if device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            # Emulated bfloat16 is several times slower than float32, so ask the CPU, not torch.
-            native = device.type == "cpu" and bool(
-                torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-            )
-        return torch.bfloat16 if native else torch.float32
-    resolved = getattr(torch, str(dtype).removeprefix("torch."), None)
-    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
-        raise ConfigurationError(f"dtype {dtype!r} is not a floating-point one: use 'auto', 'float32', 'bfloat16'")
-    return resolved
+        return _LOADERS[pattern](name, device, dtype, **options)
+    except UnknownNameError as error:
+        raise UnknownNameError("model", name, known, error.hint) from error.__cause__

@@ -12,9 +12,9 @@ import numpy.typing as npt
 from ..errors import ConfigurationError, PromptError
 from .base import FloatArray, LanguageModel
 
-__all__ = ["TOY", "TabularLM", "toy_language_model"]
+__all__ = ["TOY", "TabularLM", "load_toy", "toy_language_model"]
 
-TOY = "toy"  # the name under which ``gym.make(…, model=…)`` and the task files know the model below
+TOY = "toy"  # the name of ``load_toy``'s model for ``gym.make(…, model=…)`` and task files
 
 
 class TabularLM(LanguageModel):
@@ -111,9 +111,21 @@ class TabularLM(LanguageModel):
         return self._hidden[rows], self._logprobs[rows].astype(np.float32)
 
 
+def load_toy(name: str = TOY, device: str = "auto", dtype: str = "auto", **options: Any) -> TabularLM:
+    """Return the model of the task ``toy``: seven letters and an end, each depending on the two before it.
+
+    Raises:
+        ConfigurationError: There are options; the model has none.
+    """
+    del device, dtype  # a table needs none
+    if options:
+        raise ConfigurationError(f"the model {name!r} has no options, got {', '.join(sorted(options))}")
+    return toy_language_model()
+
+
 @functools.cache
 def toy_language_model() -> TabularLM:
-    """Return the model of the task ``toy``: seven letters and an end, each depending on the two before it."""
+    """Return the model of :func:`load_toy`."""
     return TabularLM.random(8, 2, seed=0, concentration=0.3, name=TOY)
 
 

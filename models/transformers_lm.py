@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from ..errors import ConfigurationError, PromptError
+from ..errors import ConfigurationError, PromptError, UnknownNameError
 
 if TYPE_CHECKING:
     import torch
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
 
     from .packed_weights import PackedWeights
 from .base import Engine, FloatArray, LanguageModel, Message, PrefixEngine, free_memory
+from .embedded_model import EMBEDDED_MODELS, embedded_model_folder
 
-__all__ = ["TransformersLM"]
+__all__ = ["TransformersLM", "load_transformers", "resolve_device", "resolve_dtype"]
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +107,7 @@ class TransformersLM(LanguageModel):
         import torch
 
         hidden, logprobs = [], []
-        with torch.inference_mode():
+        with self.lock, torch.inference_mode():
             for sequence in sequences:
                 ids = torch.tensor([list(sequence)], device=self.device)
                 last = torch.tensor([len(sequence) - 1], device=self.device)
@@ -153,19 +155,20 @@ class TransformersLM(LanguageModel):
         weight = cast("Any", self.model).get_input_embeddings().weight.detach()[: self.vocab_size]
         return np.asarray(weight.float().cpu().numpy(), dtype=np.float32)
 
-    def engine(self, top_k: int, kv_budget: int | None = None) -> Engine:
+    def new_engine(self, *, kv_budget: int | None = None) -> Engine:
         """Return a :class:`TreeEngine` where it is exact, else a :class:`PrefixEngine`.
 
         Whether it is exact is measured once per model, on a small random tree, rather than read off a list of names.
         """
         from .tree_engine import TreeEngine, tree_mask_error
 
-        if self._tree_mask_is_exact is None:
-            problem = tree_mask_error(self)
-            self._tree_mask_is_exact = problem is None
-            if problem is not None:
-                logger.warning("%s: %s; whole prefixes are recomputed instead (exact, slower)", self.name, problem)
-        return TreeEngine(self, top_k, kv_budget) if self._tree_mask_is_exact else PrefixEngine(self, top_k)
+        with self.lock:
+            if self._tree_mask_is_exact is None:
+                problem = tree_mask_error(self)
+                self._tree_mask_is_exact = problem is None
+                if problem is not None:
+                    logger.warning("%s: %s; whole prefixes are recomputed instead (exact, slower)", self.name, problem)
+        return TreeEngine(self, kv_budget=kv_budget) if self._tree_mask_is_exact else PrefixEngine(self)
 
 
 def _root_mean_square(states: torch.Tensor) -> torch.Tensor:
@@ -209,3 +212,121 @@ def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> f
     # Chat models name their turn's end as EOS; the pre-training end-of-text token still ends a plain text.
     ids.update(i for t, i in tokenizer.get_added_vocab().items() if t in ("<|endoftext|>", "<|end_of_text|>", "</s>"))
     return frozenset(int(i) for i in ids)
+
+
+_LOADED: dict[tuple[str, ...], TransformersLM] = {}
+
+
+def load_transformers(
+    name: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    prepack: bool | str = "auto",
+    hidden_layers: Sequence[int] = (),
+    **model_kwargs: Any,
+) -> TransformersLM:
+    """Load a model of transformers, once per process; see :func:`~qstar_decoding.models.load_language_model`.
+
+    Args:
+        name: A key of :data:`EMBEDDED_MODELS`, a local folder, or a hub id.
+        device: A device of torch, or ``"auto"``.
+        dtype: A dtype of torch, or ``"auto"``.
+        prepack: See :class:`TransformersLM`.
+        hidden_layers: See :class:`TransformersLM`; models that differ in nothing else share their weights.
+        model_kwargs: Handed to ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        UnknownNameError: The model cannot be loaded.
+        ConfigurationError: The device does not exist or the dtype is not one.
+        CacheError: The cache folder cannot be written.
+    """
+    torch_device = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, torch_device)
+    key = (name, str(torch_device), str(torch_dtype), str(prepack), repr(sorted(model_kwargs.items())))
+    if key not in _LOADED:
+        _LOADED[key] = _load(name, torch_device, torch_dtype, prepack, model_kwargs)
+    if not hidden_layers:
+        return _LOADED[key]
+    tapping = *key, repr(tuple(hidden_layers))
+    if tapping not in _LOADED:
+        plain = _LOADED[key]
+        loaded = TransformersLM(plain.model, plain.tokenizer, name=name, prepack=False, hidden_layers=hidden_layers)
+        loaded.packed_weights, loaded.lock = plain.packed_weights, plain.lock
+        loaded.recipe = _recipe(plain.model, name, prepack, {**model_kwargs, "hidden_layers": tuple(hidden_layers)})
+        _LOADED[tapping] = loaded
+    return _LOADED[tapping]
+
+
+def _load(
+    name: str, device: torch.device, dtype: torch.dtype, prepack: bool | str, model_kwargs: dict[str, Any]
+) -> TransformersLM:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = str(embedded_model_folder(name) or EMBEDDED_MODELS[name].hub_id) if name in EMBEDDED_MODELS else name
+    tokenizer_kwargs = {k: v for k, v in model_kwargs.items() if k in ("revision", "token", "trust_remote_code")}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_kwargs)
+        model = AutoModelForCausalLM.from_pretrained(source, **{"dtype": dtype, **model_kwargs})
+    except (OSError, ValueError) as error:
+        hint = f"A local folder or a hub id works too, but {source!r} could not be loaded: {str(error).splitlines()[0]}"
+        raise UnknownNameError("model", name, EMBEDDED_MODELS, hint) from error
+    if "device_map" not in model_kwargs and "quantization_config" not in model_kwargs:
+        model = cast("Any", model).to(device)
+    loaded = TransformersLM(model, tokenizer, name=name, prepack=prepack)
+    loaded.recipe = _recipe(model, name, prepack, model_kwargs)
+    return loaded
+
+
+def _recipe(model: PreTrainedModel, name: str, prepack: bool | str, options: dict[str, Any]) -> tuple[Any, ...]:
+    """Return how another process loads the same model, as ``__reduce__`` says it."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return partial(load_transformers, prepack=prepack, **options), (name, str(model.device), dtype)
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the device of torch that a name means, ``"auto"`` among them.
+
+    Raises:
+        ConfigurationError: This machine does not have it.
+    """
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigurationError(f"device {device!r} is not one: use 'auto', 'cpu', 'cuda', 'cuda:N', 'mps'") from error
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ConfigurationError(
+            f"device {device!r} asked for, but torch sees {torch.cuda.device_count()} CUDA devices"
+        )
+    try:
+        # A tensor's device has the number that the model will tell: who unpickles the model asks for it by that.
+        return torch.empty(0, device=resolved).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigurationError(f"device {device!r} asked for, but torch cannot use it: {error}") from error
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of torch that a name means; ``"auto"`` depends on the device.
+
+    Raises:
+        ConfigurationError: There is no such floating-point dtype.
+    """
+    import torch
+
+    if dtype == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            # Emulated bfloat16 is several times slower than float32, so ask the CPU, not torch.
+            native = device.type == "cpu" and bool(
+                torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            )
+        return torch.bfloat16 if native else torch.float32
+    resolved = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise ConfigurationError(f"dtype {dtype!r} is not a floating-point one: use 'auto', 'float32', 'bfloat16'")
+    return resolved

@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-if TYPE_CHECKING:
-    pass
-from .kv_cache import _Pool
+from .base import IntArray
+from .kv_cache import KeyValuePool, TokenTable
+
+__all__ = ["ForwardState", "QueryBlock", "group_queries", "tree_attention_in"]
 
 _IMPLEMENTATION = "qstar_tree"
 
+# Queries of one prompt are attended together over the union of their ancestors: few copies of the prompt's memory,
+# but the union grows with the group. 16 kept both the copies and the masked products small.
+_QUERIES_PER_GROUP = 16
+_PROMPT_TOKENS_PER_GROUP = 256
+
 
 @dataclass
-class _Block:
+class QueryBlock:
     """A set of queries, attended group by group; groups are padded to a common size *inside the attention only*.
 
     Attributes:
         shape: G and Q.
         queries: int64 [G · Q], indices into the packed tokens, 0 where padded.
-        slots: int64 [G · U], the pool slots that the group's queries may see between them, 0 where padded.
+        slots: int64 [G · U], the pool slots that at least one of the group's queries may see, 0 where padded.
         visible: bool [G, Q, U], which of them each query sees: its ancestors and itself.
         distance: int64 [G, Q, U], how many positions back each slot lies; only for models with a sliding window.
-        packed: int64 [m], where the m real queries stand in the flattened [G, Q].
-        members: int64 [m], which packed tokens these are.
-        span: The slots of a single group, where they follow one another in the pool: read in place.
+        packed: int64 [m], the places of the m real queries in the flattened [G, Q].
+        members: int64 [m], the packed tokens that these are.
+        span: The slots of a single group that follow one another in the pool, read in place; else None.
         in_order: The queries are the packed tokens, all of them and in their order.
         sees_all: Every query sees every slot of its group.
     """
@@ -59,13 +67,20 @@ class _Block:
 
 
 @dataclass
-class _Forward:
-    """What the attention needs to know about the forward in progress."""
+class ForwardState:
+    """The state of the forward in progress, as the attention needs it.
 
-    pool: _Pool
-    slots: Tensor  # int64 [N], where the packed tokens' own keys and values go; what follows them is filling
-    blocks: list[_Block]
-    windows: set[int]  # where the attention puts down the sliding windows that it is told of
+    Attributes:
+        pool: The memory of keys and values.
+        slots: int64 [N], the places of the packed tokens' own keys and values; tokens after the N-th are filling.
+        blocks: The queries.
+        windows: Collects the sliding windows that the model's layers tell the attention.
+    """
+
+    pool: KeyValuePool
+    slots: Tensor
+    blocks: list[QueryBlock]
+    windows: set[int]
 
     # The part of transformers' Cache interface that the attention layers use.
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -81,7 +96,11 @@ class _Forward:
         return 0
 
 
-_active: _Forward | None = None
+class _Active(threading.local):
+    forward: ForwardState | None = None
+
+
+_active = _Active()  # models in different threads compute at the same time
 
 
 def _tree_attention(
@@ -97,16 +116,17 @@ def _tree_attention(
 ) -> tuple[Tensor, None]:
     """Attend the packed queries [1, H, N, D] over the pool [slots, H_kv, D + D_v]; see ``AttentionInterface``."""
     del module, attention_mask
-    assert _active is not None
+    forward = _active.forward
+    assert forward is not None
     if sliding_window:
-        _active.windows.add(sliding_window)
+        forward.windows.add(sliding_window)
     pool, value_width = key, value.shape[-1]
     heads, kv_heads, key_width = query.shape[1], pool.shape[1], query.shape[-1]
     repeats = heads // kv_heads
-    count, filled = _active.slots.shape[0], query.shape[2]
+    count, filled = forward.slots.shape[0], query.shape[2]
     packed_queries = query[0].transpose(0, 1)  # [N, H, D], and filling
     output = None
-    for block in _active.blocks:
+    for block in forward.blocks:
         groups, width = block.shape
         # The heads that share a key-value head become further queries of it: no copy of keys or values per head.
         q = packed_queries[:count] if block.in_order else packed_queries.index_select(0, block.queries)
@@ -142,17 +162,136 @@ AttentionInterface.register(_IMPLEMENTATION, _tree_attention)
 
 
 @contextlib.contextmanager
-def _tree_attention_in(model: Any, forward: _Forward) -> Iterator[None]:
+def tree_attention_in(model: Any, forward: ForwardState) -> Iterator[None]:
     """Swap the model's attention implementation for the length of one forward."""
-    global _active
     configs = {id(c): c for c in (model.config, model.config.get_text_config())}.values()
     before = [c._attn_implementation for c in configs]
     for config in configs:
         config._attn_implementation = _IMPLEMENTATION
-    _active = forward
+    _active.forward = forward
     try:
         yield
     finally:
-        _active = None
+        _active.forward = None
         for config, implementation in zip(configs, before, strict=True):
             config._attn_implementation = implementation
+
+
+def group_queries(
+    table: TokenTable,
+    prompts: Mapping[int, IntArray],
+    rows: IntArray,
+    continuations: IntArray,
+    window: int | None,
+    device: torch.device,
+) -> list[QueryBlock]:
+    """Group the queries of a forward: tokens of prompts, and tokens of continuations, which see far more per query.
+
+    Args:
+        table: The tokens; each of ``rows`` and of their ancestors has a slot.
+        prompts: By prompt id, the rows of the prompt's tokens, int64 [length].
+        rows: int64 [N], the packed tokens.
+        continuations: int64 [N, T], each row and its ancestors back to its prompt, padded with -1.
+        window: Tokens that a layer with a sliding window looks back; None for models without.
+        device: The place of the tensors.
+    """
+    within_prompt = table.branch_point[rows] == rows
+    kinds = ((within_prompt, _PROMPT_TOKENS_PER_GROUP), (~within_prompt, _QUERIES_PER_GROUP))
+    return [
+        _block(table, prompts, rows, np.flatnonzero(kind), continuations, limit, window, device)
+        for kind, limit in kinds
+        if kind.any()
+    ]
+
+
+def _block(
+    table: TokenTable,
+    prompts: Mapping[int, IntArray],
+    rows: IntArray,
+    members: IntArray,
+    continuations: IntArray,
+    limit: int,
+    window: int | None,
+    device: torch.device,
+) -> QueryBlock:
+    """Group the queries ``rows[members]``: up to ``limit`` of one prompt make a piece, and pieces share groups."""
+
+    def tensor(array: IntArray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+    # Sorted by prompt, then by age, which keeps the branches of one search together.
+    members = members[np.lexsort((rows[members], table.prompt_id[rows[members]]))]
+    queries = rows[members]
+    prompt_id = table.prompt_id[queries]
+    new_prompt = np.r_[True, prompt_id[1:] != prompt_id[:-1]]
+    rank = np.arange(len(queries)) - np.flatnonzero(new_prompt)[np.cumsum(new_prompt) - 1]
+    starts = np.flatnonzero(rank % limit == 0)
+    piece = np.cumsum(rank % limit == 0) - 1
+
+    # A piece sees its prompt's tokens, and every continuation token that one of its queries sees.
+    seen_of_prompt = table.position[table.branch_point[queries]] + 1
+    prompt_length = np.maximum.reduceat(seen_of_prompt, starts)
+    ancestors = continuations[members]
+    query, step = np.nonzero(ancestors >= 0)
+    distinct, inverse = np.unique(piece[query] * table.size + ancestors[query, step], return_inverse=True)
+    owner, row = distinct // table.size, distinct % table.size
+    widths = prompt_length + np.bincount(owner, minlength=len(starts))
+    group_of_piece, offset, place_of_piece, width = _pack(widths, np.diff(np.r_[starts, len(queries)]))
+    group, place = group_of_piece[piece], place_of_piece[piece] + rank % limit
+    column = offset[owner] + prompt_length[owner] + np.arange(len(distinct)) - np.searchsorted(owner, owner)
+
+    shape = (int(group.max()) + 1, int(place.max()) + 1, width)
+    seen = np.full((shape[0], width), -1, dtype=np.int64)
+    for p, start in enumerate(starts):
+        length = prompt_length[p]
+        seen[group_of_piece[p], offset[p] : offset[p] + length] = prompts[int(prompt_id[start])][:length]
+    seen[group_of_piece[owner], column] = row
+    visible = np.zeros(shape, dtype=bool)
+    visible[:, :, 0] = True  # a padded query must see something, or its softmax is NaN
+    first, columns = offset[piece][:, None], np.arange(width)
+    visible[group, place] = (columns >= first) & (columns < first + seen_of_prompt[:, None])
+    visible[group[query], place[query], column[inverse]] = True
+    index = np.zeros(shape[:2], dtype=np.int64)
+    index[group, place] = members
+    distance = None
+    if window:
+        distance = tensor(table.position[rows[index]][:, :, None] - table.position[seen][:, None, :])
+    slots = np.where(seen >= 0, table.slot[seen], 0).ravel()
+    in_place = shape[0] == 1 and bool((np.diff(slots) == 1).all())
+    return QueryBlock(
+        shape=shape[:2],
+        queries=tensor(index.ravel()),
+        slots=tensor(slots),
+        span=slice(int(slots[0]), int(slots[-1]) + 1) if in_place else None,
+        visible=torch.from_numpy(visible).to(device),
+        distance=distance,
+        packed=tensor(group * shape[1] + place),
+        members=tensor(members),
+        in_order=index.size == len(rows) and bool((index.flatten() == np.arange(len(rows))).all()),
+        sees_all=bool(visible.all()),
+    )
+
+
+def _pack(widths: IntArray, sizes: IntArray) -> tuple[IntArray, IntArray, IntArray, int]:
+    """Share groups as wide as the widest piece among all pieces, so that little of a group is padding.
+
+    Args:
+        widths: int64 [pieces], how many slots each sees.
+        sizes: int64 [pieces], how many queries each has.
+
+    Returns:
+        For each piece its group, its first slot in it and its first query in it, and the width of the groups.
+    """
+    capacity, order = int(widths.max()), np.argsort(-widths, kind="stable").tolist()
+    group, offset, place = (np.zeros(len(widths), dtype=np.int64) for _ in range(3))
+    groups = 0
+    while order:
+        piece, used, queries = order.pop(0), 0, 0  # the widest that is left, with the narrowest while they fit
+        while True:
+            group[piece], offset[piece], place[piece] = groups, used, queries
+            used, queries = used + int(widths[piece]), queries + int(sizes[piece])
+            if not order or used + widths[order[-1]] > capacity:
+                break
+            piece = order.pop()
+        groups += 1
+    return group, offset, place, capacity

@@ -172,9 +172,11 @@ class StaticRelevance(Reward):
 @functools.lru_cache(4)
 def _static(name: str) -> tuple[Any, FloatArray]:
     """Return a model's tokenizer and its weighted token embeddings, float64 [V, d]."""
-    from ...models import load_language_model
+    from ...models import TransformersLM, load_language_model
 
     lm = load_language_model(name)
+    if not isinstance(lm, TransformersLM):
+        raise ConfigurationError(f"static_relevance needs a language model of transformers, got {name!r}")
     vectors = np.asarray(lm.token_embeddings(), dtype=np.float64)
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     frequency = 1 / np.arange(2, len(vectors) + 2)

@@ -69,8 +69,8 @@ def assert_slots_add_up(tree: TokenTree) -> None:
         held = np.flatnonzero(engine._row_in_slot >= 0)
         rows = engine._row_in_slot[held]
         np.testing.assert_array_equal(engine._table.slot[rows], held)
-        assert (engine._table.slot[: engine._table.size] >= 0).sum() == len(held)
-        assert (rows < engine._table.size).all()
+        assert (engine._table.slot[engine._table.in_use()] >= 0).sum() == len(held)
+        assert set(rows) <= set(engine._table.in_use())
         assert sorted([*engine._free, *held]) == list(range(engine._pool.capacity))
 
 
@@ -145,7 +145,7 @@ def small_groups(size: int | None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("_QUERIES_PER_GROUP", "_PROMPT_TOKENS_PER_GROUP", "_POSITIONS_PER_FORWARD"):
             if size:
-                patch.setattr(tree_engine, name, size)
+                patch.setattr(tree_engine if name == "_POSITIONS_PER_FORWARD" else tree_attention, name, size)
         yield
 
 
@@ -217,7 +217,7 @@ def test_the_comparison_would_notice_a_wrong_mask(tiny_lm: TinyLM, monkeypatch: 
     def see_everything(block: Any, repeats: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros_like(block.visible, dtype=dtype).repeat(1, repeats, 1).unsqueeze(1)
 
-    monkeypatch.setattr(tree_attention._Block, "mask", see_everything)
+    monkeypatch.setattr(tree_attention.QueryBlock, "mask", see_everything)
     tree.expand(tree.roots(prompts)[[0, 0]], np.array([0, 1]))
     with pytest.raises(AssertionError):
         assert_exact(tree, prompts)
@@ -306,7 +306,7 @@ def test_top_k_may_be_the_whole_vocabulary(tiny_lm: TinyLM) -> None:
 
 
 def budgeted(lm: TransformersLM, tokens: int) -> TokenTree:
-    lm.engine(1)  # finds out what a token costs
+    lm.engine()  # finds out what a token costs
     assert lm.kv_token_bytes
     return TokenTree(lm, TOP_K, kv_budget=tokens * lm.kv_token_bytes)
 
@@ -432,7 +432,7 @@ def test_a_forward_that_fails_leaves_the_tree_as_it_was(
         assert_same(before, contents(tree))
         assert_slots_add_up(tree)
         assert lm.model.config._attn_implementation == "sdpa"
-        assert tree_attention._active is None
+        assert tree_attention._active.forward is None
 
     fails(lambda: tree.roots(prompts))
     roots = tree.roots(prompts)
@@ -570,9 +570,11 @@ def test_memory_stays_flat_over_endless_prompts(tiny_lm: TinyLM) -> None:
     for _ in range(40):
         tree.expand(tree.roots(rng.integers(VOCABULARY, size=(8, 20)).tolist()), np.arange(8) % TOP_K)
         tree.evict(16)
-        sizes.append([len(tree), engine._table.size, len(engine._chains), len(engine._trie), engine._pool.capacity])
-    # Eight prompts of 20 tokens, with a continuation each; a few of their first tokens were older prompts'.
-    assert (np.max(sizes, axis=0) <= [16, 8 * 21, 20, 8 * 20, 512]).all()
+        sizes.append([len(tree), len(engine._table.in_use()), engine._table.size, len(engine._prompts)])
+        sizes[-1] += [len(engine._prompt_ids), len(engine._trie), engine._pool.capacity]
+    # Eight prompts of 20 tokens, with a continuation each; a few of their first tokens were older prompts'. Before
+    # the older ones are evicted, the table holds twice as many.
+    assert (np.max(sizes, axis=0) <= [16, 8 * 21, 2 * 8 * 21, 20, 20, 8 * 21, 512]).all()
     assert {size for size, *_ in sizes} == {16}
     assert_slots_add_up(tree)
 
@@ -623,7 +625,7 @@ def test_memory_that_cannot_grow_is_a_budget(
     tree.roots(prompts[:2])
     assert tree._engine._pool.capacity == 256  # type: ignore[attr-defined]
     with monkeypatch.context() as patch:
-        patch.setattr(kv_cache._Pool, "grow", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+        patch.setattr(kv_cache.KeyValuePool, "grow", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
         roots = tree.roots(prompts)  # 600 tokens
         tree.expand(roots, np.arange(10) % TOP_K)
     assert tree._engine._pool.capacity == 256  # type: ignore[attr-defined]
@@ -644,7 +646,7 @@ def test_the_fast_top_k_is_top_k(data: st.DataObject, n: int, k: int, width: int
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=20))
 def test_pieces_share_groups_without_overlap(widths: list[int]) -> None:
-    group, offset, _, width = tree_engine._pack(np.array(widths), np.ones(len(widths), dtype=np.int64))
+    group, offset, _, width = tree_attention._pack(np.array(widths), np.ones(len(widths), dtype=np.int64))
     taken = [(g, o + i) for g, o, w in zip(group, offset, widths, strict=True) for i in range(w)]
     assert len(set(taken)) == sum(widths)
     assert max(place for _, place in taken) < width == max(widths)

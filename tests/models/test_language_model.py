@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from qstar_decoding.agents import GreedyDecoder
 from qstar_decoding.envs import DecodingMDP, TabularLM, TransformersLM
 from qstar_decoding.errors import CacheError, ConfigurationError, PromptError, UnknownNameError
-from qstar_decoding.models import embedded_model, registry
+from qstar_decoding.models import embedded_model, registry, transformers_lm
 from qstar_decoding.models.embedded_model import EMBEDDED_MODELS, cache_folder, embedded_model_folder
 from qstar_decoding.models.registry import load_language_model
 
@@ -41,7 +41,7 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 @pytest.fixture
 def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget, for one test, which models this process has loaded."""
-    monkeypatch.setattr(registry, "_LOADED", {})
+    monkeypatch.setattr(transformers_lm, "_LOADED", {})
 
 
 # ----------------------------------------------------------------------------------------------- the embedded model
@@ -142,12 +142,12 @@ def test_the_hidden_state_is_what_the_output_layer_sees(tiny_lm: TinyLM) -> None
 @pytest.mark.parametrize("name", ["smolm2-135m-instuct", "./no/such/folder", "nobody/no-such-model", "a b c", "a/b/c"])
 def test_an_unknown_name_lists_the_known_ones_nearest_first(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     for other in ("zephyr", "smollm3"):
-        monkeypatch.setitem(EMBEDDED_MODELS, other, EMBEDDED_MODELS[NAME])
+        monkeypatch.setitem(registry._LOADERS, other, registry._LOADERS[NAME])
     with pytest.raises(UnknownNameError, match="unknown model") as caught:
         load_language_model(name)
-    assert sorted(caught.value.known) == ["smollm2-135m-instruct", "smollm3", "zephyr"]
+    assert sorted(caught.value.known) == ["smollm2-135m-instruct", "smollm3", "toy", "zephyr"]
     if name.startswith("smolm2"):
-        assert caught.value.known == ["smollm2-135m-instruct", "smollm3", "zephyr"]
+        assert caught.value.known[:2] == ["smollm2-135m-instruct", "smollm3"]
     # A likely typo is told at once, without asking the hub; of any other name it is told why it could not be loaded.
     said_of_others = f"{name!r} could not be loaded" in str(caught.value)
     assert said_of_others != name.startswith("smolm2")
@@ -176,7 +176,7 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
 def test_what_cannot_work_is_said_before_anything_is_loaded(
     monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr(registry, "_load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(transformers_lm, "_load", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(ConfigurationError, match=message):
         load_language_model(**arguments)
 
@@ -193,10 +193,10 @@ def test_a_gpu_has_one_name_however_it_is_asked_for(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     on_gpu = {"cuda": "cuda:0", "cuda:0": "cuda:0", "cuda:1": "cuda:1"}  # where torch puts a tensor
     monkeypatch.setattr(torch, "empty", lambda *_, device: SimpleNamespace(device=torch.device(on_gpu[str(device)])))
-    resolved = [str(registry._resolve_device(name)) for name in ("auto", "cuda", "cuda:0", "cuda:1")]
+    resolved = [str(transformers_lm.resolve_device(name)) for name in ("auto", "cuda", "cuda:0", "cuda:1")]
     assert resolved == ["cuda:0", "cuda:0", "cuda:0", "cuda:1"]
     with pytest.raises(ConfigurationError, match="torch sees 2"):
-        registry._resolve_device("cuda:2")
+        transformers_lm.resolve_device("cuda:2")
 
 
 @pytest.mark.parametrize(("avx512", "amx"), [(True, False), (False, True), (False, False)])
@@ -206,8 +206,8 @@ def test_auto_takes_bfloat16_where_the_processor_computes_it(
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     expected = torch.bfloat16 if avx512 or amx else torch.float32
-    assert registry._resolve_dtype("auto", torch.device("cpu")) == expected
-    assert registry._resolve_dtype("float32", torch.device("cpu")) == torch.float32
+    assert transformers_lm.resolve_dtype("auto", torch.device("cpu")) == expected
+    assert transformers_lm.resolve_dtype("float32", torch.device("cpu")) == torch.float32
 
 
 # --------------------------------------------------------------------- the embedded model's cache, with a tiny model
