@@ -342,5 +342,6 @@ def _rows_of_each(missing: Sequence[_Missing]) -> Iterator[IntArray]:
     """Yield the rows of each tree among the handles: all trees' prompts stand first, then all their edges."""
     prompt, edge = 0, sum(len(one.prompts) for one in missing)
     for one in missing:
-        yield np.r_[prompt : prompt + len(one.prompts), edge : edge + len(one.tokens)]
-        prompt, edge = prompt + len(one.prompts), edge + len(one.tokens)
+        next_prompt, next_edge = prompt + len(one.prompts), edge + len(one.tokens)
+        yield np.concatenate((np.arange(prompt, next_prompt), np.arange(edge, next_edge)))
+        prompt, edge = next_prompt, next_edge

@@ -94,7 +94,7 @@ class TokenTable:
         added = self._columns.append(count - len(reused))
         if added.stop > len(self.token):
             self._publish()
-        rows: IntArray = np.r_[np.array(reused, dtype=np.int64), added]
+        rows: IntArray = np.concatenate((np.array(reused, dtype=np.int64), np.arange(added.start, added.stop)))
         self.token[rows], self.parent[rows], self.position[rows] = token, parent, position
         self.prompt_id[rows] = prompt_id
         self.branch_point[rows], self.slot[rows], self.last_used[rows] = rows, NO_SLOT, 0

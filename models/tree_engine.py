@@ -21,6 +21,7 @@ from weakref import WeakSet
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import ConfigurationError
@@ -85,6 +86,7 @@ class TreeEngine:
         self._prompts: dict[int, IntArray] = {}  # by prompt id, the rows of its tokens
         self._prompt_ids: dict[tuple[int, ...], int] = {}
         self._next_prompt_id = 0
+        self._known: dict[int, tuple[NDArray[Any], ...]] = {}  # by row, the outputs without a mask, where asked for
         self._holders: WeakSet[HandleHolder] = WeakSet()
         self._registered = self._dead = 0  # holders ever, and those that were dead when unused rows were last removed
         self._in_progress = _NO_ROWS  # what the call in progress asks for
@@ -122,9 +124,9 @@ class TreeEngine:
         with self._lm.lock:
             try:
                 ends = [self._prompt_rows(tuple(prompt))[-1] for prompt in prompts]
-                rows = np.r_[np.array(ends, dtype=np.int64), self._child_rows(parents, tokens)]
+                rows = np.concatenate((np.array(ends, dtype=np.int64), self._child_rows(parents, tokens)))
                 self._in_progress = rows
-                return rows, self._run(rows, top_k, allowed)
+                return rows, self._outputs(rows, top_k, allowed)
             except BaseException:
                 self._dead = -1  # rows that nobody has the handles of are removed when memory is next needed
                 raise
@@ -209,8 +211,10 @@ class TreeEngine:
             return
         table = self._table
         self._release_slots(rows)
-        for edge in zip(table.parent[rows].tolist(), table.token[rows].tolist(), strict=True):
+        edges = zip(table.parent[rows].tolist(), table.token[rows].tolist(), strict=True)
+        for row, edge in zip(rows.tolist(), edges, strict=True):
             del self._trie[edge]
+            self._known.pop(row, None)
         table.remove(rows)
         self._prompt_ids = {p: i for p, i in self._prompt_ids.items() if needed[self._prompts[i]].all()}
         alive = {*np.unique(table.prompt_id[table.in_use()]).tolist(), *self._prompt_ids.values()}
@@ -253,6 +257,29 @@ class TreeEngine:
 
     # -----------------------------------------------------------------------------------------------------------------
     # Computation
+
+    def _outputs(self, rows: IntArray, top_k: int, allowed: Sequence[BoolArray | None] | None) -> Outputs:
+        """Return the outputs at ``rows``; those that another holder has asked for are known."""
+        masks = [None] * len(rows) if allowed is None else allowed
+        new = [
+            i
+            for i, (row, mask) in enumerate(zip(rows.tolist(), masks, strict=True))
+            if mask is not None or row not in self._known or len(self._known[row][1]) < top_k
+        ]
+        computed = self._run(rows[new], top_k, None if allowed is None else [allowed[i] for i in new]) if new else None
+        if computed is not None:
+            for i, *values in zip(new, *computed, strict=True):
+                if masks[i] is None:
+                    self._known[int(rows[i])] = tuple(value.copy() for value in values)
+            if len(new) == len(rows):
+                return computed
+        place = dict(zip(new, range(len(new)), strict=True))
+        parts = [
+            [column[place[i]] for column in computed] if computed is not None and i in place else self._known[row]
+            for i, row in enumerate(rows.tolist())
+        ]
+        hidden, tokens, logprobs = zip(*parts, strict=True)
+        return Outputs(np.stack(hidden), np.stack([t[:top_k] for t in tokens]), np.stack([p[:top_k] for p in logprobs]))
 
     def _run(self, asked: IntArray, top_k: int, allowed: Sequence[BoolArray | None] | None) -> Outputs:
         """Return the outputs at the rows ``asked``, some maybe twice; compute all they need that is not in memory."""
