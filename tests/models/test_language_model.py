@@ -29,7 +29,7 @@ from qstar_decoding.envs import DecodingMDP, TabularLM, TransformersLM
 from qstar_decoding.errors import CacheError, ConfigurationError, PromptError, UnknownNameError
 from qstar_decoding.models import embedded_model, registry, transformers_lm
 from qstar_decoding.models.embedded_model import EMBEDDED_MODELS, cache_folder, embedded_model_folder
-from qstar_decoding.models.registry import load_language_model
+from qstar_decoding.models.registry import language_model_names, load_language_model, register_language_model
 
 TinyLM = Callable[[str], TransformersLM]
 
@@ -152,6 +152,53 @@ def test_an_unknown_name_lists_the_known_ones_nearest_first(monkeypatch: pytest.
     said_of_others = f"{name!r} could not be loaded" in str(caught.value)
     assert said_of_others != name.startswith("smolm2")
     assert "local folder or a hub id works too" in str(caught.value)
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget, after one test, which loaders it registered."""
+    monkeypatch.setattr(registry, "_LOADERS", dict(registry._LOADERS))
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_backend_is_a_row_of_the_table() -> None:
+    asked: list[Any] = []
+
+    @register_language_model("*.gguf")
+    def load_file(name: str, device: str, dtype: str, **options: Any) -> TabularLM:
+        asked.append((name, device, dtype, options))
+        return TabularLM.random(3, 1, name=name)
+
+    @register_language_model("mine")
+    def load_mine(name: str, device: str, dtype: str) -> TabularLM:
+        return TabularLM.random(4, 1, name=name)
+
+    assert load_language_model("some/folder/model.gguf", n_threads=2).name == "some/folder/model.gguf"
+    assert asked == [("some/folder/model.gguf", "auto", "auto", {"n_threads": 2})]
+    assert load_language_model("mine").vocab_size == 4
+    assert language_model_names() == ["toy", NAME, "mine"]
+    with pytest.raises(UnknownNameError) as caught:
+        load_language_model("mines")
+    assert caught.value.known[0] == "mine"
+    assert DecodingMDP("mine", reward="length", top_k=2).model.name == "mine"
+    for taken in ("mine", "toy", "*.gguf", "*", NAME):
+        with pytest.raises(ConfigurationError, match="is registered already; choose another name"):
+            register_language_model(taken)
+    with pytest.raises(ConfigurationError, match="a non-empty string"):
+        register_language_model("")
+
+
+def test_the_toy_is_loaded_by_name_too() -> None:
+    lm = load_language_model("toy")
+    assert isinstance(lm, TabularLM)
+    assert load_language_model("toy", device="cpu", dtype="float32") is lm is DecodingMDP("toy", top_k=2).model
+    with pytest.raises(ConfigurationError, match="the model 'toy' has no options, got hidden_layers, revision"):
+        load_language_model("toy", revision="main", hidden_layers=[1])
+    with pytest.raises(ConfigurationError, match="has no options, got hidden_layers"):
+        DecodingMDP("toy", top_k=2, hidden_layers=[1])
+    with pytest.raises(UnknownNameError) as caught:
+        load_language_model("tooy")
+    assert caught.value.known[0] == "toy"
 
 
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
