@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PromptError
+from ..rewards.checking import passable
+from ..rewards.types import RESERVED_COLUMNS
 
 __all__ = ["DEFAULT_PROMPTS", "Prompt", "as_prompt", "columns_of", "load_prompts", "read_lines"]
 
@@ -52,10 +54,17 @@ class Prompt:
         return "\n".join(message["content"] for message in self.content)
 
 
-def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
-    """Return the columns of ``n`` prompts by name, as a reward takes them; None where a prompt lacks one."""
+def columns_of(prompts: Sequence[Prompt]) -> dict[str, Sequence[Any]]:
+    """Return the columns of ``n`` prompts by name, as a reward takes them; None where a prompt lacks one.
+
+    The messages of chats are the column ``messages``. A column with the name of a reward's argument is left out.
+    """
     names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
-    return {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+    columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+    chats = [None if isinstance(prompt.content, str) else prompt.content for prompt in prompts]
+    if any(chats):
+        return {**passable(columns, {*RESERVED_COLUMNS, "messages"}), "messages": chats}
+    return passable(columns, RESERVED_COLUMNS)
 
 
 def as_prompt(source: Any) -> Prompt:

@@ -174,7 +174,7 @@ class Reward(ABC):
         return type(self).score_prefixes is not Reward.score_prefixes or type(self).potential is not Reward.potential
 
     def __call__(
-        self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column
+        self, /, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column
     ) -> FloatArray:
         """Score finished texts, each distinct one once, and check every value.
 
@@ -199,7 +199,7 @@ class Reward(ABC):
         return self._cached(spec, texts, self._scores)
 
     def potential(
-        self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column
+        self, /, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column
     ) -> FloatArray:
         """Score unfinished texts, for reward shaping; checked and cached as scores are.
 
@@ -225,7 +225,7 @@ class Reward(ABC):
         return np.nan_to_num(self._cached(spec, texts, self._potentials), nan=0.0)
 
     def components(
-        self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column
+        self, /, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column
     ) -> dict[str, FloatArray]:
         """Score finished texts by each of this reward's parts, by name, float64 [n] each.
 
@@ -234,7 +234,13 @@ class Reward(ABC):
         return {self.name: self(prompts, completions, completion_ids, **columns)}
 
     def upper_bound(
-        self, prompts: Texts, completions: Texts, remaining: Counts, completion_ids: TokenIds = None, **columns: Column
+        self,
+        /,
+        prompts: Texts,
+        completions: Texts,
+        remaining: Counts,
+        completion_ids: TokenIds = None,
+        **columns: Column,
     ) -> FloatArray:
         """Bound the score of every text that unfinished ones can become; certificates rest on it.
 
@@ -251,10 +257,10 @@ class Reward(ABC):
         Raises:
             RewardError: `bound_prefixes` did not return one number per text.
         """
-        texts = TextBatch.of(prompts, completions, completion_ids, {**columns, "remaining": remaining})
+        texts = TextBatch.of(prompts, completions, completion_ids, columns, remaining)
         subject = f"the bound of reward {self.name!r}"
         spec = CallSpec(subject, self.bound_prefixes, -math.inf, math.inf, "raise", math.nan, self._warn)
-        returned = self.bound_prefixes(prompts, completions, remaining, completion_ids, **columns)
+        returned = self.bound_prefixes(prompts, completions, remaining, completion_ids, **texts.columns)
         bounds = np.empty(len(texts))
         for row, value in enumerate(spec.one_per_text(returned, len(texts))):
             bounds[row] = math.nan if value is None else as_number(value)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import math
 import pickle
+import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
 from ..errors import ConfigurationError, RewardError, nearest_first
-from .types import Column, OnError, RewardOptions, Scores, Texts, TokenIds
+from .types import RESERVED_COLUMNS, Column, Counts, OnError, RewardOptions, Scores, Texts, TokenIds
 
 _TOLERANCE = 1e-6  # how far rounding may carry a score past its bounds
 _SHOWN = 200  # characters of a text or value that an error shows
@@ -31,21 +32,37 @@ class TextBatch:
 
     @classmethod
     def of(
-        cls, prompts: Texts, completions: Texts, completion_ids: TokenIds, columns: Mapping[str, Column]
+        cls,
+        prompts: Texts,
+        completions: Texts,
+        completion_ids: TokenIds,
+        columns: Mapping[str, Column],
+        remaining: Counts | None = None,
     ) -> TextBatch:
         """Check the lengths.
 
         Raises:
-            ConfigurationError: They differ, or one text is given instead of a list.
+            ConfigurationError: They differ, one text is given instead of a list, or a text is no string.
         """
-        given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
+        columns = passable(columns, RESERVED_COLUMNS)
+        given: dict[str, Any] = {"completions": completions, "prompts": prompts, **columns}
+        optional = {"completion_ids": completion_ids, "remaining": remaining}
+        given |= {name: values for name, values in optional.items() if values is not None}
         for name, values in given.items():
-            if values is not None and (isinstance(values, str) or len(values) != len(completions)):
-                what = "one text" if isinstance(values, str) else f"{len(values)} value(s)"
+            count = _length(values)
+            if count is None or count != _length(completions):
+                what = f"no list ({shown(values)})" if count is None else f"{count} value(s)"
                 raise ConfigurationError(
                     f"a reward got {what} as {name!r} where a list as long as 'completions' was expected; "
                     "rewards are batched: score one text as reward([prompt], [completion])."
                 )
+        for name, texts in (("prompts", prompts), ("completions", completions)):
+            for text in texts:
+                if not isinstance(text, str):
+                    raise ConfigurationError(
+                        f"{name} are strings, got {shown(text)}; for chats see rewards.adapters.from_trl(…, "
+                        "conversational=True)."
+                    )
         return cls(prompts, completions, completion_ids, columns)
 
     def take(self, rows: Sequence[int]) -> TextBatch:
@@ -60,12 +77,18 @@ class TextBatch:
     def keys(self, *, with_token_ids: bool) -> list[Hashable]:
         """Return [n] keys, equal where everything that a score may depend on is equal."""
         ids = self.completion_ids if with_token_ids else None
+        try:
+            ids = None if ids is None else [tuple(map(int, row)) for row in ids]
+        except (TypeError, ValueError):
+            raise ConfigurationError(
+                f"completion_ids hold a list of token ids for each completion, got {shown(ids)}"
+            ) from None
         names = sorted(self.columns)
         return [
             (
                 self.prompts[row],
                 self.completions[row],
-                None if ids is None else tuple(map(int, ids[row])),
+                None if ids is None else ids[row],
                 *((name, _hashable(self.columns[name][row])) for name in names),
             )
             for row in range(len(self))
@@ -173,6 +196,21 @@ class CallSpec:
         return self.fallback
 
 
+def passable(columns: Mapping[str, Column], reserved: Collection[str], taker: str = "a reward") -> dict[str, Column]:
+    """Return the columns of the prompts that a reward can be given: all but those with the name of an argument.
+
+    The argument keeps its own value, such as the model's text. A warning tells of each column left out.
+    """
+    for name in columns:
+        if name in reserved:
+            warnings.warn(
+                f"the column {name!r} of the prompts is left out, as {taker} has an argument of that name; to pass it "
+                f"on, rename it, for instance to 'data_{name}'",
+                stacklevel=2,
+            )
+    return {name: column for name, column in columns.items() if name not in reserved}
+
+
 def check_keywords(subject: str, given: Collection[str], known: Collection[str]) -> None:
     """Check that all keyword arguments exist.
 
@@ -199,6 +237,16 @@ def keywords_of(factory: Callable[..., Any]) -> list[str] | None:
             elif "Never" not in annotation:
                 return None
     return names
+
+
+def _length(values: Any) -> int | None:
+    """Return the length of a list, array or column; None for anything else, such as one text."""
+    if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__getitem__"):
+        return None
+    try:
+        return len(values)
+    except TypeError:  # no length, or an array without dimensions
+        return None
 
 
 def _hashable(value: Any) -> Hashable:

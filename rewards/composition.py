@@ -60,7 +60,7 @@ class Composition(Reward):
         return bounds
 
     def components(
-        self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column
+        self, /, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column
     ) -> dict[str, FloatArray]:
         """Score finished texts by each part, unweighted; see `Reward.components`."""
         return {

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+import os
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Unpack, cast
@@ -81,7 +85,7 @@ class FunctionReward(Reward):
 
     The first is TRL's. It gets all texts at once, and by name the arguments that it has: a function that takes
     ``completions`` and ``answer`` works if the prompts have a column ``answer``. The second gets one text at a time.
-    None means that a text cannot be scored.
+    None means that a text cannot be scored. Either may be ``async``: then all texts of a batch are awaited together.
     """
 
     def __init__(
@@ -111,7 +115,8 @@ class FunctionReward(Reward):
 
     def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Call the function."""
-        return self._function(prompts, completions, completion_ids, columns)
+        scores: Scores = _awaited(self._function(prompts, completions, completion_ids, columns))
+        return scores
 
     def score_prefixes(
         self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column
@@ -119,7 +124,8 @@ class FunctionReward(Reward):
         """Call the function that was given as the potential."""
         if self._potential is None:
             return super().score_prefixes(prompts, completions, completion_ids, **columns)
-        return self._potential(prompts, completions, completion_ids, columns)
+        scores: Scores = _awaited(self._potential(prompts, completions, completion_ids, columns))
+        return scores
 
     @property
     def has_potential(self) -> bool:
@@ -192,6 +198,50 @@ def _shaped(function: Any) -> _Batched | _PerText:
         return _PerText(function)
     signature = ", ".join(map(str, parameters))
     raise ConfigurationError(f"cannot use {_name(function)}({signature}) as a reward. {_SHAPES}")
+
+
+def _awaited(returned: Any) -> Any:
+    """Return what a function returned, with everything awaited that is to be awaited, all at the same time."""
+    if inspect.isawaitable(returned):
+        return _run(returned)
+    if isinstance(returned, list) and any(map(inspect.isawaitable, returned)):
+        return _run(_gathered(returned))
+    return returned
+
+
+async def _gathered(values: list[Any]) -> list[Any]:
+    awaitables = [value for value in values if inspect.isawaitable(value)]
+    results = iter(await asyncio.gather(*awaitables))
+    return [next(results) if inspect.isawaitable(value) else value for value in values]
+
+
+def _run(awaitable: Awaitable[Any]) -> Any:
+    """Await in a loop in a thread of its own, for the caller's thread may run one, as in Jupyter.
+
+    The loop lives as long as the process: clients that a function keeps between calls belong to it.
+    """
+
+    async def result() -> Any:
+        return await awaitable
+
+    loop = _loop(os.getpid())
+    if asyncio._get_running_loop() is loop:  # an async function that asks for the score of another one
+        with ThreadPoolExecutor(1) as executor:
+            return executor.submit(asyncio.run, result()).result()
+    future = asyncio.run_coroutine_threadsafe(result(), loop)
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
+
+
+@functools.lru_cache(1)
+def _loop(process: int) -> asyncio.AbstractEventLoop:
+    """Return the event loop of a process; a forked one has no thread of its parent's."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
+    return loop
 
 
 def _name(function: Any) -> str:

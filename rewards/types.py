@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "RESERVED_COLUMNS",
     "Bounds",
     "Column",
     "Counts",
@@ -28,6 +29,9 @@ Counts = Sequence[int]  # [n] numbers of tokens
 Scores = Sequence[float | None]  # [n]; None for a text that cannot be scored
 Bounds = Sequence[float]  # [n]
 FloatArray = npt.NDArray[np.float64]
+
+# Arguments of every reward; a column of such a name is left out.
+RESERVED_COLUMNS = frozenset({"self", "prompts", "completions", "completion_ids", "remaining"})
 
 OnError = Literal["raise", "skip", "penalty"]
 

@@ -13,6 +13,7 @@ import numpy as np
 from ...checks import check_integer, check_number
 from ...errors import ConfigurationError
 from ..base import Reward
+from ..checking import shown
 from ..types import Column, FloatArray, RewardOptions, Scores, Texts, TokenIds
 from .helpers import readable
 
@@ -220,14 +221,18 @@ class Pair(NamedTuple):
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
-    """Read pairs from a JSONL file, or standard input (``"-"``): ``prompt``, ``chosen`` and ``rejected``, all strings.
+    """Read pairs from a JSONL file, or standard input (``"-"``): ``prompt``, ``chosen`` and ``rejected``.
+
+    Each is a string or a list of chat messages. Conversations in ``chosen`` and ``rejected`` may begin with the
+    prompt; the messages that both begin with then are the prompt, if there is no other. The text of several messages
+    is their contents, one a line, as it is for prompts that are chats.
 
     Raises:
         ConfigurationError: The file cannot be read, has no pairs, or a line is not such an object; the line is named.
     """
     try:
-        lines = (sys.stdin.read() if str(path) == "-" else Path(path).read_text(encoding="utf-8")).splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = (sys.stdin.read() if str(path) == "-" else Path(path).read_text(encoding="utf-8")).split("\n")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
         raise ConfigurationError(f"the pairs {str(path)!r} cannot be read: {error}") from error
     pairs = []
     for number, line in enumerate(lines, start=1):
@@ -235,22 +240,67 @@ def read_pairs(path: str | Path) -> list[Pair]:
             continue
         try:
             item = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigurationError(f"{path}, line {number} is no JSON: {error}") from error
         if not isinstance(item, dict):
             raise ConfigurationError(
-                f"{path}, line {number} is no JSON object with {', '.join(Pair._fields)}: {item!r}"
+                f"{path}, line {number} is no JSON object with {', '.join(Pair._fields)}: {shown(item)}"
             )
-        for field in Pair._fields:
-            if not isinstance(item.get(field), str):
-                got = f"it is {item[field]!r}" if field in item else "it is missing"
-                raise ConfigurationError(f"{path}, line {number}: the field {field!r} is a string, but {got}")
-        pairs.append(Pair(*(item[field] for field in Pair._fields)))
+        try:
+            pairs.append(_pair(item))
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{path}, line {number}: {error}") from None
     if not pairs:
         raise ConfigurationError(
             f"{path} holds no pairs; write a line such as " + json.dumps(Pair("…", "…", "…")._asdict())
         )
     return pairs
+
+
+def _pair(item: dict[str, Any]) -> Pair:
+    fields = {name: _content(name, item[name]) for name in Pair._fields if name in item}
+    prompt, chosen, rejected = (fields.get(name) for name in Pair._fields)
+    for name, value in (("chosen", chosen), ("rejected", rejected)):
+        if value is None:
+            raise ConfigurationError(f"the field {name!r} is a string or a list of messages, but it is missing")
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        shared = 0
+        while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+            shared += 1
+        # A conversation without the prompt is answers alone; two equal answers are no beginning to take away.
+        if chosen[0][0] != "assistant":
+            prompt = chosen[:shared] if prompt is None else prompt
+            chosen, rejected = chosen[shared:], rejected[shared:]
+    if prompt is None:
+        raise ConfigurationError("the field 'prompt' is a string or a list of messages, but it is missing")
+    if (not chosen and isinstance(chosen, list)) or (not rejected and isinstance(rejected, list)):
+        raise ConfigurationError("'chosen' and 'rejected' are the same conversation, or one begins with the other")
+    return Pair(
+        *("\n".join(text for _, text in of) if isinstance(of, list) else str(of) for of in (prompt, chosen, rejected))
+    )
+
+
+def _content(field: str, value: Any) -> str | list[tuple[str, str]]:
+    """Return a string as it is, and chat messages as (role, text)."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise ConfigurationError(f"the field {field!r} is a string or a list of messages, but it is {shown(value)}")
+    messages = []
+    for message in value:
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
+            content = "".join(str(part["text"]) for part in content)
+        if not isinstance(content, str) or "role" not in message:
+            raise ConfigurationError(
+                f"a message of the field {field!r} is {{'role': …, 'content': …}} with a text, got {shown(message)}"
+            )
+        messages.append((str(message["role"]), content))
+    return messages
+
+
+def _joined(content: Any) -> str:
+    return content if isinstance(content, str) else "\n".join(text for _, text in content)
 
 
 def train_preference(

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qstar_decoding.envs.prompts import as_prompt, columns_of
 from qstar_decoding.errors import ConfigurationError, RewardError
 from qstar_decoding.rewards import Reward, as_reward, make_reward
 
@@ -415,3 +416,63 @@ def test_a_subclass_that_forgets_super_init_works_with_what_its_class_states() -
             pass
 
     assert call(Forgetful(), "good", "good") == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("name", ["self", "prompts", "completions", "completion_ids", "remaining"])
+@pytest.mark.parametrize("spec", ["length", "exact_answer", "0.5 * length + pangram", lambda completions, **_: [1.0]])
+def test_a_column_never_replaces_an_argument(name: str, spec: Any) -> None:
+    reward = as_reward(spec)
+    prompt = as_prompt({"prompt": "p", "answer": "c", name: "x"})
+    assert prompt.columns[name] == "x"
+    with pytest.warns(UserWarning, match=f"the column '{name}' of the prompts is left out.*rename it"):
+        columns = columns_of([prompt])
+    assert columns == {"answer": ["c"]}
+    expected = reward([prompt.text], ["c"], [[1]], **columns)
+    if name in ("self", "remaining"):  # of the others Python itself says that they are given twice
+        for method in (reward, lambda *args, **kw: reward.components(*args, **kw), reward.potential):
+            with pytest.warns(UserWarning, match=f"the column '{name}'"):
+                method([prompt.text], ["c"], [[1]], **columns, **{name: ["x"]})
+        assert reward([prompt.text], ["c"], [[1]], **columns) == expected
+
+
+def test_columns_of_other_names_pass_through() -> None:
+    names = ["outputs", "samples", "completion", "state", "answer", "prompt_", "function", "columns", "texts", "args"]
+    seen: dict[str, Any] = {}
+
+    def score(completions: list[str], **columns: Any) -> list[float]:
+        seen.update(columns)
+        return [1.0]
+
+    prompt = as_prompt({"prompt": "p", **{name: f"value of {name}" for name in names}})
+    as_reward(score)([prompt.text], ["c"], **columns_of([prompt]))
+    assert {name: seen[name] for name in names} == {name: [f"value of {name}"] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": None, "completions": ["c"]}, "no list .None. as 'prompts'"),
+        ({"prompts": ["p"], "completions": None}, "as 'completions'"),
+        ({"prompts": ["p"], "completions": 3}, "no list .3. as 'completions'"),
+        ({"prompts": (p for p in "p"), "completions": ["c"]}, "no list .*generator.* as 'prompts'"),
+        ({"prompts": ["p"], "completions": np.array("c")}, "no list .* as 'completions'"),
+        ({"prompts": ["p"], "completions": {"c": 1}}, "no list .* as 'completions'"),
+        ({"prompts": [[{"role": "user", "content": "p"}]], "completions": ["c"]}, "prompts are strings, .*from_trl"),
+        ({"prompts": ["p"], "completions": [None]}, "completions are strings, got None"),
+        ({"prompts": ["p"], "completions": [b"c"]}, "completions are strings"),
+        ({"prompts": ["p"], "completions": ["c"], "completion_ids": [None]}, "completion_ids hold a list of token ids"),
+        ({"prompts": ["p"], "completions": ["c"], "completion_ids": [["x"]]}, "completion_ids hold a list"),
+        ({"prompts": ["p"], "completions": ["c"], "completion_ids": 3}, "no list .3. as 'completion_ids'"),
+        ({"prompts": ["p"], "completions": ["c"], "answer": 4}, "no list .4. as 'answer'"),
+    ],
+)
+def test_arguments_of_wrong_types_are_told_in_one_line(arguments: dict[str, Any], message: str) -> None:
+    for method in (Recorder(), Recorder().potential):
+        with pytest.raises(ConfigurationError, match=message) as caught:
+            method(**arguments)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_bound_needs_as_many_numbers_as_texts() -> None:
+    with pytest.raises(ConfigurationError, match=r"2 value.s. as 'remaining'"):
+        make_reward("length").upper_bound(["p"], ["c"], [1, 2])

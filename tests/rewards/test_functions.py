@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from qstar_decoding.errors import ConfigurationError, RewardError
-from qstar_decoding.rewards import FunctionReward, as_reward
+from qstar_decoding.rewards import FunctionReward, Reward, as_reward
+from qstar_decoding.rewards.adapters import from_trl
 
 from .samples import Picky, Recorder, call, half_length, inf
 
@@ -163,3 +166,71 @@ def test_a_reward_is_returned_as_it_is() -> None:
 def test_what_describes_a_function_goes_with_nothing_else(spec: Any, option: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match="describe a function"):
         as_reward(spec, **option)
+
+
+async def slow_length(prompt: str, completion: str) -> float:
+    await asyncio.sleep(0)
+    return float(len(completion))
+
+
+async def slow_lengths(completions: list[str], **columns: Any) -> list[float | None]:
+    await asyncio.sleep(0)
+    return [float(len(text)) if text else None for text in completions]
+
+
+def of_awaitables(completions: list[str]) -> list[Any]:
+    return [slow_length("", text) if text else None for text in completions]
+
+
+class SlowRewarder:
+    async def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
+        return [float(len(text)) for text in completions]
+
+
+async def slow_sum(completions: list[str]) -> list[float]:
+    """Asks for the score of another async function, from within the loop."""
+    return [2 * value for value in as_reward(slow_length)([""] * len(completions), completions)]
+
+
+ASYNC: list[Callable[..., Any]] = [slow_length, slow_lengths, of_awaitables, SlowRewarder(), from_trl(slow_lengths)]
+
+
+@pytest.mark.parametrize("function", ASYNC, ids=lambda function: getattr(function, "__name__", type(function).__name__))
+@pytest.mark.parametrize("in_a_loop", [False, True])
+def test_async_functions_are_awaited_with_and_without_a_running_loop(function: Any, in_a_loop: bool) -> None:
+    reward = as_reward(function, potential=None if isinstance(function, Reward) else slow_length)
+
+    async def jupyter() -> list[float]:
+        return call(reward, "a", "bbb")
+
+    assert (asyncio.run(jupyter()) if in_a_loop else call(reward, "a", "bbb")) == [1.0, 3.0]
+    if reward.has_potential:
+        assert reward.potential(["p"], ["cc"]).tolist() == [2.0]
+
+
+def test_an_async_function_may_ask_another_one() -> None:
+    assert call(as_reward(slow_sum), "a", "bbb") == [2.0, 6.0]
+
+
+def test_all_texts_of_a_batch_are_awaited_at_the_same_time_and_in_one_loop() -> None:
+    loops, waiting = set(), []
+
+    async def meet(prompt: str, completion: str) -> float:
+        loops.add(asyncio.get_running_loop())
+        waiting.append(completion)
+        while len(waiting) < 3:  # nobody goes on before all three are here
+            await asyncio.sleep(0)
+        return 1.0
+
+    assert call(as_reward(meet), "a", "b", "c") == [1.0, 1.0, 1.0]
+    assert call(as_reward(meet), "d") == [1.0]
+    assert len(loops) == 1  # a client that the function keeps works in the second call too
+
+
+def test_an_async_function_that_fails_is_an_error_of_its_text() -> None:
+    async def picky(prompt: str, completion: str) -> float:
+        return 1.0 / ("bad" not in completion)
+
+    with pytest.raises(RewardError, match=r"raised ZeroDivisionError: .*, for the completion 'bad'"):
+        call(as_reward(picky), "good", "bad")
+    assert np.isnan(call(as_reward(picky, on_error="skip"), "good", "bad")).tolist() == [False, True]

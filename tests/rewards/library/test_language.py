@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qstar_decoding.errors import ConfigurationError
-from qstar_decoding.rewards.library.language import Coherence, Preference, read_pairs, train_preference
+from qstar_decoding.rewards.library.language import Coherence, Pair, Preference, read_pairs, train_preference
 
 from ..samples import PAIRS
 
@@ -48,7 +48,10 @@ def test_a_preference_is_learned_from_pairs(tiny_lm, tmp_path):
             '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b"}',
             "line 2: .*'rejected' .*missing",
         ),
-        ('\n{"prompt": "a", "chosen": 1, "rejected": "c"}', "line 2: .*'chosen' is a string, but it is 1"),
+        (
+            '\n{"prompt": "a", "chosen": 1, "rejected": "c"}',
+            "line 2: .*'chosen' is a string or .*, but it is 1",
+        ),
         ("{", "line 1 is no JSON"),
         ("[]", "line 1 is no JSON object with prompt, chosen, rejected"),
         ("\n", "holds no pairs"),
@@ -67,3 +70,62 @@ def test_a_file_of_pairs(tmp_path):
     assert read_pairs(path) == PAIRS
     with pytest.raises(ConfigurationError, match="cannot be read"):
         read_pairs(tmp_path / "absent.jsonl")
+
+
+def said(*texts):
+    """Messages of a user and an assistant in turn, the last one the assistant's."""
+    roles = ["assistant", "user"] * len(texts)
+    return [{"role": role, "content": text} for role, text in zip(roles[: len(texts)][::-1], texts, strict=True)]
+
+
+PARTS = [{"role": "assistant", "content": [{"type": "text", "text": "g"}, {"type": "text", "text": "ood"}]}]
+
+
+@pytest.mark.parametrize(
+    ("item", "pair"),
+    [
+        ({"prompt": said("hi", "")[:1], "chosen": said("good"), "rejected": said("bad")}, ("hi", "good", "bad")),
+        ({"prompt": "hi", "chosen": said("hi", "good"), "rejected": said("hi", "bad")}, ("hi", "good", "bad")),
+        ({"chosen": said("hi", "good"), "rejected": said("hi", "bad")}, ("hi", "good", "bad")),
+        ({"chosen": said("a", "b", "c", "good"), "rejected": said("a", "b", "c", "bad")}, ("a\nb\nc", "good", "bad")),
+        ({"chosen": said("a", "x", "y", "z"), "rejected": said("a", "bad")}, ("a", "x\ny\nz", "bad")),
+        ({"prompt": "hi", "chosen": said("same", "good"), "rejected": said("same", "bad")}, ("hi", "good", "bad")),
+        ({"prompt": "hi", "chosen": PARTS, "rejected": "bad"}, ("hi", "good", "bad")),
+        (
+            {
+                "prompt": [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}],
+                "chosen": said("good"),
+                "rejected": said("bad"),
+            },
+            ("be brief\nhi", "good", "bad"),
+        ),
+        ({"prompt": "hi", "chosen": "line\u2028break", "rejected": "bad"}, ("hi", "line\u2028break", "bad")),
+    ],
+)
+def test_pairs_may_be_conversations(tmp_path, item, pair):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(item, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_pairs(path) == [Pair(*pair)]
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ({"chosen": said("hi", "good"), "rejected": said("hi", "good")}, "the same conversation"),
+        ({"chosen": said("hi", "a", "b", "c"), "rejected": said("hi", "a")}, "one begins with the other"),
+        ({"chosen": said("good"), "rejected": said("bad")}, "'prompt' .* is missing"),
+        ({"prompt": "hi", "chosen": [], "rejected": said("bad")}, r"'chosen' .* but it is \[\]"),
+        (
+            {"prompt": "hi", "chosen": said("good"), "rejected": [{"content": "bad"}]},
+            "message of the field 'rejected'",
+        ),
+        ({"prompt": ["hi"], "chosen": said("good"), "rejected": said("bad")}, "a message of the field 'prompt'"),
+        ({"prompt": "hi", "chosen": said(3), "rejected": said("bad")}, "a message of the field 'chosen'"),
+        ({"prompt": None, "chosen": "good", "rejected": "bad"}, "'prompt' .* but it is None"),
+    ],
+)
+def test_wrong_conversations_are_named(tmp_path, item, message):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n" + json.dumps(item))
+    with pytest.raises(ConfigurationError, match=f"line 2: .*{message}"):
+        read_pairs(path)
