@@ -1,4 +1,4 @@
-"""The same work in many processes: jobs, Ray workers, batches."""
+"""Work in many processes: jobs, Ray workers, batches."""
 
 import lazy_loader
 

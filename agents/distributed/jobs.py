@@ -1,4 +1,4 @@
-"""Jobs, and the workers that do them."""
+"""Jobs, and the interface of the workers that run them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ __all__ = ["InProcess", "Job", "Workers"]
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One call of a method of what the workers hold.
+    """One call of a method of the object that each worker holds.
 
     Attributes:
         method: The method's name.
         args: Its arguments; they are pickled where the worker is another process.
-        name: What a person should read of it.
-        group: Jobs of the same group profit from what a worker remembers of the others, so they go to one worker while
-            the others have enough to do.
-        parts: Smaller jobs that make up this one. They are done instead when a worker has died over it, so that only
-            the one that is to blame fails in the end.
+        name: Description for messages.
+        group: Jobs of one group share work that a worker caches. They go to one worker as long as the others have
+            enough to do.
+        parts: Smaller jobs that make up this one. They replace it after a worker has died over it, so that only the
+            part at fault fails in the end.
     """
 
     method: str
@@ -31,21 +31,21 @@ class Job:
 
 
 class Workers(Protocol):
-    """Who does jobs."""
+    """Processes that run jobs, each with an object of its own."""
 
     def run(
         self, jobs: Iterable[Job], *, keep_going: bool = False, started: Callable[[Job], None] | None = None
     ) -> Iterator[tuple[Job, Any]]:
-        """Yield each job, or its parts, with what it returned, as soon as it is done; each exactly once.
+        """Yield each job, or its parts, with the returned value, as soon as it is done; each exactly once.
 
         Args:
-            jobs: What is to be done.
+            jobs: The jobs.
             keep_going: Yield a job's exception in place of its result instead of raising it.
             started: Called when a job is handed to a worker, again if that has to be repeated.
 
         Raises:
-            WorkerError: Every worker that had a job in hand died, or none could be started.
-            Exception: What a job raised.
+            WorkerError: Every worker that ran a job died, or none could be started.
+            Exception: A job raised it.
         """
         ...
 

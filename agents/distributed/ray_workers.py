@@ -1,4 +1,4 @@
-"""Workers of a Ray cluster."""
+"""Workers in the processes of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -20,27 +20,19 @@ from .jobs import Job
 
 __all__ = ["RayWorkers", "check_address"]
 
-ATTEMPTS = 3  # how many workers may die over one job before it is taken for the cause
-
-
+ATTEMPTS = 3  # workers that may die over one job before it counts as the cause
 _CONNECT_SECONDS = 5.0
-
-
 _PAUSE = 0.5  # seconds
-
-
 _START_SECONDS = 300.0  # a worker may have to convert or download its language model
-
-
 _OBJECT_STORE_BYTES = 1 << 28  # for weights and results in transit; Ray would reserve a third of the memory
 
 
 class RayWorkers:
-    """Processes of a Ray cluster, one job in hand each.
+    """Processes of a Ray cluster, each of which runs one job at a time.
 
-    A worker takes its next job when it has finished the last one, so the load balances itself. One that dies is
-    started again by Ray, on another machine if its own is gone; the job it had in hand goes back to the front of the
-    queue, and the others go on meanwhile.
+    A worker takes its next job when it has finished the last one, so the load balances itself. Ray restarts a worker
+    that dies, on another machine if its own is gone. Its job goes back to the front of the queue, and the others
+    continue meanwhile.
 
     Use it as a context manager, or call :meth:`close`.
     """
@@ -58,11 +50,11 @@ class RayWorkers:
 
         Args:
             address: ``"local"`` starts a cluster on this machine for as long as the workers live, which listens on
-                loopback only; otherwise where one runs: ``"host:6379"``, ``"ray://host:10001"`` or ``"auto"``. A
-                connection that this process already has is used whatever the address.
-            make: Makes what a worker holds; pickled, and called in every worker.
-            count: How many workers; None for as many as the cluster has processors for.
-            threads: Of torch in each; as many processors are reserved for it.
+                loopback only. Otherwise the address of a running one: ``"host:6379"``, ``"ray://host:10001"`` or
+                ``"auto"``. A connection that this process already has takes precedence.
+            make: Makes a worker's object; pickled, and called in every worker.
+            count: Number of workers; None for as many as the cluster has processors for.
+            threads: Threads of torch in each worker; as many processors are reserved for it.
             gpus: GPUs reserved for each worker; a fraction shares one.
 
         Raises:
@@ -86,8 +78,8 @@ class RayWorkers:
                     "`ray start --address=…`"
                 )
             self._news: tuple[int, list[Any]] = (0, [])
-            self._make = [ray.put(make)]  # stored once, however many workers fetch it
-            # Ray restarts them, but repeats no call: whether a job is done again is decided here.
+            self._make = [ray.put(make)]  # stored once for all workers
+            # Ray restarts workers and repeats no call: whether a job is repeated is decided here.
             options = {"num_cpus": threads, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 0}
             actor = ray.remote(Worker).options(**options)
             self._slots = [_Slot(actor.remote(threads)) for _ in range(self.count)]
@@ -140,7 +132,7 @@ class RayWorkers:
                         raise result
                     yield job, result
         finally:
-            # Whoever stops listening leaves jobs behind; calls are done in order, so this one ends after them.
+            # A caller that stops iterating leaves jobs behind; calls are done in order, so this one ends after them.
             for slot, _ in in_hand.values():
                 if slot in self._slots:
                     self._start(slot)
@@ -175,15 +167,15 @@ class RayWorkers:
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    _why = ""  # the last worker that did not start gave this reason
+    _why = ""  # the reason of the last worker that did not start
 
     def _ready(self, refs: list[Any]) -> list[Any]:
-        """Wait a moment for calls to end; return those that have."""
+        """Wait a moment for calls to end; return the finished ones."""
         if not refs:
             time.sleep(_PAUSE)
             return []
         done: list[Any] = self._ray.wait(refs, num_returns=1, timeout=_PAUSE)[0]
-        if done and len(refs) > 1:  # all of them: a look costs as much as there are workers
+        if done and len(refs) > 1:  # all finished ones: each wait costs time in proportion to the workers
             done = self._ray.wait(refs, num_returns=len(refs), timeout=0)[0]
         return done
 
@@ -192,7 +184,7 @@ class RayWorkers:
         self._waited_for[slot.actor.start.remote(self._make)] = slot
 
     def _start_again(self) -> None:
-        """Ask again those workers that Ray was still restarting."""
+        """Ask the workers again that Ray was still restarting."""
         for slot in self._slots:
             if slot.again < time.monotonic():
                 self._start(slot)
@@ -203,7 +195,7 @@ class RayWorkers:
         try:
             self._ray.get(ref)
         except self._ray.exceptions.RayTaskError as error:
-            raise _cause(error) from None  # what it should hold cannot be made, there or anywhere
+            raise _cause(error) from None  # its object cannot be made, there or anywhere
         except self._ray.exceptions.RayError as error:
             self._why, now = first_line(error), time.monotonic()
             if isinstance(error, self._ray.exceptions.ActorDiedError) or now > slot.since + _START_SECONDS:
@@ -214,7 +206,7 @@ class RayWorkers:
             slot.free = True
 
     def _result(self, ref: Any, slot: _Slot) -> Any:
-        """Return what a job returned, what it raised, or that it was lost."""
+        """Return a job's value, its exception, or the fact that it was lost."""
         try:
             result = self._ray.get(ref)
         except self._ray.exceptions.RayTaskError as error:
@@ -256,19 +248,19 @@ class RayWorkers:
 
 
 class Worker:
-    """What runs in each process of the cluster."""
+    """The actor in each process of the cluster."""
 
     def __init__(self, threads: int) -> None:
-        """Hold nothing yet; making it takes long and may fail, so ``start`` does it."""
+        """Hold nothing yet: making the object takes long and may fail, so ``start`` does it."""
         self.held: Any = None
         self.version = 0
         os.environ["OMP_NUM_THREADS"] = str(threads)  # which torch reads when it is loaded
 
     def start(self, make: list[Any]) -> int:
-        """Make what this worker holds, if that is not done yet; return the process's id.
+        """Make this worker's object, unless that is done; return the process's id.
 
         Args:
-            make: A reference to the function, in a list, where Ray does not fetch it unasked.
+            make: A reference to the function, in a list, so that Ray does not fetch it unasked.
         """
         if self.held is None:
             import ray
@@ -277,10 +269,10 @@ class Worker:
         return os.getpid()
 
     def work(self, make: list[Any], method: str, args: tuple[Any, ...], news: tuple[int, list[Any]]) -> Any:
-        """Do a job, with the version of the shared value that it was handed out with.
+        """Run a job with the version of the shared value that belongs to it.
 
         Args:
-            make: See ``start``: Ray may have started this worker anew between two jobs.
+            make: See ``start``; Ray may have restarted this worker between two jobs.
             method: See :class:`Job`.
             args: See :class:`Job`.
             news: The version, and a reference to the value in a list.
@@ -297,13 +289,13 @@ class Worker:
 
 @dataclass(eq=False)
 class _Slot:
-    """A worker as the scheduler sees it."""
+    """The scheduler's view of a worker."""
 
     actor: Any
     free: bool = False
     group: str | None = None
-    since: float = field(default_factory=time.monotonic)  # when it began to start
-    again: float = math.inf  # when to ask it again whether it has started
+    since: float = field(default_factory=time.monotonic)  # the time at which it began to start
+    again: float = math.inf  # the time at which to ask it again whether it has started
 
 
 @dataclass
@@ -313,11 +305,11 @@ class _Lost:
 
 @dataclass
 class _Queue:
-    """The jobs that nobody has in hand, by group, each group in order."""
+    """The waiting jobs by group, each group in order."""
 
     jobs: Iterable[Job]
     waiting: dict[str, deque[Job]] = field(default_factory=dict)
-    workers: Counter[str | None] = field(default_factory=Counter)  # by the group that they are at
+    workers: Counter[str | None] = field(default_factory=Counter)  # by the group of their last job
 
     def __post_init__(self) -> None:
         for job in self.jobs:
@@ -331,7 +323,7 @@ class _Queue:
             self.waiting.setdefault(job.group, deque()).appendleft(job)
 
     def take(self, slot: _Slot) -> Job:
-        """Return a job of the slot's own group, or else of the one with the most jobs waiting per worker at it."""
+        """Return a job of the slot's own group, or else of the one with the most waiting jobs per worker."""
         if slot.group not in self.waiting:
             self.workers[slot.group] -= 1
             slot.group = max(self.waiting, key=lambda group: len(self.waiting[group]) / (1 + self.workers[group]))
@@ -344,12 +336,12 @@ class _Queue:
 
 
 def _import_ray(alone: bool) -> Any:
-    """Import Ray so that it does not report home, nor listen to other machines where it runs here alone."""
+    """Import Ray without usage reports, and without a port open to other machines where it runs here alone."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what it will do one day, and says every day
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a future default, of which it warns
     if alone:
-        # Ray's way to say "loopback", which it does by itself on Windows and macOS; elsewhere it replaces 127.0.0.1 by
-        # the machine's address, and whoever reaches that may run anything.
+        # Ray's switch for loopback, its default on Windows and macOS. Elsewhere it replaces 127.0.0.1 by the machine's
+        # address, and everybody who reaches that may run code.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # 15 otherwise: slower than without Ray on a busy machine
     try:
@@ -361,16 +353,16 @@ def _import_ray(alone: bool) -> Any:
 
 
 def check_address(address: str) -> None:
-    """Check that workers could be had there: knock at the door, since Ray itself would go on knocking for minutes.
+    """Check that a cluster answers at an address. Ray itself would retry for minutes.
 
     Raises:
-        ConfigurationError: Ray is not installed, nobody answers, or somebody who does not speak Ray's protocol.
+        ConfigurationError: Ray is not installed, nothing answers, or something that does not speak Ray's protocol.
     """
     _import_ray(alone=address == "local")
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS", address)
     if address in ("auto", "local"):
-        return  # Ray looks for a cluster on this machine, and says at once if there is none
+        return  # Ray looks for a cluster on this machine, and fails at once if there is none
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         raise ConfigurationError(
@@ -394,11 +386,11 @@ def check_address(address: str) -> None:
             channel.unary_unary(f"/ray.rpc.{method}")(b"", timeout=_CONNECT_SECONDS)
         except grpc.FutureTimeoutError:
             raise ConfigurationError(
-                f"what listens at {address!r} is no Ray cluster (it does not speak gRPC); `ray status` on the head's "
-                "machine tells its address"
+                f"the server at {address!r} is no Ray cluster (it does not speak gRPC); `ray status` on the head's "
+                "machine shows its address"
             ) from None
         except grpc.RpcError as error:
-            # This question bears no token. Of all answers only this one matters, and only if Ray will bear none either.
+            # This call carries no token. Only a refusal for that matters, and only if Ray carries none either.
             locked = error.code() == grpc.StatusCode.UNAUTHENTICATED
             if locked and os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
                 raise ConfigurationError(
@@ -408,6 +400,6 @@ def check_address(address: str) -> None:
 
 
 def _cause(error: Any) -> Exception:
-    """Return what a job raised: our own errors as they are, others as Ray shows them, with the worker's traceback."""
+    """Return a job's exception: our own errors as they are, others as Ray shows them, with the worker's traceback."""
     cause: Exception = error.cause if isinstance(error.cause, QStarError) else error
     return cause
