@@ -17,6 +17,7 @@ from .episodes import Episodes, EpisodeState
 from .mdp import DecodingMDP
 from .observations import Observation, Observer
 from .prompts import as_prompt, load_prompts
+from .rendering import Screen
 
 __all__ = ["TokenDecodingEnv"]
 
@@ -117,7 +118,7 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
     - v0: Initial release.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["ansi", "human"], "render_fps": 4}  # noqa: RUF012 as Gymnasium declares it
+    metadata: dict[str, Any] = {"render_modes": ["ansi", "human", "rgb_array"], "render_fps": 4}  # noqa: RUF012
 
     def __init__(
         self,
@@ -151,7 +152,7 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
             shaping: Whether every step pays the change of the potential as well.
             gamma: Discount of the shaping term.
             candidate_dims: Numbers per candidate token in the observation.
-            render_mode: None, ``"ansi"`` (a string) or ``"human"`` (printed).
+            render_mode: None, ``"ansi"`` (a string), ``"human"`` (printed) or ``"rgb_array"`` (a picture).
             mdp_kwargs: ``constraint``, ``device``, ``dtype``, ``hidden_layers``, …; see :class:`DecodingMDP`.
 
         Raises:
@@ -160,7 +161,8 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
         """
         self.gamma = check_number("gamma", gamma, low=0, high=1, open_low=True)
         if render_mode not in (None, *self.metadata["render_modes"]):
-            raise ConfigurationError(f"render_mode is None, 'ansi' or 'human', got {render_mode!r}")
+            modes = ", ".join(map(repr, self.metadata["render_modes"]))
+            raise ConfigurationError(f"render_mode is None or one of {modes}; got {render_mode!r}")
         self.prompts = load_prompts(prompts)
         self.mdp = DecodingMDP(
             model,
@@ -218,15 +220,21 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
         info = self._episodes.token_info(steps, 0) | {"action_mask": observation["action_mask"].copy()}
         return observation, float(steps.rewards[0]), bool(steps.terminated[0]), False, info
 
-    def render(self) -> str | None:
-        """Show the prompt, the text so far, and the candidates with their probabilities."""
+    def render(self) -> Any:
+        """Show the prompt, the text so far, and the candidates with their probabilities.
+
+        Returns:
+            A string (``"ansi"``), a picture, uint8 [H, W, 3] (``"rgb_array"``), or None.
+        """
         if self.render_mode is None:
-            gym.logger.warn("render() needs a render_mode: gym.make(…, render_mode='ansi' or 'human')")
+            gym.logger.warn("render() needs a render_mode: gym.make(…, render_mode='ansi', 'human' or 'rgb_array')")
             return None
-        screen = self._screen()
+        screen = Screen.of(self.mdp, self._episodes)
+        if self.render_mode == "rgb_array":
+            return screen.as_image()
         if self.render_mode == "ansi":
-            return screen
-        print(screen, end="\n\n")
+            return screen.as_text()
+        print(screen.as_text(), end="\n\n")
         return None
 
     # -- beyond Gymnasium's interface ---------------------------------------------------------------------------------
@@ -250,34 +258,6 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
             ConfigurationError: It is not a state of this environment.
         """
         self._episodes.set_state(state)
-
-    # -----------------------------------------------------------------------------------------------------------------
-
-    def _screen(self) -> str:
-        prompt, node, end = self._episodes.prompt[0], int(self._episodes.node[0]), self._episodes.ended[0]
-        if prompt is None:
-            return "(before reset)"
-        lines = [f"prompt      {prompt.text!r}"]
-        if end is not None:
-            return "\n".join(
-                [
-                    *lines,
-                    f"completion  {end.text!r}",
-                    f"finished    {end.stop}: reward {end.reward:.3f}, log-prob {end.logprob:.2f} nats, "
-                    f"J {end.objective:.3f}",
-                ]
-            )
-        tree = self.mdp.tree
-        lines += [
-            f"completion  {self.mdp.text(node)!r}",
-            f"remaining   {int(self.mdp.remaining(np.array([node]))[0])} of {self.mdp.max_new_tokens} tokens",
-        ]
-        for rank, legal in enumerate(self.action_masks()):
-            text = self.mdp.token_text(int(tree.tokens[node, rank]))
-            lines.append(
-                f"  {rank:>3}  {np.exp(tree.logprobs[node, rank]):6.1%}  {text!r}{'' if legal else '  masked'}"
-            )
-        return "\n".join(lines)
 
 
 def _first(batch: Observation) -> Observation:

@@ -24,6 +24,7 @@ from ..models.base import IntArray
 from .episodes import Episodes, EpisodeState, Steps
 from .observations import Observation
 from .prompts import Prompt, as_prompt
+from .rendering import Screen
 from .token_decoding import TokenDecodingEnv
 
 __all__ = ["TokenDecodingVecEnv", "TokenDecodingVectorEnv"]
@@ -81,6 +82,17 @@ class _Core:
         prompt = self.episodes.prompt[index]
         return "" if prompt is None else prompt.text
 
+    def texts(self) -> tuple[str, ...]:
+        """Return each environment's prompt and text so far."""
+        return tuple(
+            "" if prompt is None else prompt.text + (self.env.mdp.text(int(node)) if node >= 0 else "")
+            for prompt, node in zip(self.episodes.prompt, self.episodes.node, strict=True)
+        )
+
+    def images(self) -> tuple[npt.NDArray[np.uint8], ...]:
+        """Return a picture of each environment, uint8 [H, W, 3]."""
+        return tuple(Screen.of(self.env.mdp, self.episodes, i).as_image() for i in range(self.count))
+
     def terminal_observation(self) -> Observation:
         """Return the observation of one environment after its end."""
         return {key: value[0] for key, value in self.env.observer.terminal_observation(1).items()}
@@ -92,7 +104,11 @@ class TokenDecodingVectorEnv(VectorEnv[Observation, Any, Any]):
     ``info["action_mask"]`` is int8 [N, k]; :meth:`action_masks` gives it as bool.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["ansi"], "autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
+    metadata: dict[str, Any] = {  # noqa: RUF012
+        "render_modes": ["ansi", "rgb_array"],
+        "render_fps": 4,
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+    }
 
     def __init__(self, num_envs: int = 1, *, max_episode_steps: int | None = None, **kwargs: Any) -> None:
         """Make ``num_envs`` environments of one model, tree and reward.
@@ -182,9 +198,12 @@ class TokenDecodingVectorEnv(VectorEnv[Observation, Any, Any]):
         """Return the legal actions, bool [N, k]."""
         return self._core.episodes.action_masks()
 
-    def render(self) -> tuple[str, ...] | None:
-        """Return the texts so far."""
-        return _texts(self._core)
+    def render(self) -> tuple[Any, ...] | None:
+        """Return the texts so far (``"ansi"``), or pictures of the environments, each uint8 [H, W, 3]."""
+        core = self._core
+        if self.render_mode is None:
+            return None
+        return core.images() if self.render_mode == "rgb_array" else core.texts()
 
     def _masks(self, observation: Observation) -> dict[str, Any]:
         mask = observation["action_mask"]
@@ -270,8 +289,8 @@ class TokenDecodingVecEnv(VecEnv):
         """Do nothing; the model is shared and stays."""
 
     def get_images(self) -> Sequence[npt.NDArray[np.uint8] | None]:
-        """Return no images: texts have none."""
-        return [None] * self.num_envs
+        """Return pictures of the environments, each uint8 [H, W, 3]; None without ``render_mode="rgb_array"``."""
+        return self._core.images() if self.render_mode == "rgb_array" else [None] * self.num_envs
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
         """Return an attribute of each environment."""
@@ -311,12 +330,3 @@ class TokenDecodingVecEnv(VecEnv):
         from stable_baselines3.common.monitor import Monitor
 
         return [issubclass(wrapper_class, Monitor)] * len(list(self._get_indices(indices)))
-
-
-def _texts(core: _Core) -> tuple[str, ...] | None:
-    if core.env.render_mode is None:
-        return None
-    return tuple(
-        "" if prompt is None else prompt.text + (core.env.mdp.text(int(node)) if node >= 0 else "")
-        for prompt, node in zip(core.episodes.prompt, core.episodes.node, strict=True)
-    )

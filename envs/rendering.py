@@ -1,0 +1,98 @@
+"""Renderings of an episode: the prompt, the text so far and the candidates, as text and as a picture."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+from .episodes import Episodes
+from .mdp import DecodingMDP
+
+__all__ = ["Candidate", "Screen"]
+
+_WIDTH, _MARGIN, _LINE = 640, 16, 22  # pixels
+_TEXT_LINES, _ROWS = 7, 16  # lines of text, and most candidates in a picture
+_INK, _PALE, _PAPER, _BAR = (30, 30, 30), (150, 150, 150), (255, 255, 255), (120, 170, 230)
+
+
+class Candidate(NamedTuple):
+    """A candidate token: its text, its probability, and whether it is legal."""
+
+    text: str
+    probability: float
+    legal: bool
+
+
+class Screen(NamedTuple):
+    """Content of a rendering.
+
+    Attributes:
+        prompt: The prompt's text; None before the first episode.
+        completion: The text so far, or the finished one.
+        status: One line about the rest of the horizon, or about the end.
+        candidates: The k candidates, most likely first; empty where there is no state.
+        count: k.
+    """
+
+    prompt: str | None
+    completion: str
+    status: str
+    candidates: list[Candidate]
+    count: int
+
+    @classmethod
+    def of(cls, mdp: DecodingMDP, episodes: Episodes, index: int = 0) -> Screen:
+        """Describe one of the episodes."""
+        prompt, node, end = episodes.prompt[index], int(episodes.node[index]), episodes.ended[index]
+        if prompt is None:
+            return cls(None, "", "before reset", [], mdp.top_k)
+        if end is not None:
+            scores = f"reward {end.reward:.3f}, log-prob {end.logprob:.2f} nats, J {end.objective:.3f}"
+            return cls(prompt.text, end.text, f"finished    {end.stop}: {scores}", [], mdp.top_k)
+        nodes = np.array([node])
+        rows = zip(mdp.tree.tokens[node].tolist(), np.exp(mdp.tree.logprobs[node]).tolist(), strict=True)
+        legal = mdp.action_mask(nodes)[0].tolist()
+        candidates = [Candidate(mdp.token_text(t), p, ok) for (t, p), ok in zip(rows, legal, strict=True)]
+        status = f"remaining   {int(mdp.remaining(nodes)[0])} of {mdp.max_new_tokens} tokens"
+        return cls(prompt.text, mdp.text(node), status, candidates, mdp.top_k)
+
+    def as_text(self) -> str:
+        """Return the screen as lines of text."""
+        if self.prompt is None:
+            return f"({self.status})"
+        lines = [f"prompt      {self.prompt!r}", f"completion  {self.completion!r}", self.status]
+        for rank, (text, probability, legal) in enumerate(self.candidates):
+            lines.append(f"  {rank:>3}  {probability:6.1%}  {text!r}{'' if legal else '  masked'}")
+        return "\n".join(lines)
+
+    def as_image(self) -> npt.NDArray[np.uint8]:
+        """Return the screen as a picture, uint8 [H, W, 3]; H depends on k only, so that frames make a video."""
+        rows = min(self.count, _ROWS)
+        size = (_WIDTH, 2 * _MARGIN + (_TEXT_LINES + 2 + rows) * _LINE)
+        image = Image.new("RGB", size, _PAPER)
+        draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=15)
+
+        def write(line: int, text: str, ink: tuple[int, int, int], x: int = _MARGIN) -> None:
+            draw.text((x, _MARGIN + line * _LINE), text, ink, font)
+
+        # The end of the text is shown where it is longer than the picture.
+        lines = [(line, _PALE) for line in _wrapped(self.prompt or "")] + [(x, _INK) for x in _wrapped(self.completion)]
+        for at, (line, ink) in enumerate(lines[-_TEXT_LINES:]):
+            write(at, line, ink)
+        write(_TEXT_LINES + 1, " ".join(self.status.split()), _INK)
+        for rank, (text, probability, legal) in enumerate(self.candidates[:rows]):
+            at = _TEXT_LINES + 2 + rank
+            top, left, ink = _MARGIN + at * _LINE, _WIDTH // 2, _INK if legal else _PALE
+            write(at, f"{rank}   {text!r}"[:40], ink)
+            write(at, f"{probability:.1%}", ink, left - 70)
+            end = left + probability * (_WIDTH - left - _MARGIN)
+            draw.rectangle((left, top + 3, end, top + _LINE - 4), _BAR if legal else _PALE)
+        return np.asarray(image, dtype=np.uint8)
+
+
+def _wrapped(text: str) -> list[str]:
+    return [part for line in text.split("\n") for part in textwrap.wrap(line, 78) or [""]]
