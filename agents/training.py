@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any, cast
 import gymnasium as gym
 from stable_baselines3.common.callbacks import BaseCallback
 
-from ..checks import check_integer, check_writable
+from ..checks import check_integer, check_keywords, check_writable
 from ..envs.mdp import mdp_of
 from ..errors import CheckpointError, ConfigurationError, RewardError
 from ..files import locked
@@ -107,6 +108,8 @@ def train_task(
         RewardError: The reward failed; a checkpoint was saved before.
     """
     spec = task if isinstance(task, Task) else load_task(task)
+    check_keywords("QStar (training:)", spec.training, inspect.signature(QStar).parameters)
+    check_keywords("AStarPlanner (planner:)", spec.planner, inspect.signature(AStarPlanner).parameters)
     total = spec.steps if steps is None else check_integer("steps", steps)
     check_integer("save_every", save_every)
     folder = Path("runs") / f"{spec.name}-{seed}" if folder is None else Path(folder)

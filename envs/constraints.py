@@ -83,7 +83,7 @@ class StopStrings:
         Raises:
             ConfigurationError: Something else is among them, or an empty string.
         """
-        given: Any = (stop,) if isinstance(stop, str) else stop or ()
+        given: Any = (stop,) if isinstance(stop, str) else () if stop is None else stop
         if not isinstance(given, Iterable) or not all(isinstance(string, str) and string for string in (*given,)):
             raise ConfigurationError(f"stop is a non-empty string or a list of them, got {stop!r}")
         self.strings = tuple(given)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
@@ -78,7 +81,7 @@ class DecodingMDP:
 
     def __init__(
         self,
-        model: str | LanguageModel = "smollm2-135m-instruct",
+        model: str | os.PathLike[str] | LanguageModel = "smollm2-135m-instruct",
         *,
         reward: Any = "sentiment",
         top_k: int = 8,
@@ -117,7 +120,7 @@ class DecodingMDP:
             model_kwargs: Further arguments of ``from_pretrained``.
 
         Raises:
-            ConfigurationError: An argument is out of range, or a name is unknown.
+            ConfigurationError: An argument is out of range, a name is unknown, or the horizon is too long.
         """
         self.max_new_tokens = check_integer("max_new_tokens", max_new_tokens, meaning="the horizon")
         self.top_k = check_integer("top_k", top_k)
@@ -125,6 +128,12 @@ class DecodingMDP:
         self.logprob_weight = check_number("logprob_weight", logprob_weight, low=0)
         self._stop = StopStrings(stop)
         self.stop = self._stop.strings
+        model = os.fspath(model) if isinstance(model, os.PathLike) else model
+        if not isinstance(model, (str, LanguageModel)):
+            advice = ": wrap it in TransformersLM(model, tokenizer)" if hasattr(model, "generate") else ""
+            raise ConfigurationError(
+                f"model is a name, a hub id, a local folder or a LanguageModel; got {type(model).__name__}{advice}"
+            )
         # The reward is resolved first, so that a misspelt name is reported before a model is loaded.
         self.reward: Reward = as_reward(reward)
         if isinstance(model, str):
@@ -136,6 +145,11 @@ class DecodingMDP:
                 raise ConfigurationError(
                     "hidden_layers is for a model given by name; give it to TransformersLM instead"
                 )
+        if self.max_new_tokens >= self.model.context_length:
+            raise ConfigurationError(
+                f"max_new_tokens is {self.max_new_tokens}, which leaves no room for a prompt: "
+                f"{self.model.name!r} takes {self.model.context_length} tokens in all"
+            )
         self._kv_budget, self.constraint = kv_budget, constraint
         self._rules = None if constraint is None else Rules(constraint, self.model, self._stop)
         self.tree = TokenTree(self.model, top_k, kv_budget, self._rules.allowed if self._rules else None)
@@ -384,18 +398,52 @@ def mdp_of(env: Any) -> DecodingMDP:
     """Return the decoding MDP of an environment or of a vector environment; an MDP is returned as it is.
 
     Raises:
-        ConfigurationError: There is none.
+        ConfigurationError: There is none, or a wrapper changes its rewards or its horizon, which the MDP would ignore.
     """
     if isinstance(env, DecodingMDP):
         return env
-    for candidate in (env, getattr(env, "unwrapped", None)):
-        if isinstance(mdp := getattr(candidate, "mdp", None), DecodingMDP):
-            return mdp
-    if hasattr(env, "get_attr"):  # a vector environment of stable-baselines3 or Gymnasium
-        mdp = env.get_attr("mdp")[0]
-        if isinstance(mdp, DecodingMDP):
-            return mdp
-    raise ConfigurationError(f"a TokenDecoding environment or a DecodingMDP is needed, got {type(env).__name__}")
+    layers = list(_layers(env))
+    mdp = next((found for layer in layers if isinstance(found := vars(layer).get("mdp"), DecodingMDP)), None)
+    if mdp is None and hasattr(env, "get_attr"):  # environments in other processes
+        with contextlib.suppress(AttributeError):
+            mdp = env.get_attr("mdp")[0]
+    if not isinstance(mdp, DecodingMDP):
+        kind = type(getattr(env, "unwrapped", env)).__name__
+        raise ConfigurationError(f"a TokenDecoding environment or a DecodingMDP is needed, got {kind}")
+    for layer in layers:
+        name, limit = type(layer).__name__, getattr(layer, "_max_episode_steps", None)
+        if isinstance(layer, _REWARD_WRAPPERS) or getattr(layer, "norm_reward", False) is True:
+            raise ConfigurationError(
+                f"{name} changes the rewards, so that their sum is no longer J; give the environment without it, and "
+                "change the reward model instead (reward=…, logprob_weight=…)"
+            )
+        if isinstance(layer, gym.wrappers.TimeLimit) and limit is not None and limit < mdp.max_new_tokens:
+            raise ConfigurationError(
+                f"TimeLimit cuts episodes off after {limit} of {mdp.max_new_tokens} tokens; "
+                f"give the environment max_new_tokens={limit} instead, which ends them with a reward"
+            )
+    return mdp
+
+
+# VecNormalize of stable-baselines3 is known by its attribute norm_reward: importing it would load torch.
+_REWARD_WRAPPERS = (
+    gym.RewardWrapper,
+    gym.wrappers.NormalizeReward,
+    gym.vector.VectorRewardWrapper,
+    gym.wrappers.vector.NormalizeReward,
+)
+
+
+def _layers(env: Any) -> Iterator[Any]:
+    """Yield an environment, those inside its wrappers, and those inside a vector environment of this process."""
+    pending = [env]
+    while pending:
+        layer = pending.pop()
+        if hasattr(layer, "__dict__"):
+            yield layer
+            inside = vars(layer)
+            pending += [inside[name] for name in ("env", "venv") if inside.get(name) is not None]
+            pending += inside["envs"] if isinstance(inside.get("envs"), (list, tuple)) else []
 
 
 def _same(one: Prompt, other: Prompt) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import os
+import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -10,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from ..checks import check_number
+from ..checks import check_keywords, check_number
 from ..errors import ConfigurationError
 from ..models.base import LanguageModel
 from .episodes import Episodes, EpisodeState
@@ -19,7 +22,7 @@ from .observations import Observation, Observer
 from .prompts import as_prompt, load_prompts
 from .rendering import Screen
 
-__all__ = ["TokenDecodingEnv"]
+__all__ = ["TokenDecodingEnv", "environment_arguments"]
 
 
 class TokenDecodingEnv(gym.Env[Observation, np.int64]):
@@ -122,7 +125,7 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
 
     def __init__(
         self,
-        model: str | LanguageModel = "smollm2-135m-instruct",
+        model: str | os.PathLike[str] | LanguageModel = "smollm2-135m-instruct",
         *,
         prompts: Any = None,
         reward: Any = "sentiment",
@@ -150,7 +153,7 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
             stop: Strings that end a completion.
             logprob_weight: α, the weight of a nat of log-probability against the reward.
             shaping: Whether every step pays the change of the potential as well.
-            gamma: Discount of the shaping term.
+            gamma: Discount of the shaping term. Any value but 1 is for experiments: a warning says so.
             candidate_dims: Numbers per candidate token in the observation.
             render_mode: None, ``"ansi"`` (a string), ``"human"`` (printed) or ``"rgb_array"`` (a picture).
             mdp_kwargs: ``constraint``, ``device``, ``dtype``, ``hidden_layers``, …; see :class:`DecodingMDP`.
@@ -159,7 +162,13 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
             ConfigurationError: An argument is out of range, or a name is unknown.
             PromptError: There is no usable prompt.
         """
+        check_keywords("TokenDecoding-v0", mdp_kwargs, environment_arguments())
         self.gamma = check_number("gamma", gamma, low=0, high=1, open_low=True)
+        if self.gamma != 1 and shaping:
+            warnings.warn(
+                f"gamma={self.gamma}: the shaped rewards of an episode no longer sum to J; use gamma=1, as planners do",
+                stacklevel=2,
+            )
         if render_mode not in (None, *self.metadata["render_modes"]):
             modes = ", ".join(map(repr, self.metadata["render_modes"]))
             raise ConfigurationError(f"render_mode is None or one of {modes}; got {render_mode!r}")
@@ -258,6 +267,12 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
             ConfigurationError: It is not a state of this environment.
         """
         self._episodes.set_state(state)
+
+
+def environment_arguments() -> list[str]:
+    """Return the names of all arguments of ``gym.make("TokenDecoding-v0", …)``."""
+    own, passed_on = (inspect.signature(cls).parameters for cls in (TokenDecodingEnv, DecodingMDP))
+    return list(dict.fromkeys([*own, *passed_on]).keys() - {"mdp_kwargs"})
 
 
 def _first(batch: Observation) -> Observation:

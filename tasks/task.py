@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
+from ..checks import check_keywords
 from ..errors import ConfigurationError, UnknownNameError
 from .prompt_sets import PromptSet, Strict
 
@@ -46,6 +47,14 @@ class Task(Strict):
     planner: dict[str, Any] = Field(default_factory=dict)
     gold: str | None = None
     budgets: list[Annotated[int, Field(ge=1)]] = Field([50, 200], min_length=1)
+
+    @field_validator("env")
+    @classmethod
+    def _known_arguments(cls, env: dict[str, Any]) -> dict[str, Any]:
+        from ..envs.token_decoding import environment_arguments
+
+        check_keywords("the environment", env, environment_arguments())
+        return env
 
     def mdp(self, **changes: Any) -> DecodingMDP:
         """Return the decoding process of this task; ``changes`` replace arguments of its environment.

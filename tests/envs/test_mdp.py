@@ -195,7 +195,7 @@ def test_impossible_tokens_are_masked(tabular_env: MakeEnv) -> None:
         ({"gamma": None}, "gamma"),
         ({"stop": ""}, "stop"),
         ({"stop": ["a", ""]}, "stop"),
-        ({"render_mode": "rgb_array"}, "render_mode is None, 'ansi' or 'human', got 'rgb_array'"),
+        ({"render_mode": "rgb"}, "render_mode is None or one of 'ansi', 'human', 'rgb_array'; got 'rgb'"),
         ({"reward": "sentimant"}, "known, nearest first: 'sentiment'"),
         ({"reward": 3}, "reward"),
     ],
@@ -224,7 +224,7 @@ def test_what_depends_on_the_model_is_said_when_it_is_there(ranked: MakeLM, tabu
         TokenDecodingEnv("no-such-model")
     with pytest.raises(PromptError, match="prompts is empty"):
         tabular_env(prompts=[])
-    with pytest.raises(TypeError, match="max_tokens"):
+    with pytest.raises(ConfigurationError, match="max_tokens"):
         tabular_env(max_tokens=5)
 
 
