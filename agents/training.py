@@ -23,6 +23,7 @@ from .distributed.jobs import Workers
 from .evaluation.diagnostics import Diagnostics
 from .evaluation.outcomes import evaluate, mean_figures
 from .learning.checkpoints import find_checkpoint
+from .learning.config import RUNTIME, QStarConfig
 from .learning.experience import Searcher
 from .learning.q_function import QFunction
 from .learning.q_heuristic import QHeuristic
@@ -108,8 +109,9 @@ def train_task(
         RewardError: The reward failed; a checkpoint was saved before.
     """
     spec = task if isinstance(task, Task) else load_task(task)
-    check_keywords("QStar (training:)", spec.training, inspect.signature(QStar).parameters)
-    check_keywords("AStarPlanner (planner:)", spec.planner, inspect.signature(AStarPlanner).parameters)
+    # Before a model is loaded.
+    QStarConfig.of({name: value for name, value in spec.training.items() if name not in RUNTIME})
+    check_keywords("AStarPlanner", spec.planner, inspect.signature(AStarPlanner).parameters)
     total = spec.steps if steps is None else check_integer("steps", steps)
     check_integer("save_every", save_every)
     folder = Path("runs") / f"{spec.name}-{seed}" if folder is None else Path(folder)
