@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import gymnasium as gym
 import numpy as np
@@ -129,10 +129,10 @@ class DecodingMDP:
         self._stop = StopStrings(stop)
         self.stop = self._stop.strings
         model = os.fspath(model) if isinstance(model, os.PathLike) else model
-        if not isinstance(model, (str, LanguageModel)):
-            advice = ": wrap it in TransformersLM(model, tokenizer)" if hasattr(model, "generate") else ""
+        if not isinstance(given := cast("Any", model), (str, LanguageModel)):
+            advice = ": wrap it in TransformersLM(model, tokenizer)" if hasattr(given, "generate") else ""
             raise ConfigurationError(
-                f"model is a name, a hub id, a local folder or a LanguageModel; got {type(model).__name__}{advice}"
+                f"model is a name, a hub id, a local folder or a LanguageModel; got {type(given).__name__}{advice}"
             )
         # The reward is resolved first, so that a misspelt name is reported before a model is loaded.
         self.reward: Reward = as_reward(reward)

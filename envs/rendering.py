@@ -35,14 +35,14 @@ class Screen(NamedTuple):
         completion: The text so far, or the finished one.
         status: One line about the rest of the horizon, or about the end.
         candidates: The k candidates, most likely first; empty where there is no state.
-        count: k.
+        top_k: k.
     """
 
     prompt: str | None
     completion: str
     status: str
     candidates: list[Candidate]
-    count: int
+    top_k: int
 
     @classmethod
     def of(cls, mdp: DecodingMDP, episodes: Episodes, index: int = 0) -> Screen:
@@ -71,7 +71,7 @@ class Screen(NamedTuple):
 
     def as_image(self) -> npt.NDArray[np.uint8]:
         """Return the screen as a picture, uint8 [H, W, 3]; H depends on k only, so that frames make a video."""
-        rows = min(self.count, _ROWS)
+        rows = min(self.top_k, _ROWS)
         size = (_WIDTH, 2 * _MARGIN + (_TEXT_LINES + 2 + rows) * _LINE)
         image = Image.new("RGB", size, _PAPER)
         draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=15)
