@@ -194,9 +194,10 @@ class DecodingMDP:
             PromptError: It is empty, or the prompt and the horizon exceed the model's context.
         """
         is_chat = not isinstance(prompt.content, str)
-        key = prompt.token_ids or (is_chat, str(prompt.content))
+        key = prompt.token_ids or (is_chat, str(prompt.content), str(prompt.template))
         if key not in self._encoded:
-            ids = self.model.encode(prompt.content) if prompt.token_ids is None else list(prompt.token_ids)
+            given = prompt.token_ids
+            ids = self.model.encode(prompt.content, **prompt.template) if given is None else list(given)
             room = self.model.context_length - self.max_new_tokens
             if not 0 < len(ids) <= room:
                 raise PromptError(

@@ -1,4 +1,4 @@
-"""Where prompts come from: one string or many, chats, dicts with columns, text and JSONL files."""
+"""Prompts: strings, chats, dicts with columns, tables, and files of these."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ DEFAULT_PROMPTS = (
     "The phone I bought last month",
 )
 
-# By one of these a folder is known that the library datasets has saved a data set, or several splits of one, in.
+# Files by which a folder is known as a data set of the library datasets, or as several splits of one.
 _SAVED = ("dataset_info.json", "dataset_dict.json")
 
+_TEMPLATE = "chat_template_kwargs"
 _SHAPES = "a string, a list of chat messages ({'role': …, 'content': …}), or a dict with the key 'prompt'"
 
 
@@ -37,21 +38,25 @@ class Prompt:
     """One prompt.
 
     Attributes:
-        content: What the model is given: a plain string, or chat messages for its chat template.
+        content: A plain string, or chat messages for the model's chat template. If the last message is the assistant's,
+            the model continues it.
         columns: Further fields of the data set's row; a reward receives them as keyword arguments.
-        token_ids: What the model is given instead of its own encoding of the content, where somebody else encoded it.
+        token_ids: Token ids to use instead of the model's own encoding of the content; None for that.
+        template: Arguments of the chat template, such as ``enable_thinking``. In a dict they are the value of the key
+            ``chat_template_kwargs``.
     """
 
-    content: str | Sequence[Mapping[str, str]]
+    content: str | Sequence[Mapping[str, Any]]
     columns: Mapping[str, Any] = field(default_factory=dict)
     token_ids: tuple[int, ...] | None = None
+    template: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
         """What a reward sees: the string itself, or the messages' contents, one a line."""
         if isinstance(self.content, str):
             return self.content
-        return "\n".join(message["content"] for message in self.content)
+        return "\n".join(str(message["content"]) for message in self.content)
 
 
 def columns_of(prompts: Sequence[Prompt]) -> dict[str, Sequence[Any]]:
@@ -77,15 +82,14 @@ def as_prompt(source: Any) -> Prompt:
         return source
     if isinstance(source, Mapping) and "prompt" in source:
         inner = as_prompt(source["prompt"])
-        return Prompt(inner.content, {str(k): v for k, v in source.items() if k != "prompt"})
+        columns = {str(key): value for key, value in source.items() if key not in ("prompt", _TEMPLATE)}
+        return Prompt(inner.content, columns, template=_template_arguments(source.get(_TEMPLATE)))
     if isinstance(source, str):
         if not source.strip():
             raise PromptError(f"a prompt is empty ({source!r}); give it some text to continue")
         return Prompt(source)
     if _is_chat(source):
-        if not any(message["content"].strip() for message in source):
-            raise PromptError("a chat prompt has no content in any of its messages")
-        return Prompt([dict(message) for message in source])
+        return Prompt(_messages(source))
     advice = ""
     if isinstance(source, Mapping) and source and "role" not in source:
         advice = (
@@ -96,28 +100,34 @@ def as_prompt(source: Any) -> Prompt:
 
 
 def load_prompts(source: Any = None) -> list[Prompt]:
-    """Return the prompts that ``source`` stands for, at least one.
+    """Return the prompts of ``source``, at least one.
 
     Args:
-        source: None (a few review openings); one prompt (see :func:`as_prompt`); the path of a ``.txt`` file (one a
-            line), of a ``.jsonl`` file (a string, or an object with the key ``prompt``, a line) or of a folder that
-            ``Dataset.save_to_disk`` wrote; or many in an iterable, such as a ``datasets.Dataset``, whose column
-            ``prompt`` is the prompts and whose others are their columns. It is read to its end: of an endless
-            ``IterableDataset`` give ``dataset.take(n)``.
+        source: One of these.
+
+            - None: a few review openings.
+            - One prompt; see :func:`as_prompt`.
+            - The path of a ``.txt`` file (one prompt a line), of a ``.jsonl`` file (a string, or an object with the key
+              ``prompt``, a line), or of a folder that ``Dataset.save_to_disk`` wrote. A string counts as a path if the
+              file exists, or if it ends in ``.txt`` or ``.jsonl`` and has no white space.
+            - An iterable of prompts, or a table: a ``datasets.Dataset``, or a DataFrame of pandas or polars. The column
+              ``prompt`` is the prompts, and the others are their columns. It is read to its end: of an endless
+              ``IterableDataset`` give ``dataset.take(n)``.
 
     Raises:
-        PromptError: There is none, one is empty or has the wrong type (its place is named), or the file is missing.
+        PromptError: There is no prompt, one is empty or has the wrong type (its place is named), or a file is missing.
     """
     if source is None:
         source = DEFAULT_PROMPTS
     if isinstance(source, (str, Path)) and _is_saved_dataset(str(source)):
         source = _load_dataset(Path(source))
-    elif isinstance(source, Path) or (isinstance(source, str) and source.endswith((".txt", ".jsonl"))):
+    elif isinstance(source, Path) or (isinstance(source, str) and _is_file_name(source)):
         return _read_file(Path(source))
     if isinstance(source, Mapping) and source and all(hasattr(part, "column_names") for part in source.values()):
         raise PromptError(f"this data set has several splits; choose one of {[*source]}: dataset[…], or its folder")
     if isinstance(source, (str, Mapping, Prompt)) or _is_chat(source):
         return [as_prompt(source)]
+    source = _rows(source)
     if not isinstance(source, Iterable):
         raise PromptError(f"prompts are {_SHAPES}, a .txt or .jsonl path, or an iterable of these; got {source!r}")
     prompts = []
@@ -131,20 +141,68 @@ def load_prompts(source: Any = None) -> list[Prompt]:
     return prompts
 
 
+def _is_file_name(text: str) -> bool:
+    """Tell whether a string is meant as a path: a sentence may end in "notes.txt" too."""
+    return text.endswith((".txt", ".jsonl")) and (os.path.isfile(text) or not any(map(str.isspace, text)))
+
+
+def _rows(table: Any) -> Any:
+    """Return the rows of a DataFrame of pandas or polars as dicts; anything else as it is."""
+    if not hasattr(table, "columns"):
+        return table
+    if hasattr(table, "to_dicts"):  # polars
+        return table.to_dicts()
+    return table.to_dict("records") if hasattr(table, "to_dict") else table
+
+
 def _is_chat(source: Any) -> bool:
     return (
         isinstance(source, Sequence)
         and not isinstance(source, str)
         and len(source) > 0
-        and all(isinstance(m, Mapping) and "role" in m and isinstance(m.get("content"), str) for m in source)
+        and all(isinstance(m, Mapping) and "role" in m and isinstance(m.get("content"), (str, list)) for m in source)
     )
+
+
+def _messages(chat: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a copy of chat messages, with the text parts of each content joined by line breaks.
+
+    Raises:
+        PromptError: A part is not text, or no message has any content.
+    """
+    messages = [{**message, "content": _content(message["content"], i)} for i, message in enumerate(chat)]
+    if not any(message["content"].strip() for message in messages):
+        raise PromptError("a chat prompt has no content in any of its messages")
+    return messages
+
+
+def _content(content: Any, place: int) -> str:
+    if isinstance(content, str):
+        return content
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else part
+        if not isinstance(text, str):
+            raise PromptError(
+                f"message {place}: content is a string or a list of {{'type': 'text', 'text': …}}, got {part!r}"[:300]
+            )
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _template_arguments(given: Any) -> Mapping[str, Any]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise PromptError(f"{_TEMPLATE} is a dict of arguments of the chat template, got {given!r}")
+    return {name: value for name, value in given.items() if value is not None}  # data sets fill gaps with None
 
 
 def read_lines(path: Path, text: str | None = None) -> Iterator[tuple[int, Prompt | PromptError]]:
     """Yield the prompts of a ``.txt`` or ``.jsonl`` file with their line numbers; a broken line yields its error.
 
     Args:
-        path: Of the file; any other ending than ``.jsonl`` is plain text, one prompt a line.
+        path: Of the file; any ending but ``.jsonl`` is plain text, one prompt a line.
         text: Its content, where that was read already, as from standard input.
 
     Raises:
@@ -167,7 +225,7 @@ def read_lines(path: Path, text: str | None = None) -> Iterator[tuple[int, Promp
 
 
 def _is_saved_dataset(folder: str) -> bool:
-    # Of os.path, not of Path: a text that is too long for a name, or has a null in it, is no folder either.
+    # os.path takes texts that are too long for a name, or have a null in it; Path raises.
     return bool(folder.strip()) and any(os.path.isfile(os.path.join(folder, name)) for name in _SAVED)
 
 
@@ -178,7 +236,7 @@ def _load_dataset(folder: Path) -> Any:
         raise PromptError(f"{folder} is a data set of the library datasets: run pip install datasets") from error
     try:
         return load_from_disk(str(folder))
-    except Exception as error:  # whatever the library raises, it is the folder's fault
+    except Exception as error:  # any error of the library is about the folder
         raise PromptError(f"the data set in {folder} cannot be read: {error}") from error
 
 

@@ -30,7 +30,7 @@ BoolArray = npt.NDArray[np.bool_]
 _REMEMBERED = 1 << 14  # sequences
 
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 
 
 class Outputs(NamedTuple):
@@ -137,8 +137,13 @@ class LanguageModel(ABC):
         return model
 
     @abstractmethod
-    def encode(self, prompt: str | Sequence[Message]) -> list[int]:
-        """Return the token ids of a plain string, or of chat messages put through the model's chat template."""
+    def encode(self, prompt: str | Sequence[Message], **template: Any) -> list[int]:
+        """Return the token ids of a plain string, or of chat messages put through the model's chat template.
+
+        Args:
+            prompt: A string, or messages. The model continues the last message if it is the assistant's.
+            template: Arguments of the chat template, such as ``enable_thinking``.
+        """
 
     @abstractmethod
     def decode(self, token_ids: Sequence[int]) -> str:

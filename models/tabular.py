@@ -80,7 +80,7 @@ class TabularLM(LanguageModel):
         rows = rng.dirichlet(np.full(vocab_size, concentration), size=vocab_size**order)
         return cls(np.maximum(rows, 1e-9).reshape((vocab_size,) * (order + 1)), **kwargs)
 
-    def encode(self, prompt: Any) -> list[int]:
+    def encode(self, prompt: Any, **template: Any) -> list[int]:
         """Split a string into vocabulary entries, longest first.
 
         Raises:

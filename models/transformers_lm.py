@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from ..checks import first_line
 from ..errors import ConfigurationError, PromptError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -83,18 +84,26 @@ class TransformersLM(LanguageModel):
         """Where the model's input is expected."""
         return self.model.device
 
-    def encode(self, prompt: str | Sequence[Message]) -> list[int]:
+    def encode(self, prompt: str | Sequence[Message], **template: Any) -> list[int]:
         """See :meth:`LanguageModel.encode`.
 
         Raises:
-            PromptError: The prompt is a chat and the tokenizer has no chat template.
+            PromptError: The tokenizer has no chat template, or the template refuses the chat.
         """
         if isinstance(prompt, str):
             return [int(t) for t in self.tokenizer(prompt)["input_ids"]]
         if not getattr(self.tokenizer, "chat_template", None):
             raise PromptError(f"model {self.name!r} has no chat template; give the prompt as a plain string")
         messages = [dict(message) for message in prompt]
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        continues = messages[-1].get("role") == "assistant"
+        options = {"add_generation_prompt": not continues, "continue_final_message": continues, **template}
+        try:
+            text = self.tokenizer.apply_chat_template(messages, **{**options, "tokenize": False})
+        except Exception as error:  # templates are programs, which raise errors of any kind
+            roles = ", ".join(str(message.get("role")) for message in messages)
+            raise PromptError(
+                f"the chat template of {self.name!r} refuses a chat of the roles {roles}: {first_line(error)}"
+            ) from error
         return [int(t) for t in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
 
     def decode(self, token_ids: Sequence[int]) -> str:
