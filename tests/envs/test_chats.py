@@ -176,7 +176,7 @@ def test_a_data_frame_is_a_table_of_prompts():
     assert [prompt.content for prompt in load_prompts(chats)] == [[USER], [USER]]
     with pytest.raises(PromptError, match=r"prompt 0: .*of its keys \['question', 'answer'\] name the one"):
         load_prompts(frame.rename(columns={"prompt": "question"}))
-    with pytest.raises(PromptError, match="prompt 1: a prompt is .*got float"):
+    with pytest.raises(PromptError, match=r"prompt 1: a prompt is .*got float"):
         load_prompts(pandas.DataFrame({"prompt": ["one", None]}).astype(object).fillna(float("nan")))
     with pytest.raises(PromptError, match="the list of prompts is empty"):
         load_prompts(frame.iloc[:0])
