@@ -107,4 +107,5 @@ class WorkerError(QStarError, RuntimeError):
 
 def nearest_first(name: str, known: Iterable[str]) -> list[str]:
     """Return ``known`` sorted by likeness to ``name``, the most alike first."""
-    return sorted(known, key=lambda other: (-difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio(), other))
+    asked = str(name).lower()  # a file may hold a number in place of a name
+    return sorted(known, key=lambda other: (-difflib.SequenceMatcher(None, asked, other.lower()).ratio(), other))

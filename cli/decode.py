@@ -24,6 +24,7 @@ from .options import (
     RayOption,
     TaskOption,
     ThreadsOption,
+    TrustOption,
     WorkersOption,
     complete,
     known_models,
@@ -98,6 +99,7 @@ def decode(
     ray: RayOption = None,
     workers: WorkersOption = None,
     threads: ThreadsOption = 1,
+    trust: TrustOption = False,
 ) -> None:
     """Continue a prompt and say how good the result is and how close to the optimum.
 
@@ -125,7 +127,7 @@ def decode(
     lines, broken = ({}, {}) if source is None else _read_lines(source, keep_going)
     text = read_stdin().strip() if prompt == "-" else prompt
     limits, start = Budget.of(budget), None if text is None else as_prompt(text)
-    spec = load_task(task)
+    spec = load_task(task, trust_remote_code=trust)
     changes = {
         "model": model,
         "reward": reward,
@@ -176,6 +178,7 @@ def demo(
     prompts: Annotated[int, typer.Option(min=1, help="Number of held-out prompts.")] = 3,
     svg: Annotated[Path | None, typer.Option(help="Picture to write the output into.")] = None,
     as_json: JsonOption = False,
+    trust: TrustOption = False,
 ) -> None:
     """Decode held-out prompts with greedy, beam search, best-of-n and Q*, side by side at equal LM tokens."""
     from ..agents import AStarPlanner, BeamSearch, GreedyDecoder, SamplingDecoder, mean_figures
@@ -184,7 +187,7 @@ def demo(
     from ..agents.search.budget import Budget
     from ..tasks import load_task
 
-    limits, spec = Budget.of(budget), load_task(task)
+    limits, spec = Budget.of(budget), load_task(task, trust_remote_code=trust)
     if svg is not None:
         check_writable(svg.parent)
     with status("loading the language model (the first time it is converted: about 10 s)"):

@@ -13,7 +13,7 @@ from ..agents.planning.registry import CONTENDERS
 from ..checks import check_writable
 from ..errors import ConfigurationError, UnknownNameError
 from .console import out, quiet, report_progress, say_json
-from .options import JsonOption, RayOption, ThreadsOption, WorkersOption, complete, known_tasks, workers_on
+from .options import JsonOption, RayOption, ThreadsOption, TrustOption, WorkersOption, complete, known_tasks, workers_on
 
 __all__ = ["evaluate", "plot"]
 
@@ -46,6 +46,7 @@ def evaluate(
     ray: RayOption = None,
     workers: WorkersOption = None,
     threads: ThreadsOption = 1,
+    trust: TrustOption = False,
 ) -> None:
     """Compare decoders at equal LM tokens on a task's held-out prompts, and write a report with plots.
 
@@ -54,6 +55,7 @@ def evaluate(
     command can be stopped at any moment; what is finished stays.
     """
     from ..agents.evaluation.suite import evaluate_tasks
+    from ..tasks import load_task
 
     try:
         limits = [int(part) for part in budgets.split(",")]
@@ -64,7 +66,7 @@ def evaluate(
     quiet()
     with report_progress("steps") as report:
         found = evaluate_tasks(
-            tasks,
+            [load_task(task, trust_remote_code=trust) for task in tasks],
             folder,
             decoders=names,
             budgets=limits,

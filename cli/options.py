@@ -20,6 +20,7 @@ __all__ = [
     "TaskArgument",
     "TaskOption",
     "ThreadsOption",
+    "TrustOption",
     "WorkersOption",
     "complete",
     "known_models",
@@ -66,6 +67,10 @@ _TASK: dict[str, Any] = {
 }
 TaskOption = Annotated[str, typer.Option("--task", **_TASK)]
 TaskArgument = Annotated[str, typer.Argument(**_TASK)]
+TrustOption = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Let the language model run code of its author, if it brings any."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
 RayOption = Annotated[

@@ -14,7 +14,7 @@ from rich.table import Table
 from ..checks import check_writable
 from .console import err, out, quiet, report_progress, say_json
 from .decode import FIGURES, formatted
-from .options import JsonOption, RayOption, TaskArgument, ThreadsOption, WorkersOption, workers_on
+from .options import JsonOption, RayOption, TaskArgument, ThreadsOption, TrustOption, WorkersOption, workers_on
 
 __all__ = ["train", "train_reward"]
 
@@ -34,6 +34,7 @@ def train(
     ray: RayOption = None,
     workers: WorkersOption = None,
     threads: ThreadsOption = 1,
+    trust: TrustOption = False,
 ) -> None:
     """Train a Q-function for a task by searching its training prompts, then try it on its held-out prompts.
 
@@ -48,7 +49,7 @@ def train(
     from ..errors import RewardError, TrainingDivergedError
     from ..tasks import load_task
 
-    spec = load_task(task)
+    spec = load_task(task, trust_remote_code=trust)
     folder = folder or Path("runs") / f"{spec.name}-{seed}"
     start_workers = workers_on(ray, workers, threads)
     quiet()

@@ -65,19 +65,21 @@ class PromptSet(Strict):
     @model_validator(mode="before")
     @classmethod
     def _generate(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or "generator" not in given:
+        if not isinstance(given, dict):
+            return given  # pydantic says what is wrong with it
+        if "generator" not in given:
             missing = [f"missing key 'prompts.{name}'" for name in SPLITS if name not in given]
-            if missing and isinstance(given, dict):
+            if missing:
                 raise ValueError("; ".join(missing))
             return given
         if made := {*SPLITS} & {*given}:
             raise ValueError(f"prompts are given by a generator or listed, not both: {sorted(made)}")
         name = given["generator"]
-        if name not in GENERATORS:
+        if not isinstance(name, str) or name not in GENERATORS:
             raise UnknownNameError("generator", str(name), sorted(GENERATORS))
         try:
             return {**given, **GENERATORS[name](**given.get("arguments", {}))}
-        except TypeError as error:  # an argument that is unknown, missing or of the wrong type
+        except (TypeError, AttributeError, ArithmeticError) as error:  # unknown, missing or of the wrong type
             raise ValueError(f"generator {name!r}: {error}") from error
 
     @model_validator(mode="after")

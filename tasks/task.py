@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,25 +73,64 @@ def task_names() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
 
 
-def load_task(name: str | Path) -> Task:
+def load_task(name: str | Path, *, trust_remote_code: bool = False) -> Task:
     """Read a task by name, or from the path of a YAML file.
+
+    Args:
+        name: A task's name, or a path that ends in ``.yaml`` or ``.yml``.
+        trust_remote_code: Let the language model run the Python code in its own repository. A task file cannot allow
+            this by itself: it is data, which may come from a stranger.
 
     Raises:
         UnknownNameError: There is no such task or file.
-        ConfigurationError: A key is unknown or missing, or a value has the wrong type; all are named.
+        ConfigurationError: A key is unknown or missing, a value has the wrong type, the file is not YAML, or it asks to
+            run code.
     """
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
     if not path.is_file():
         raise UnknownNameError("task", str(name), task_names(), "The path of a .yaml file works too.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"{path} is not YAML: {error}") from error
+        content = yaml.safe_load(path.read_bytes())
+    # PyYAML raises more than its own errors for values that it cannot construct, such as the month 13.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise ConfigurationError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     try:
-        return Task.model_validate({"name": path.stem, **content} if isinstance(content, dict) else content)
+        task = Task.model_validate({"name": path.stem, **content} if isinstance(content, dict) else content)
     except ValidationError as error:
         problems = "; ".join(_describe(problem) for problem in error.errors())
         raise ConfigurationError(f"task file {path}: {problems}") from error
+    except RecursionError as error:
+        raise ConfigurationError(f"task file {path}: a value contains itself") from error
+    for key in ("model", "reward"):
+        if not isinstance(task.env.get(key, ""), str):
+            raise ConfigurationError(f"task file {path}: env.{key} is a text, got {task.env[key]!r}")
+    if trust_remote_code:
+        options = {**(task.env.get("model_kwargs") or {}), "trust_remote_code": True}
+        return task.model_copy(update={"env": {**task.env, "model_kwargs": options}})
+    if asked := next(_code_runners(task.env.get("model_kwargs"), "env.model_kwargs"), None):
+        raise ConfigurationError(
+            f"task file {path}: {asked} would run code of the model's author; read that code, then allow it with "
+            "--trust-remote-code, or load_task(..., trust_remote_code=True)"
+        )
+    return task
+
+
+def _code_runners(value: Any, place: str) -> Iterator[str]:
+    """Yield the places of arguments of ``from_pretrained`` that let it run code which comes with a model."""
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return
+    for key, item in value.items():
+        here = f"{place}.{key}"
+        if (
+            (key in ("trust_remote_code", "use_kernels", "kernel_config", "pickle_module") and item)
+            or (key == "weights_only" and not item)
+            # A name with a slash is a repository of kernels.
+            or (key == "attn_implementation" and "/" in str(item))
+        ):
+            yield here
+        yield from _code_runners(item, here)
 
 
 def _describe(problem: Any) -> str:

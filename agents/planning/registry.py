@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,9 +72,16 @@ class DecoderSpec:
             heuristic: The heuristic; None for decoders that use none.
             seed: The seed, for decoders that draw.
             planner: The task's arguments of the planner. A* takes them all, other decoders on Q take ``score`` alone.
+
+        Raises:
+            UnknownNameError: ``planner`` has an argument that the planner does not know.
         """
         options: dict[str, Any] = {"seed": seed} if self.random else {}
         if heuristic is not None:
+            known = inspect.signature(AStarPlanner).parameters.keys() - {"env", "heuristic"}
+            for key in planner:
+                if key not in known:
+                    raise UnknownNameError("argument of planner", str(key), known)
             taken = planner if self.kind is AStarPlanner else {k: v for k, v in planner.items() if k == "score"}
             options |= {"heuristic": heuristic, **taken}
         return options
