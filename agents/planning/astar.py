@@ -134,7 +134,7 @@ class AStarPlanner(Decoder):
         if heuristic is None and score == "reward":
             heuristic = BoundHeuristic()
         super().__init__(env, heuristic=heuristic, scope=scope, score=score)
-        if not isinstance(search, str) or search not in SEARCHES:
+        if search not in [*SEARCHES]:  # a list, for a task file may hold what cannot be hashed
             raise UnknownNameError("search", search, SEARCHES)
         self.order = SEARCHES[search]
         default = self.order.weight if self.order else 1.0
