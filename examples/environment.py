@@ -31,7 +31,7 @@ brief = gym.make(
     max_new_tokens=8,
     top_k=4,
 )
-agent = DQN("MultiInputPolicy", brief, buffer_size=10_000, seed=0).learn(2000)
+agent = DQN("MultiInputPolicy", brief, gamma=1.0, buffer_size=10_000, seed=0).learn(2000)
 plan = AStarPlanner(brief, heuristic=QHeuristic(agent)).plan("The play was", budget=60)
 print(f"after 2,000 steps of DQN: The play was{plan.text}   (J {plan.objective:.2f})")
 

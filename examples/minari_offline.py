@@ -42,7 +42,7 @@ minari.create_dataset_from_buffers(NAME, episodes, env=env, eval_env=env, algori
 
 # From here on only the data set is needed. Q learns the better of the returns that were found beyond each edge.
 episodes = [*(dataset := minari.load_dataset(NAME))]
-agent = DQN(TokenQPolicy, dataset.recover_environment(), buffer_size=1, learning_rate=1e-3, seed=0)
+agent = DQN(TokenQPolicy, dataset.recover_environment(), gamma=1.0, buffer_size=1, learning_rate=1e-3, seed=0)
 states = {k: np.concatenate([e.observations[k][:-1] for e in episodes]) for k in agent.observation_space}
 actions = torch.tensor(np.concatenate([e.actions for e in episodes]))
 returns = torch.tensor(np.concatenate([np.cumsum(e.rewards[::-1])[::-1] for e in episodes])).float()

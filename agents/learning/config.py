@@ -9,14 +9,17 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
+import gymnasium as gym
 from pydantic import Field
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 from torch import Tensor
 
 from ...checks import check_choice, check_integer, check_keywords, check_number
+from ...envs.mdp import mdp_of
 from ...errors import ConfigurationError
 from ..search.problem import Score
 from .checkpoints import EXPERIENCE, OPTIMIZER, STATE, read_json, wrap_damage
@@ -29,6 +32,7 @@ __all__ = [
     "Regression",
     "SavedTraining",
     "TrainingState",
+    "check_env",
     "check_policy",
     "setting_names",
 ]
@@ -175,6 +179,27 @@ def check_policy(policy: Any, policy_kwargs: Mapping[str, Any]) -> None:
     known = {name for make in makers for name in inspect.signature(make).parameters}
     given = {"self", "args", "kwargs", "observation_space", "action_space", "lr_schedule"}
     check_keywords("policy_kwargs", policy_kwargs, known - given)
+
+
+def check_env(env: Any) -> None:
+    """Refuse other things than environments, other environments, and wrappers that change J.
+
+    Raises:
+        ConfigurationError: ``env`` is one of these.
+    """
+    if not isinstance(env, gym.Env | VecEnv | str):
+        got = "none" if env is None else f"a {type(env).__name__}"
+        raise ConfigurationError(
+            f"QStar needs TokenDecoding-v0 as made by gym.make, a VecEnv of stable-baselines3, or a name; got {got}: "
+            "give env=…"
+        )
+    if isinstance(env, VecEnv) and isinstance(env.unwrapped, SubprocVecEnv):
+        raise ConfigurationError(
+            "QStar searches in this process, and a SubprocVecEnv has its environments in others; give TokenDecodingVecEnv "
+            "or DummyVecEnv, and workers=… to search in other processes"
+        )
+    if not isinstance(env, str):
+        mdp_of(env)
 
 
 _Count = Annotated[int, Field(ge=0)]

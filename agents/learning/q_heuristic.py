@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from stable_baselines3 import DQN
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.vec_env import SubprocVecEnv
 
 from ...checks import check_number
 from ...envs import DecodingMDP, Prompt
+from ...envs.mdp import mdp_of
 from ...errors import CheckpointError, ConfigurationError
 from ..heuristics import BoundHeuristic, Composable, Heuristic
 from ..search.state import IntArray, Values
@@ -165,17 +170,20 @@ def as_q_function(q: Any) -> QFunction:
         return q
     if isinstance(q, (str, Path)):
         return QFunction.from_pretrained(q)
-    if callable(own := getattr(q, "q_function", None)):
-        made = own()
-        assert isinstance(made, QFunction)
+    if callable(own := getattr(q, "q_function", None)) and isinstance(made := own(), QFunction):
         return made
     network = getattr(q, "q_net", None)
     if network is None and (quantiles := getattr(q, "quantile_net", None)) is not None:
         network = QuantileMean(quantiles)
     if network is None or not _sees_tokens(q):
+        advice = ""
+        if network is not None:
+            advice = ", trained on another environment"
+        elif _is_critic(q):
+            advice = ", an actor-critic: ValueHeuristic(agent) takes it"
         raise ConfigurationError(
             "a Q-heuristic needs an agent with a Q-network trained on TokenDecoding-v0 (DQN, QR-DQN, QStar), "
-            f"a QFunction or a checkpoint; got {type(q).__name__}"
+            f"a QFunction or a checkpoint; got {type(q).__name__}{advice}"
         )
     spec = _trained_on(q)
     return QFunction(network, spec, spec.shaped, spec.candidate_dims)
@@ -189,14 +197,19 @@ def as_value_function(agent: Any) -> ValueFunction:
             ``TokenDecoding-v0`` or only on a normalised copy of it.
     """
     policy: Any = getattr(agent, "policy", None)
-    is_critic = all(callable(getattr(policy, name, None)) for name in ("predict_values", "get_distribution"))
-    if not is_critic or hasattr(policy, "lstm_actor") or not _sees_tokens(agent):
+    if not _is_critic(agent) or hasattr(policy, "lstm_actor") or not _sees_tokens(agent):
+        has_q = any(hasattr(agent, name) for name in ("q_net", "quantile_net"))
         raise ConfigurationError(
             "a value heuristic needs an actor-critic agent without recurrence, trained on TokenDecoding-v0 "
-            f"(PPO, A2C, MaskablePPO); got {type(agent).__name__}"
+            f"(PPO, A2C, MaskablePPO); got {type(agent).__name__}{', which QHeuristic(agent) takes' if has_q else ''}"
         )
     spec = _trained_on(agent)
     return ValueFunction(policy, spec, spec.shaped, spec.candidate_dims)
+
+
+def _is_critic(agent: Any) -> bool:
+    policy = getattr(agent, "policy", None)
+    return all(callable(getattr(policy, name, None)) for name in ("predict_values", "get_distribution"))
 
 
 def _sees_tokens(agent: Any) -> bool:
@@ -204,8 +217,12 @@ def _sees_tokens(agent: Any) -> bool:
 
 
 def _trained_on(agent: Any) -> QSpec:
-    """Return what an agent of stable-baselines3 was trained on, as far as it and its environment tell."""
-    if agent.get_vec_normalize_env() is not None:
+    """Return the origin of an agent of stable-baselines3, as far as it and its environment show it.
+
+    Raises:
+        ConfigurationError: Its values are in other units than J, or its observations are others.
+    """
+    if agent.get_vec_normalize_env() is not None or _saw_normalised(agent):
         raise ConfigurationError(
             "the agent was trained behind VecNormalize: its values are in other units than J, and it knows other "
             "observations; train it without (observations and rewards of TokenDecoding-v0 are of order 1 already)"
@@ -213,10 +230,57 @@ def _trained_on(agent: Any) -> QSpec:
     spaces, k = agent.observation_space.spaces, int(agent.action_space.n)
     dims = int(spaces["candidates"].shape[0]) // k
     env = agent.get_env()
-    if env is None:
-        # Loaded without its environment. By default that has shaping.
-        return QSpec(None, k, int(spaces["hidden"].shape[0]), dims, shaped=True, hidden_layers=None)
-    return QSpec.of(env.get_attr("mdp")[0], dims, bool(env.get_attr("shaping")[0]))
+    changing = (gym.RewardWrapper, gym.wrappers.NormalizeReward, gym.wrappers.NormalizeObservation)
+    if env is not None and any(wrapped for cls in changing for wrapped in env.env_is_wrapped(cls)):
+        raise ConfigurationError(
+            "a wrapper changes the rewards or observations of the agent's environment, so its values are in other "
+            "units than J, or mean other states; train it without, and change the reward model instead"
+        )
+    # An MDP cannot be fetched from another process.
+    elsewhere = env is not None and isinstance(env.unwrapped, SubprocVecEnv)
+    mdp = None if env is None or elsewhere else mdp_of(env)
+    if agent.gamma != 1 and (mdp is None or mdp.max_new_tokens > 1):
+        warnings.warn(
+            f"the agent discounts with gamma={agent.gamma:g} and J does not, so that its values differ from returns of "
+            f"J; train it with gamma=1: {type(agent).__name__}(…, gamma=1.0)",
+            UserWarning,
+            stacklevel=4,
+        )
+    # Loaded without its environment, it is taken for shaped, as environments are by default.
+    shaped = True if env is None else bool(env.get_attr("shaping")[0])
+    if mdp is None:
+        return QSpec(None, k, int(spaces["hidden"].shape[0]), dims, shaped=shaped, hidden_layers=None)
+    return QSpec.of(mdp, dims, shaped)
+
+
+def _saw_normalised(agent: Any) -> bool:
+    """Return whether an agent, loaded without its environment, shows that it was trained behind VecNormalize.
+
+    Neither VecNormalize nor a flag is in the file. Its traces are the last observation and the last unnormalised one.
+    """
+    last, original = getattr(agent, "_last_obs", None), getattr(agent, "_last_original_obs", None)
+    if not isinstance(last, dict) or not isinstance(original, dict):
+        return False
+    if not isinstance(agent, OffPolicyAlgorithm):
+        return True  # without VecNormalize, on-policy agents have no unnormalised observation
+    rows = [{key: value[i] for key, value in last.items()} for i in range(len(last["remaining"]))]
+    if not all(agent.observation_space.contains(row) for row in rows):
+        return True
+    # Without VecNormalize, off-policy agents keep the observation of the step before instead, which has more tokens
+    # left, unless the episode has ended after a single token.
+    if not all(np.array_equal(last[key], original[key]) for key in ("remaining", "action_mask")):
+        return False
+    lengths = [episode["l"] for episode in list(agent.ep_info_buffer or ())[-len(rows) :]]
+    if (last["remaining"] < 1).any() or max(lengths, default=1) > 1:
+        return True
+    if all(np.array_equal(last[key], original[key]) for key in last):
+        warnings.warn(
+            "the file does not show whether this agent was trained behind VecNormalize, which would change its units; "
+            "load it with its environment: load(path, env)",
+            UserWarning,
+            stacklevel=5,
+        )
+    return False
 
 
 def export_sb3(q: Any, path: str | Path, env: Any) -> Path:

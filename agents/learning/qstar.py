@@ -40,7 +40,16 @@ from .checkpoints import (
     restore_optimizer,
     wrap_damage,
 )
-from .config import RUNTIME, CollectConfig, QStarConfig, Regression, SavedTraining, check_policy, setting_names
+from .config import (
+    RUNTIME,
+    CollectConfig,
+    QStarConfig,
+    Regression,
+    SavedTraining,
+    check_env,
+    check_policy,
+    setting_names,
+)
 from .experience import Batch, Collected, SearchExperience, collect
 from .hub import push_folder
 from .policies import TokenQPolicy, TokenScorer
@@ -66,9 +75,8 @@ class QStar(DQN):
     Q estimates the return less the potential φ(s), as in the shaped process, whether or not the environment's own
     rewards are shaped. :class:`QHeuristic` adds φ(s) back.
 
-    The interface is that of stable-baselines3's off-policy algorithms: ``learn``, ``predict``, ``set_env``, callbacks,
-    logger, progress bar. A time step is one token processed by the language model. ``save`` and ``load`` use
-    safetensors and JSON instead of pickle.
+    The interface is that of stable-baselines3's off-policy algorithms. A time step is one token processed by the
+    language model. ``save`` and ``load`` use safetensors and JSON instead of pickle.
 
     Attributes:
         config: The settings; each is also an attribute of the agent.
@@ -112,8 +120,8 @@ class QStar(DQN):
         """
         self.config = config = QStarConfig.of(settings, config)
         check_policy(policy, config.policy_kwargs or {})
-        if env is None and _init_setup_model:
-            raise ConfigurationError(f"{type(self).__name__} needs an environment: give env=gym.make(…), or its name")
+        if env is not None or _init_setup_model:
+            check_env(env)
         self.workers = workers
         self.experience: SearchExperience | None = None
         self.rng = np.random.default_rng(config.seed)
@@ -282,22 +290,15 @@ class QStar(DQN):
         message: str = "Upload an agent",
         **description: Any,
     ) -> str:
-        """Upload the agent to the Hugging Face hub, with a model card; ``from_pretrained`` has it back.
+        """Upload the agent to the Hugging Face hub, with a model card; see :meth:`QFunction.push_to_hub`.
 
         Args:
             repository: ``"user/name"``; made if there is none.
-            training_state: See :meth:`save`; without it, what is uploaded is Q.
+            training_state: See :meth:`save`; without it, Q alone is uploaded.
             private: Whether a new repository is private; None is the account's own setting.
             token: Instead of the one that ``hf auth login`` has stored.
             message: Of the commit.
             description: See :meth:`save`; the card shows it.
-
-        Returns:
-            The repository's address.
-
-        Raises:
-            ConfigurationError: ``repository`` is no such name.
-            CheckpointError: The hub cannot be reached, or does not let us.
         """
         write = partial(self.save, training_state=training_state, **description)
         return push_folder(repository, write, private=private, token=token, message=message)
