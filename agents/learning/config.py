@@ -195,8 +195,8 @@ def check_env(env: Any) -> None:
         )
     if isinstance(env, VecEnv) and isinstance(env.unwrapped, SubprocVecEnv):
         raise ConfigurationError(
-            "QStar searches in this process, and a SubprocVecEnv has its environments in others; give TokenDecodingVecEnv "
-            "or DummyVecEnv, and workers=… to search in other processes"
+            "QStar searches in this process, and a SubprocVecEnv has its environments in others; give "
+            "TokenDecodingVecEnv or DummyVecEnv, and workers=… to search in other processes"
         )
     if not isinstance(env, str):
         mdp_of(env)
