@@ -88,6 +88,21 @@ class StopStrings:
             raise ConfigurationError(f"stop is a non-empty string or a list of them, got {stop!r}")
         self.strings = tuple(given)
 
+    def token_ids(self, model: LanguageModel) -> set[int]:
+        """Return the special tokens among the strings; such tokens have no text, and end a completion by themselves.
+
+        Raises:
+            ConfigurationError: A string contains a special token and more, and so could never appear.
+        """
+        for string in self.strings:
+            inside = next((s for s in model.special_tokens if s in string and string not in model.special_tokens), None)
+            if inside:
+                raise ConfigurationError(
+                    f"stop string {string!r} contains the special token {inside!r}, which has no text; "
+                    f"give {inside!r} by itself"
+                )
+        return {model.special_tokens[string] for string in self.strings if string in model.special_tokens}
+
     def cut(self, text: str) -> str | None:
         """Return the text before the first stop string; None where there is no stop string."""
         at = min((text.find(string) for string in self.strings if string in text), default=-1)
@@ -122,7 +137,8 @@ class Rules:
                 )
         self._rules = [constraint.bind(model) for constraint in given]
         self._model, self._stop = model, stop
-        self._eos = np.array([token for token in model.eos_token_ids if 0 <= token < model.vocab_size], dtype=np.int64)
+        ends = {*model.eos_token_ids, *stop.token_ids(model)}
+        self._ends = np.array([token for token in ends if 0 <= token < model.vocab_size], dtype=np.int64)
         self._stops = _Finder(stop.strings, model) if stop.strings else None
 
     def allowed(self, token_ids: Sequence[int]) -> BoolArray:
@@ -137,7 +153,7 @@ class Rules:
                 allowed[token] = all(
                     ok or rule.can_become(settled) for ok, rule in zip(alone, self._rules, strict=True)
                 )
-        allowed[self._eos] = self.accepts(self._model.decode(list(token_ids)), token_ids)
+        allowed[self._ends] = self.accepts(self._model.decode_continuation(list(token_ids)), token_ids)
         return allowed
 
     def accepts(self, text: str, token_ids: Sequence[int]) -> bool:
@@ -261,7 +277,7 @@ class _Banned(Rule):
         self._model, self._finder = model, _Finder(strings, model, _fold)
 
     def allowed(self, token_ids: Sequence[int]) -> BoolArray:
-        if not self.can_become(self._model.decode(list(token_ids))):
+        if not self.can_become(self._model.decode_continuation(list(token_ids))):
             return np.zeros(self._model.vocab_size, dtype=bool)
         return ~self._finder.completing(token_ids)
 
@@ -381,7 +397,7 @@ class _Finder:
 
     def completing(self, token_ids: Sequence[int]) -> BoolArray:
         """Return the tokens after which the completion contains one of the strings, bool [V]."""
-        text = self._model.decode(list(token_ids))
+        text = self._model.decode_continuation(list(token_ids))
         found = self._alone.copy()
         folded = self._fold(text)
         for before, tokens in self._completing.items():
@@ -389,12 +405,12 @@ class _Finder:
                 found[tokens] = True
         if text.endswith(_HALF):
             for token in np.flatnonzero(self._halves).tolist():
-                found[token] = self.contains(self._model.decode([*token_ids, token]))
+                found[token] = self.contains(self._model.decode_continuation([*token_ids, token]))
         return found
 
     def extending(self, token_ids: Sequence[int]) -> list[tuple[int, str]]:
         """Return the tokens after which the completion contains a string or ends in a part of one, with its text."""
-        text = self._model.decode(list(token_ids))
+        text = self._model.decode_continuation(list(token_ids))
         found, folded = self._alone | self._begins, self._fold(text)
         for tables in (self._completing, self._inside):
             for before, tokens in tables.items():
@@ -405,7 +421,7 @@ class _Finder:
             found |= self._halves
         joins = bool(token_ids) and not is_half  # a first token's text, and the rest of a character, depend on context
         return [
-            (token, text + self._texts[token] if joins else self._model.decode([*token_ids, token]))
+            (token, text + self._texts[token] if joins else self._model.decode_continuation([*token_ids, token]))
             for token in np.flatnonzero(found).tolist()
         ]
 
@@ -417,12 +433,8 @@ def _fold(text: str) -> str:
 
 @functools.lru_cache(8)
 def token_texts(model: LanguageModel) -> list[str]:
-    """Return the text that each token adds to a continuation, [V], with the leading space that it has there."""
-    lead = next((t for t in range(model.vocab_size) if model.decode([t]).isalnum()), None)
-    if lead is None:
-        return [model.decode([token]) for token in range(model.vocab_size)]
-    start = len(model.decode([lead]))
-    return [model.decode([lead, token])[start:] for token in range(model.vocab_size)]
+    """Return the text that each token adds to a continuation, [V]."""
+    return [model.decode_continuation([token]) for token in range(model.vocab_size)]
 
 
 def _strings(given: Sequence[Any]) -> list[str]:

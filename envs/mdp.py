@@ -157,6 +157,7 @@ class DecodingMDP:
             max_prefixes = max(free_memory() // 8 // self.tree.node_bytes, 1)
         self.max_prefixes = check_integer("max_prefixes", max_prefixes)
         self._eos = np.array(sorted(self.model.eos_token_ids), dtype=np.int64)
+        self._stop_tokens = np.array(sorted(self._stop.token_ids(self.model)), dtype=np.int64)
         self._encoded: dict[tuple[Any, ...], list[int]] = {}
         self._texts: dict[int, str] = {}
         self._potentials = GrowableColumns({"value": ((), np.float64)})  # per node, NaN where unknown
@@ -191,14 +192,19 @@ class DecodingMDP:
         """Return the prompt's token ids.
 
         Raises:
-            PromptError: It is empty, or the prompt and the horizon exceed the model's context.
+            PromptError: It is empty, the prompt and the horizon exceed the model's context, or an id is no token.
         """
         is_chat = not isinstance(prompt.content, str)
         key = prompt.token_ids or (is_chat, str(prompt.content), str(prompt.template))
         if key not in self._encoded:
             given = prompt.token_ids
             ids = self.model.encode(prompt.content, **prompt.template) if given is None else list(given)
-            room = self.model.context_length - self.max_new_tokens
+            size, room = self.model.vocab_size, self.model.context_length - self.max_new_tokens
+            if not all(isinstance(token, (int, np.integer)) and 0 <= token < size for token in ids):
+                raise PromptError(
+                    f"token ids of {self.model.name!r} are integers from 0 to {size - 1}, got {ids[:20]} for the "
+                    f"prompt {prompt.text[:60]!r}"
+                )
             if not 0 < len(ids) <= room:
                 raise PromptError(
                     f"the prompt {prompt.text[:60]!r} has {len(ids)} tokens; {self.model.name!r} takes "
@@ -248,13 +254,13 @@ class DecodingMDP:
             prefix, tokens = self.tree.completion_ids(int(nodes[row])), self.tree.tokens[nodes[row]].tolist()
             for action in np.flatnonzero(ends[row]).tolist():
                 ids = [*prefix, tokens[action]]
-                mask[row, action] = self._rules.accepts(self._decode(ids), ids)
+                mask[row, action] = self._rules.accepts(self._decode(ids), self._without_end(ids))
         return mask
 
     def token_text(self, token: int) -> str:
         """Return the text of one token."""
         if token not in self._token_texts:
-            self._token_texts[token] = self.model.decode([token])
+            self._token_texts[token] = self.model.decode_continuation([token])
         return self._token_texts[token]
 
     def text(self, node: int) -> str:
@@ -327,8 +333,9 @@ class DecodingMDP:
         if self.stop:
             for row, prefix in enumerate(self.tree.completions(nodes)):
                 for action, token in enumerate(tokens[row]):
-                    if self._stop.cut(self.model.decode([*prefix, int(token)])) is not None:
+                    if self._stop.cut(self.model.decode_continuation([*prefix, int(token)])) is not None:
                         kinds[row, action] = Finish.STOP
+        kinds[np.isin(tokens, self._stop_tokens)] = Finish.STOP
         kinds[np.isin(tokens, self._eos)] = Finish.EOS
         return kinds
 
@@ -387,12 +394,14 @@ class DecodingMDP:
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of a completion: no end-of-sequence token, cut off where a stop string begins."""
-        text = self.model.decode(self._without_end(token_ids))
+        text = self.model.decode_continuation(self._without_end(token_ids))
         cut = self._stop.cut(text)
         return text if cut is None else cut
 
     def _without_end(self, token_ids: Sequence[int]) -> list[int]:
-        return list(token_ids[:-1] if token_ids and token_ids[-1] in self.model.eos_token_ids else token_ids)
+        """Return a completion's tokens without the end-of-sequence or stop token."""
+        ends = bool(token_ids) and (token_ids[-1] in self.model.eos_token_ids or token_ids[-1] in self._stop_tokens)
+        return list(token_ids[:-1] if ends else token_ids)
 
 
 def mdp_of(env: Any) -> DecodingMDP:

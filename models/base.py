@@ -6,6 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 from weakref import WeakSet, WeakValueDictionary
 
@@ -105,25 +106,28 @@ class LanguageModel(ABC):
         vocab_size: Number of tokens V.
         hidden_size: Width d of the hidden state.
         context_length: Longest sequence the model takes, in tokens.
-        eos_token_ids: The tokens that end a text.
+        eos_token_ids: The tokens that end a text; ids that are not below ``vocab_size`` are ignored.
         hidden_layers: The layers whose states follow the last one's in the hidden state.
         logprob_error: Largest absolute error of a log-probability, nats, beside its rounding to float32. Bounds over
             the full vocabulary allow for it. The default covers a float32 softmax of logits up to 64 over 2^18 tokens:
             rounding the normaliser (2^-18) and summing its terms in blocks (18 · 2^-24).
         kv_token_bytes: Bytes of keys and values per token over all layers; None where none are kept, or not yet known.
+        special_tokens: By text, the tokens that :meth:`decode` leaves out.
         lock: Held by everything that grows, reads or evicts a token tree of this model; threads take turns with it.
     """
 
     # In slots, so that they are no part of a subclass's state, which may be pickled.
-    __slots__ = ("__weakref__", "_engines", "lock")
+    __slots__ = ("__weakref__", "_engines", "_lead", "lock")
 
     lock: AbstractContextManager[Any]
     _engines: WeakValueDictionary[int | None, Engine]
+    _lead: tuple[list[int], str]
 
     name: str
     hidden_layers: tuple[int, ...] = ()
     logprob_error: float = 1e-5
     kv_token_bytes: int | None = None
+    special_tokens: Mapping[str, int] = MappingProxyType({})
     vocab_size: int
     hidden_size: int
     context_length: int
@@ -148,6 +152,18 @@ class LanguageModel(ABC):
     @abstractmethod
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of ``token_ids``, special tokens left out."""
+
+    def decode_continuation(self, token_ids: Sequence[int]) -> str:
+        """Return the text that ``token_ids`` add to a text before them.
+
+        Tokenizers such as Llama 2's mark the beginnings of words and drop the first space of a text. Within a text that
+        space counts, so the tokens are decoded after a word here.
+        """
+        if not hasattr(self, "_lead"):
+            self._lead = _find_lead(self)
+        lead, text = self._lead
+        whole = self.decode([*lead, *token_ids])
+        return whole[len(text) :] if whole.startswith(text) else self.decode(token_ids)
 
     @abstractmethod
     def forward(self, sequences: Sequence[Sequence[int]]) -> tuple[FloatArray, FloatArray]:
@@ -195,6 +211,19 @@ class LanguageModel(ABC):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return the model itself; models are shared, never copied."""
         return self
+
+
+def _find_lead(model: LanguageModel) -> tuple[list[int], str]:
+    """Return a token whose text stays as it is when others follow, and that text; without any, no token."""
+    found: tuple[list[int], str] = ([], "")
+    for token in range(model.vocab_size):
+        text = "" if token in model.eos_token_ids else model.decode([token])
+        # Letters and digits are not joined to what follows. Tokens of single bytes may be, so longer ones are better.
+        if text.isascii() and text.isalnum() and model.decode([token, token]).startswith(text):
+            if len(text) > 1:
+                return [token], text
+            found = found if found[0] else ([token], text)
+    return found
 
 
 class PrefixEngine:

@@ -102,6 +102,10 @@ class TabularLM(LanguageModel):
         """See :meth:`LanguageModel.decode`."""
         return "".join(self.vocabulary[t] for t in token_ids if t not in self.eos_token_ids)
 
+    def decode_continuation(self, token_ids: Sequence[int]) -> str:
+        """See :meth:`LanguageModel.decode_continuation`; entries of the vocabulary are joined as they are."""
+        return self.decode(token_ids)
+
     def forward(self, sequences: Sequence[Sequence[int]]) -> tuple[FloatArray, FloatArray]:
         """See :meth:`LanguageModel.forward`."""
         rows = []

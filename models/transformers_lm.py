@@ -69,7 +69,7 @@ class TransformersLM(LanguageModel):
         self.hidden_layers = tuple(hidden_layers)
         self.hidden_size += len(hidden_layers) * int(config.hidden_size)
         self.context_length = int(getattr(config, "max_position_embeddings", None) or 1_000_000)
-        self.eos_token_ids = _end_tokens(model, tokenizer)
+        self.eos_token_ids = _end_tokens(model, tokenizer, self.vocab_size)
         self.packed_weights = _packed_weights(model, prepack)
         self._tree_mask_is_exact: bool | None = None
         # How another process loads the same model, where the registry has loaded this one.
@@ -88,10 +88,11 @@ class TransformersLM(LanguageModel):
         """See :meth:`LanguageModel.encode`.
 
         Raises:
-            PromptError: The tokenizer has no chat template, or the template refuses the chat.
+            PromptError: The tokenizer has no chat template, the template refuses the chat, or a part of the prompt has no
+                token.
         """
         if isinstance(prompt, str):
-            return [int(t) for t in self.tokenizer(prompt)["input_ids"]]
+            return self._encode_text(prompt)
         if not getattr(self.tokenizer, "chat_template", None):
             raise PromptError(f"model {self.name!r} has no chat template; give the prompt as a plain string")
         messages = [dict(message) for message in prompt]
@@ -104,12 +105,46 @@ class TransformersLM(LanguageModel):
             raise PromptError(
                 f"the chat template of {self.name!r} refuses a chat of the roles {roles}: {first_line(error)}"
             ) from error
-        return [int(t) for t in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        return self._token_ids(str(text), add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """See :meth:`LanguageModel.decode`."""
+        """See :meth:`LanguageModel.decode`. Ids of the model without a token of the tokenizer have no text.
+
+        Raises:
+            ConfigurationError: An id is none of the model's.
+        """
+        ids = [int(token) for token in token_ids]
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise ConfigurationError(f"token ids of {self.name!r} are from 0 to {self.vocab_size - 1}, got {ids[:20]}")
+        if not self.tokenizer.is_fast:  # such a tokenizer fails on ids without a token
+            ids = [i for i in ids if self.tokenizer.convert_ids_to_tokens(i) is not None]
         # Clean-up would make the text of a prefix differ from the beginning of the text of its continuation.
-        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    @property
+    def special_tokens(self) -> dict[str, int]:  # type: ignore[override]
+        """By text, the tokens that :meth:`decode` leaves out."""
+        tokens = {str(t.content): int(i) for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
+        tokens.update(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True))
+        return {text: token for text, token in tokens.items() if 0 <= token < self.vocab_size}
+
+    def _encode_text(self, text: str) -> list[int]:
+        """Return the ids of a plain text, with the special tokens that the tokenizer puts before it, none after it."""
+        ids, plain = self._token_ids(text), self._token_ids(text, add_special_tokens=False)
+        if not ids or not text:
+            letter = self._token_ids("a", add_special_tokens=False) if ids else []
+            return self._encode_text("a")[: -len(letter)] if letter else ids
+        if plain and plain[0] == self.tokenizer.bos_token_id:
+            return plain  # a text from a chat template begins with that token
+        # An end-of-sequence token after the text would end what is to be continued.
+        starts = (i for i in range(len(ids) - len(plain) + 1) if ids[i : i + len(plain)] == plain)
+        return ids[: next(starts, len(ids)) + len(plain)]
+
+    def _token_ids(self, text: str, **options: Any) -> list[int]:
+        ids = list(self.tokenizer(text, **options)["input_ids"])
+        if any(token is None for token in ids):
+            raise PromptError(f"the tokenizer of {self.name!r} has no tokens for all of the prompt {text[:60]!r}")
+        return [int(token) for token in ids]
 
     def forward(self, sequences: Sequence[Sequence[int]]) -> tuple[FloatArray, FloatArray]:
         """See :meth:`LanguageModel.forward`. One sequence at a time: no padding, whatever the architecture."""
@@ -212,15 +247,18 @@ def _packed_weights(model: PreTrainedModel, prepack: bool | str) -> PackedWeight
     return PackedWeights(model, free_memory() / 8 if prepack == "auto" else float("inf"))
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Collect every token that ends a text, as the model's configuration and its tokenizer tell them."""
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> frozenset[int]:
+    """Collect every token that ends a text, by the model's configurations and its tokenizer.
+
+    Ids outside of the model's vocabulary, such as -1 for none, are ignored: the model cannot write them.
+    """
     ids: set[int] = set()
     for source in (model.generation_config, model.config.get_text_config(), tokenizer):
         value = getattr(source, "eos_token_id", None)
         ids.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
     # Chat models name their turn's end as EOS; the pre-training end-of-text token still ends a plain text.
     ids.update(i for t, i in tokenizer.get_added_vocab().items() if t in ("<|endoftext|>", "<|end_of_text|>", "</s>"))
-    return frozenset(int(i) for i in ids)
+    return frozenset(int(i) for i in ids if 0 <= int(i) < vocab_size)
 
 
 _LOADED: dict[tuple[str, ...], TransformersLM] = {}
