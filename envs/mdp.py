@@ -200,7 +200,7 @@ class DecodingMDP:
             given = prompt.token_ids
             ids = self.model.encode(prompt.content, **prompt.template) if given is None else list(given)
             size, room = self.model.vocab_size, self.model.context_length - self.max_new_tokens
-            if not all(isinstance(token, (int, np.integer)) and 0 <= token < size for token in ids):
+            if not {*map(type, ids)} <= {int, np.int64, np.int32} or not all(0 <= token < size for token in ids):
                 raise PromptError(
                     f"token ids of {self.model.name!r} are integers from 0 to {size - 1}, got {ids[:20]} for the "
                     f"prompt {prompt.text[:60]!r}"
