@@ -88,7 +88,7 @@ class TransformersLM(LanguageModel):
         """See :meth:`LanguageModel.encode`.
 
         Raises:
-            PromptError: The tokenizer has no chat template, the template refuses the chat, or a part of the prompt is no
+            PromptError: The tokenizer has no chat template, the template refuses the chat, or a part of it is no
                 token.
         """
         if isinstance(prompt, str):
