@@ -203,7 +203,7 @@ class OracleHeuristic(Composable):
     def back_up(self, mdp: DecodingMDP, values: Values) -> float:
         """Return what a state is worth whose edges are worth ``values`` [legal actions]."""
         del mdp
-        return float(values.max())
+        return float(values.max(initial=-np.inf))  # a constraint may leave nothing to write
 
     def _look_below(self, mdp: DecodingMDP, prompt: Prompt, node: int, known: dict[tuple[int, ...], Values]) -> Values:
         if len(known) >= self.limit:
@@ -242,7 +242,7 @@ class SoftValueHeuristic(OracleHeuristic):
 
     def back_up(self, mdp: DecodingMDP, values: Values) -> float:
         """Return α · log Σ exp(values / α)."""
-        best = float(values.max())
+        best = float(values.max(initial=-np.inf))
         if not mdp.logprob_weight or not np.isfinite(best):
             return best
         total = np.exp((values - best) / mdp.logprob_weight).sum()
