@@ -158,8 +158,10 @@ class LookAheadHeuristic(Composable):
         here = mdp.tree.expand(nodes[row], action)
         np.add.at(self.lm_tokens, row, 1)
         for _ in range(self.length - 1):
-            favourite = mdp.action_mask(here).argmax(axis=1)  # the likeliest that may be taken
-            moving = np.flatnonzero(mdp.finishes(here)[np.arange(len(here)), favourite] == Finish.NO)
+            legal = mdp.action_mask(here)
+            favourite = legal.argmax(axis=1)  # the likeliest that may be taken
+            goes_on = mdp.finishes(here)[np.arange(len(here)), favourite] == Finish.NO
+            moving = np.flatnonzero(goes_on & legal.any(axis=1))
             if not len(moving):
                 break
             here[moving] = mdp.tree.expand(here[moving], favourite[moving])

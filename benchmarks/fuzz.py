@@ -167,38 +167,48 @@ def draw_reward(rng, vocabulary):
     return as_reward(hashed(int(rng.integers(99)), 0.0), lower=0, upper=1)
 
 
-def enumerate_texts(lm, options, holds, prompt, everything):
-    """Return J and text of every completion, by token ids, straight from the definition."""
+def enumerate_texts(lm, options, holds, prompt):
+    """Return J, text and whether it lies in the top-k tree, of every completion, straight from the definition.
+
+    Texts of probability 0 are no completions.
+    """
     eos, weight, horizon = lm.eos_token_ids, options["logprob_weight"], options["max_new_tokens"]
     stop, start = options["stop"], lm.encode(prompt)
-    found = {}
+    found, ranked_after = {}, {}
 
-    def visit(ids, logprob):
-        logprobs = lm.forward([[*start, *ids]])[1][0]
-        ranked, mass = np.argsort(-logprobs, kind="stable"), 0.0
-        for rank, token in enumerate(ranked.tolist()):
-            p = float(np.exp(logprobs[token]))
-            likely = options["top_p"] == 1 or np.float32(mass) < options["top_p"] or rank == 0
-            inside = rank < options["top_k"] and likely and p > 0
-            mass += p
-            if not (inside or everything):
-                continue
-            after, total = (*ids, token), logprob + max(float(logprobs[token]), -1e6)
+    def ranked(ids):
+        context = tuple([*start, *ids][-2:])  # no model here looks further back
+        if context not in ranked_after:
+            logprobs = lm.forward([[*start, *ids]])[1][0]
+            order = np.argsort(-logprobs, kind="stable")
+            mass = np.cumsum(np.exp(logprobs[order])) - np.exp(logprobs[order])
+            likely = (mass < options["top_p"]) | (options["top_p"] == 1)
+            inside = (np.arange(len(order)) < options["top_k"]) & (likely | (np.arange(len(order)) == 0))
+            ranked_after[context] = [
+                (token, float(logprobs[token]), bool(is_inside))
+                for token, is_inside in zip(order.tolist(), inside, strict=True)
+                if logprobs[token] > -np.inf
+            ]
+        return ranked_after[context]
+
+    def visit(ids, total, all_inside):
+        for token, logprob, inside in ranked(ids):
+            after = (*ids, token)
             text = lm.decode(list(after))
             cut = text.find(stop) if stop and stop in text else -1
             if token in eos or cut >= 0 or len(after) == horizon:
                 kept = text if token in eos or cut < 0 else text[:cut]
-                written = after[:-1] if token in eos else after
-                if holds(kept, written):
-                    found[after] = (total, kept)
+                if holds(kept, after[:-1] if token in eos else after):
+                    found[after] = (total + logprob, kept, all_inside and inside)
             else:
-                visit(after, total)
+                visit(after, total + logprob, all_inside and inside)
 
-    visit((), 0.0)
-    texts = [text for _, text in found.values()]
+    visit((), 0.0, True)
+    texts = [text for _, text, _ in found.values()]
     rewards = options["reward"]([prompt] * len(texts), texts) if texts else []
     return {
-        ids: (weight * total + float(r), text) for (ids, (total, text)), r in zip(found.items(), rewards, strict=True)
+        ids: (weight * total + float(r), text, inside)
+        for (ids, (total, text, inside)), r in zip(found.items(), rewards, strict=True)
     }
 
 
@@ -299,8 +309,12 @@ def try_case(seed):
         except ConfigurationError:  # tokens that cannot follow a regular expression
             facts["refused"] += 1
             return facts, faults
-        everything = enumerate_texts(lm, options, holds, prompt, everything=True)
-        inside = enumerate_texts(lm, options, holds, prompt, everything=False)
+        everything = {}
+        inside = {}
+        for ids, (objective, text, is_inside) in enumerate_texts(lm, options, holds, prompt).items():
+            everything[ids] = objective, text
+            if is_inside:
+                inside[ids] = objective, text
         for _ in range(2):  # two searches on one tree
             decoder, name, chosen = draw_decoder(rng, mdp)
             budget = draw_budget(rng)

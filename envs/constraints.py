@@ -346,10 +346,23 @@ def _compile(pattern: str, tokens: Mapping[Any, list[int]], size: int) -> Any:
 
     outlines-core drops every edge from an accepting state to one that does not accept: of ``a(ba)*`` it only knows
     "a". An end mark, which each text is followed by, leaves no accepting state but the last. ``$`` is an end mark too,
-    so that a text ends with one mark or with two: the tokens ``size + 1`` and ``size + 2``.
+    so that a text ends with one mark or with two: the tokens ``size + 1`` and ``size + 2``. Whatever could match any
+    character is kept from matching a mark.
     """
     outlines = _outlines()
-    marked = re.sub(r"\\z|\\.|\[(?:\\.|[^\]\\])+\]|\$", lambda m: _END if m[0] in ("$", r"\z") else m[0], pattern)
+    dot = "[^%s]" % (_END if re.search(r"\(\?[a-zA-Z]*s", pattern) else f"\n{_END}")
+
+    def mark(found: re.Match[str]) -> str:
+        part = found[0]
+        if part in ("$", r"\z"):
+            return _END
+        if part == ".":
+            return dot
+        takes_most = part.startswith("[^") or re.search(r"\\[DSWP]", part)
+        return f"[{part}&&[^{_END}]]" if takes_most else part
+
+    parts = r"\\z|\\[pP]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])+\]|\$|\."
+    marked = re.sub(parts, mark, pattern, flags=re.DOTALL)
     ends = {(_END * count).encode(): [size + count] for count in (1, 2)}
     by_bytes = {text if isinstance(text, bytes) else text.encode(): ids for text, ids in tokens.items()}
     return outlines.Index(f"(?:{marked}){_END}", outlines.Vocabulary(size, {**by_bytes, **ends}))

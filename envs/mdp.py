@@ -306,9 +306,15 @@ class DecodingMDP:
         """Return r_max(s), an upper bound of the reward of every completion of each state, float64 [n]."""
         if not self.reward.has_prefix_bounds:
             return np.full(len(nodes), self.reward.upper)
-        ids, texts = self.tree.completions(nodes), [self._stop.settled(text) for text in self.texts(nodes)]
-        remaining = self.remaining(nodes).tolist()
-        return self.reward.upper_bound([p.text for p in prompts], texts, remaining, ids, **columns_of(prompts))
+        ids, texts = self.tree.completions(nodes), self.texts(nodes)
+        settled, remaining = [self._stop.settled(text) for text in texts], self.remaining(nodes).tolist()
+        for i, (text, kept) in enumerate(zip(texts, settled, strict=True)):
+            written = len(ids[i])
+            # Tokens whose text may still be cut off, or stay, count as tokens to come.
+            while text != kept and written and len(self._decode(ids[i][:written])) > len(kept):
+                written -= 1
+                remaining[i] += 1
+        return self.reward.upper_bound([p.text for p in prompts], settled, remaining, ids, **columns_of(prompts))
 
     def check_can_continue(self, nodes: IntArray) -> None:
         """Check that each of ``n`` states has a legal action.

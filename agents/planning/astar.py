@@ -229,7 +229,7 @@ def prune(search: Search, edges: Edges, margin: float) -> Edges:
     """
     is_open = search.status[edges] == Status.OPEN
     can_win = search.bound[edges] > search.pruning_threshold
-    may_win = search.f[edges] >= search.nth_best - margin  # all of them once the margin is infinite
+    may_win = (search.f[edges] >= search.nth_best - margin) | math.isinf(margin)
     ends = search.finish[edges] != Finish.NO
     keep = is_open & can_win & (may_win | ends)
     return Edges(edges.rows[keep], edges.actions[keep])

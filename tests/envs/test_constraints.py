@@ -8,6 +8,7 @@ import re
 import gymnasium as gym
 import numpy as np
 import pytest
+import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -174,3 +175,13 @@ def test_the_tree_under_a_mask_is_that_of_an_uncached_forward(lm):
 def test_what_is_no_constraint_is_refused(make, message):
     with pytest.raises(ConfigurationError, match=message):
         make()
+
+
+@pytest.mark.parametrize("pattern", ["[^b]+", r"\S+", r"\W+|\D", "(?s).+", ".{1,2}", "[^\\x03b]+", r"[\D]+", "(?s).+$"])
+def test_a_pattern_that_takes_most_characters_does_not_take_the_end_for_one(pattern):
+    lm = TabularLM([0.4, 0.3, 0.2, 0.1], vocabulary=["a", "b", "\n", ""])
+    reward = as_reward(lambda prompt, text: 1.0 - len(text) / 4, lower=0, upper=1)  # the empty text would be best
+    mdp = DecodingMDP(lm, reward=reward, top_k=4, max_new_tokens=3, constraint=RegexConstraint(pattern))
+    plan = AStarPlanner(mdp, n=99).plan("a")
+    assert plan.completions
+    assert all(regex.fullmatch(pattern, completion.text) for completion in plan.completions)

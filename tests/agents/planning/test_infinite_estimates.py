@@ -55,3 +55,9 @@ def test_q_alone_may_be_infinite(value):
     assert len(plan.best(2, diversity=0.3)) == 2
     assert len(plan.sample(3, temperature=0.1, seed=0)) == 3
     plan.tree.to_json()
+
+
+def test_an_infinite_incumbent_ends_no_search_in_a_loop():
+    mdp = DecodingMDP(LM, reward=REWARD, top_k=4, max_new_tokens=3)
+    plan = AStarPlanner(mdp, heuristic=alternating, score="q").plan("a")
+    assert plan.stop_reason == "exhausted"
