@@ -40,6 +40,8 @@ __all__ = [
 # Arguments of the constructor beside the settings.
 RUNTIME = {"policy", "env", "config", "workers", "tensorboard_log", "verbose", "device", "_init_setup_model"}
 
+_MOST = 2**31 - 1
+
 Regression = Literal["expectile", "quantile"]
 
 
@@ -71,8 +73,8 @@ class CollectConfig:
     epsilon: float = 0.2
 
     def __post_init__(self) -> None:
-        check_integer("tokens_per_search", self.tokens_per_search)
-        check_integer("width", self.width)
+        check_integer("tokens_per_search", self.tokens_per_search, high=_MOST)
+        check_integer("width", self.width, high=_MOST)
         check_choice("score", self.score, get_args(Score))
         if self.margin != math.inf:
             check_number("margin", self.margin, low=0)
@@ -119,10 +121,11 @@ class QStarConfig(CollectConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("batch_size", "gradient_steps", "searches_per_round", "buffer_bytes"):
-            check_integer(name, getattr(self, name))
-        for name in ("estimate_weight", "priority"):
-            check_number(name, getattr(self, name), low=0)
+        for name in ("batch_size", "gradient_steps", "searches_per_round"):
+            check_integer(name, getattr(self, name), high=_MOST)
+        check_integer("buffer_bytes", self.buffer_bytes, high=2**62)
+        for name, most in {"estimate_weight": math.inf, "priority": 10.0}.items():
+            check_number(name, getattr(self, name), low=0, high=most)
         check_choice("regression", self.regression, get_args(Regression))
         if not 0 < check_number("optimism", self.optimism, low=0, high=1) < 1:
             raise ConfigurationError(f"optimism is above 0 and below 1, got {self.optimism!r}")
@@ -202,7 +205,7 @@ def check_env(env: Any) -> None:
         mdp_of(env)
 
 
-_Count = Annotated[int, Field(ge=0)]
+_Count = Annotated[int, Field(ge=0, lt=2**62)]
 
 
 @dataclass(frozen=True)
@@ -216,8 +219,8 @@ class TrainingState:
     episodes: _Count
     position: _Count
     queue: list[_Count]
-    optimizer_steps: dict[str, float]
-    numpy_rng: dict[str, Any]
+    optimizer_steps: dict[str, Annotated[float, Field(ge=1, lt=2**62)]]
+    numpy_rng: dict[str, int | str | dict[str, int]]
     torch_rng: list[Annotated[int, Field(ge=0, le=255)]]
 
 
