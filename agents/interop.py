@@ -176,8 +176,8 @@ def _is_a_pipelines(asked: Any) -> bool:
     """Tell whether the settings of sampling are those that a text-generation pipeline fills in by itself."""
     from transformers import TextGenerationPipeline
 
-    defaults = TextGenerationPipeline._default_generation_config
-    return defaults is not None and all(
+    defaults: Any = TextGenerationPipeline._default_generation_config
+    return all(
         getattr(asked, name) == value
         for name, value in defaults.to_diff_dict().items()
         if name == "do_sample" or name in _OF_SAMPLING
