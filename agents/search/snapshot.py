@@ -1,4 +1,4 @@
-"""What a search saw, as plain arrays that outlive the search, and ways to look at it: JSON, DOT, networkx, HTML."""
+"""Snapshot of a search: plain arrays that outlive it, shown as JSON, DOT, networkx or HTML."""
 
 from __future__ import annotations
 
