@@ -11,6 +11,7 @@ from ..errors import ConfigurationError
 from .base import Reward
 from .checking import passable
 from .functions import FunctionReward, as_reward
+from .library.reasoning import gym_score
 from .registry import required_parameters
 from .types import Column, FunctionOptions, Texts, TokenIds
 
@@ -174,7 +175,7 @@ def from_reasoning_gym(dataset: Any, **options: Unpack[FunctionOptions]) -> Rewa
 
     def score(completions: Texts, entry: Column) -> Any:
         return [
-            None if item is None else float(scorer(completion.strip(), item))
+            None if item is None else gym_score(scorer, completion, item)
             for completion, item in zip(completions, entry, strict=True)
         ]
 

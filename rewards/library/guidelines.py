@@ -6,7 +6,7 @@ import functools
 import json
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Unpack
 
 import regex
@@ -249,8 +249,14 @@ class MatchesJSON(Reward):
 
     def _accepts(self, text: str) -> bool:
         try:
-            return bool(_validator(self._schema).is_valid(json.loads(text)))
-        except (ValueError, RecursionError):  # of 20,000 opening brackets
+            return bool(_validator(self._schema).is_valid(json.loads(text, parse_constant=_no_json)))
+        except TimeoutError:
+            raise RewardError(
+                f"reward {self.name!r} took more than {_SCORING_SECONDS:g} s over a pattern of its schema with "
+                f"{shown(text)}: it backtracks. Simplify the pattern (no repetition within a repetition), or let "
+                "on_error='skip' or 'penalty' deal with such texts."
+            ) from None
+        except (ValueError, RecursionError, ArithmeticError):  # 20,000 opening brackets; 1e999 as a multiple of 0.1
             return False
 
 
@@ -324,6 +330,10 @@ class Pangram(Reward):
     score_prefixes = score
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
 def _is_word(value: Any) -> bool:
     return isinstance(value, str) and _WORD.fullmatch(value) is not None
 
@@ -334,17 +344,45 @@ def _validator(schema: str) -> Any:
     jsonschema = library("jsonschema", "jsonschema", "matches_json")
     try:
         content = json.loads(schema)
-        validator = jsonschema.validators.validator_for(content)
-        validator.check_schema(content)
-    except (ValueError, TypeError, AttributeError, jsonschema.SchemaError) as error:
-        raise ConfigurationError(f"this is no JSON Schema: {str(error).splitlines()[0]}; got {schema}") from error
-    return validator(content)
+        cls = jsonschema.validators.validator_for(content)
+        cls.check_schema(content)
+        # Patterns of a schema are matched by regex, which has a time limit.
+        limited = {"pattern": _pattern, "patternProperties": _pattern_properties}
+        return jsonschema.validators.extend(cls, limited)(content)
+    except (ValueError, TypeError, AttributeError, RecursionError, jsonschema.SchemaError) as error:
+        raise ConfigurationError(f"this is no JSON Schema: {first_line(error)}; got {shown(schema)}") from error
+
+
+def _pattern(validator: Any, pattern: str, instance: Any, schema: Any) -> Iterator[Any]:
+    if validator.is_type(instance, "string") and not _found(pattern, instance):
+        yield library("jsonschema", "jsonschema", "matches_json").ValidationError("no match")
+
+
+def _pattern_properties(validator: Any, patterns: dict[str, Any], instance: Any, schema: Any) -> Iterator[Any]:
+    if validator.is_type(instance, "object"):
+        for pattern, subschema in patterns.items():
+            for name, value in instance.items():
+                if _found(pattern, name):
+                    yield from validator.descend(value, subschema, path=name, schema_path=pattern)
+
+
+def _found(pattern: str, text: str) -> bool:
+    return bool(regex.search(pattern, text, timeout=_SCORING_SECONDS))
+
+
+def _no_json(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _coverage(text: str, keywords: Any) -> float | None:
     if keywords is None:
         return None
-    if isinstance(keywords, str) or not isinstance(keywords, Sequence) or not keywords:
+    if (
+        isinstance(keywords, str)
+        or not isinstance(keywords, Sequence)
+        or not keywords
+        or not all(map(_is_text, keywords))
+    ):
         raise ConfigurationError(f"the column 'keywords' holds a list of words for each prompt, got {keywords!r}")
     words = [_bases(word) for word in _words(text)]
     return sum(_covers(words, [lemma_of(word) for word in _words(keyword)]) for keyword in keywords) / len(keywords)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import logging
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Unpack
 
 from ...errors import ConfigurationError
+from ...processes import Limited, TimeLimitError
 from ..base import Reward
+from ..checking import shown
 from ..types import Bounds, Column, Counts, RewardOptions, Scores, Texts, TokenIds
 from .guidelines import MatchesRegex
 from .helpers import column_of, library
@@ -74,6 +77,9 @@ class NumericAnswer(_Verified):
 
     math-verify (Kydlíček 2025) finds the answer in the text and compares: "so it is \\(\\frac{1}{2}\\)" and 0.5 are
     equal. The last expression in the text counts as its answer. There is no potential.
+
+    The comparison runs in another process, one for each thread that asks. A text whose mathematics takes more than 2 s,
+    such as a tower of powers, has 0.
     """
 
     name, example = "numeric_answer", "{'prompt': 'A half of 3 is', 'answer': '1.5'}"
@@ -85,15 +91,26 @@ class NumericAnswer(_Verified):
             ConfigurationError: The library math-verify is not installed.
         """
         super().__init__(**options)
-        _math("1")
+        _compare("1", "1")
 
     def verify(self, completion: str, wanted: Any) -> float:
         """Return 1 for the right answer, 0 for a wrong one.
 
         Raises:
-            ConfigurationError: The answer is no mathematics.
+            ConfigurationError: The answer is no mathematics, or takes too long itself.
         """
-        return float(_equal(str(wanted), completion))
+        try:
+            return float(_compare(str(wanted), completion))
+        except TimeLimitError:
+            pass
+        try:
+            _compare(str(wanted), "1")
+        except TimeLimitError:
+            raise ConfigurationError(
+                f"the column 'answer' holds {shown(str(wanted))}, which math-verify does not evaluate within "
+                f"{_SECONDS:g} s; give its value"
+            ) from None
+        return 0.0
 
 
 class AnswerFormat(MatchesRegex):
@@ -114,11 +131,14 @@ class AnswerFormat(MatchesRegex):
 
 
 class ReasoningGym(_Verified):
-    """What a data set of reasoning-gym says of the answer, 0 to 1, by the column ``entry``.
+    """The score, 0 to 1, that a data set of reasoning-gym gives the answer, by the column ``entry``.
 
-    Stojanovski et al. 2025, "Reasoning Gym". An entry is what its data sets yield, with ``metadata.source_dataset``, so
+    Stojanovski et al. 2025, "Reasoning Gym". An entry is an item of its data sets, with ``metadata.source_dataset``, so
     that prompts of many data sets can be mixed; for a data set object of your own there is
     :func:`~qstar_decoding.rewards.adapters.from_reasoning_gym`. There is no potential.
+
+    The library's own data sets score in another process, one for each thread that asks. An answer that takes more than
+    2 s has 0. Data sets that you registered yourself score in this process, without a limit.
     """
 
     name, column, example = "reasoning_gym", "entry", "{'prompt': entry['question'], 'entry': entry}"
@@ -138,7 +158,7 @@ class ReasoningGym(_Verified):
         Raises:
             ConfigurationError: The entry is of no data set that there is.
         """
-        return float(_scorer(_source(wanted))(completion.strip(), wanted))
+        return gym_score(_scorer(_source(wanted)), completion, wanted)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,18 +198,44 @@ def _scorer(name: str) -> Callable[..., float]:
     return scorer
 
 
+def gym_score(scorer: Callable[..., float], completion: str, entry: Any) -> float:
+    """Return a data set's score of an answer.
+
+    A scorer of reasoning-gym itself works in another process, where an answer that takes more than 2 s has 0. Any
+    other, such as one of a data set of your own, works in this process, without a limit.
+    """
+    owner = getattr(scorer, "__self__", scorer)
+    if str(getattr(owner, "__module__", "")).partition(".")[0] != "reasoning_gym":
+        return float(scorer(completion.strip(), entry))
+    try:
+        return float(_gym_score(scorer, completion.strip(), entry))
+    except TimeLimitError:
+        return 0.0
+
+
+def _called(scorer: Callable[..., float], answer: str, entry: Any) -> float:
+    return float(scorer(answer, entry))
+
+
 @functools.lru_cache(1 << 14)
 def _math(text: str) -> Any:
     """Return the mathematics that a text ends in; empty if there is none."""
     parse = library("math_verify", "math-verify", "numeric_answer").parse
-    # Its own time limits are signals, which only a main thread can have; PooledReward has one for any reward.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that there is no time limit of its own
+    # Its own time limits are signals, which end no C code and which only a main thread can have.
     return tuple(parse(text, parsing_timeout=None))
 
 
 def _equal(answer: str, completion: str) -> bool:
-    from math_verify import verify
-
     gold = _math(answer)
     if not gold:
         raise ConfigurationError(f"the column 'answer' holds {answer!r}, in which math-verify finds no mathematics")
+    from math_verify import verify
+
     return bool(verify(list(gold), list(_math(completion)), timeout_seconds=None))
+
+
+# Model text may hold any amount of work, such as 10^10^10: in a process that can be killed.
+_SECONDS = 2.0
+_compare = Limited(_equal, seconds=_SECONDS, prepare=(_equal, "1", "1"))
+_gym_score = Limited(_called, seconds=_SECONDS, prepare=(gym_module,))
