@@ -23,9 +23,9 @@ from .distributed.jobs import Workers
 from .evaluation.diagnostics import Diagnostics
 from .evaluation.outcomes import evaluate, mean_figures
 from .learning.checkpoints import find_checkpoint
-from .learning.config import RUNTIME, QStarConfig
+from .learning.config import QStarConfig
 from .learning.experience import Searcher
-from .learning.q_function import QFunction
+from .learning.q_function import load_q_function
 from .learning.q_heuristic import QHeuristic
 from .learning.qstar import QStar
 from .planning.astar import AStarPlanner
@@ -35,9 +35,9 @@ from .planning.sampling import SamplingDecoder
 
 __all__ = ["TrainingResult", "held_out_figures", "train_task"]
 
-# Called with what is being done, how much of it is done, and how much there is in all (None: not known).
+# Called with a few words on the work, the amount done, and the total (None: not known).
 Progress = Callable[[str, int, "int | None"], object]
-# Starts workers that hold what the given function makes, e.g. ``partial(RayWorkers, "local")``.
+# Starts workers whose objects the given function makes, e.g. ``partial(RayWorkers, "local")``.
 WorkersFactory = Callable[[Callable[[], Searcher]], contextlib.AbstractContextManager[Workers]]
 Figures = dict[str, dict[str, float]]
 
@@ -48,7 +48,7 @@ class TrainingResult:
 
     Attributes:
         agent: The trained agent, with its environment.
-        folder: Where ``checkpoint`` (to resume), ``q`` (the Q-function alone), ``tensorboard`` and the diagnostics are.
+        folder: Folder of ``checkpoint`` (to resume), ``q`` (the Q-function alone), ``tensorboard``, the diagnostics.
         command: The command that repeats the training.
         seed: The seed.
         minutes: Duration, the runs that were resumed included, the held-out prompts not.
@@ -86,7 +86,7 @@ def train_task(
 
     Args:
         task: A task, its name, or the path of a YAML file.
-        folder: Where to write; ``runs/TASK-SEED`` by default.
+        folder: The folder to write into; ``runs/TASK-SEED`` by default.
         resume: Continue from the checkpoint in ``folder``.
         steps: LM tokens to train for, resumed runs included; the task's by default.
         seed: Of network, prompts and exploration.
@@ -95,7 +95,7 @@ def train_task(
         workers: Starts the processes that search, e.g. ``partial(RayWorkers, "local", count=4)``; None searches here.
         verbose: 1 prints the training's figures.
         command: The command that the checkpoint reports as its origin; ``qstar train …`` by default.
-        progress: Called with what is being done (a few words), how much is done, and the total (None: not known).
+        progress: Called with a few words on the work, the amount done, and the total (None: not known).
 
     Returns:
         The agent and its figures.
@@ -110,7 +110,8 @@ def train_task(
     """
     spec = task if isinstance(task, Task) else load_task(task)
     # Before a model is loaded.
-    QStarConfig.of({name: value for name, value in spec.training.items() if name not in RUNTIME})
+    own = {name: spec.training[name] for name in ("policy", "device") if name in spec.training}
+    config = QStarConfig.of({name: value for name, value in spec.training.items() if name not in own} | {"seed": seed})
     check_keywords("AStarPlanner", spec.planner, inspect.signature(AStarPlanner).parameters)
     total = spec.steps if steps is None else check_integer("steps", steps)
     check_integer("save_every", save_every)
@@ -138,7 +139,6 @@ def train_task(
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(folder / ".lock", wait=False))
         report("loading the language model", 0, None)
-        # Before the agent, whose torch generator must not move between load and learn.
         saving = _Saving(checkpoint, save_every, command, partial(report, f"training, seed {seed}"), total)
         env = gym.make("TokenDecoding-v0", prompts=spec.prompts.of("train"), **spec.env)
         pool = stack.enter_context(workers(partial(Searcher, spec.mdp))) if workers else None
@@ -146,20 +146,20 @@ def train_task(
         if resume:
             agent = QStar.load(checkpoint, env, workers=pool, **logs)
         else:
-            agent = QStar(env=env, seed=seed, workers=pool, **logs, **spec.training)
+            agent = QStar(env=env, config=config, workers=pool, **logs, **own)
         if agent.num_timesteps < total:
             _learn(agent, total, spec, folder, saving, fresh=not resume)
         minutes = round(saving.seconds / 60, 1)
         figures = held_out_figures(agent, spec, progress=progress)
         made = {"command": command, "seed": seed, "minutes": minutes, "time_steps": agent.num_timesteps}
-        # Without the seconds: what is saved depends on the seed alone.
+        # Without the seconds, so that the files depend on the seed alone.
         kept = {name: {key: value for key, value in row.items() if key != "seconds"} for name, row in figures.items()}
         agent.save(folder / "q", training_state=False, **made, held_out=kept)
     return TrainingResult(agent, folder, command, seed, minutes, agent.num_timesteps, figures)
 
 
 def held_out_figures(agent: Any, task: Task, *, progress: Progress | None = None) -> Figures:
-    """Return what an agent's Q is worth on a task's test prompts, beside decoders that use no Q.
+    """Return the means of an agent's Q on a task's test prompts, beside decoders that use no Q.
 
     Args:
         agent: With a Q-network and an environment, which all decoders search in.
@@ -216,7 +216,8 @@ class _Saving(BaseCallback):
         super().__init__()
         self.checkpoint, self.every, self.command, self.report, self.total = checkpoint, every, command, report, total
         before = find_checkpoint(checkpoint)
-        self.before = float(QFunction.from_pretrained(before).description.get("seconds", 0.0)) if before else 0.0
+        seconds = load_q_function(before).description.get("seconds") if before else None
+        self.before = seconds if isinstance(seconds, float) else 0.0
         self.started, self.rounds, self.last = time.perf_counter(), 0, 0
 
     @property

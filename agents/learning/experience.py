@@ -176,7 +176,7 @@ class SearchExperience:
         again = known >= 0
         rows = known.copy()
         rows[~again] = (self.position + np.arange(np.count_nonzero(~again))) % self.capacity
-        # Where the ring comes round to a state of this very search, the new one takes its place.
+        # If the ring reaches a known state of the same search, the new state takes its place.
         kept = ~again | ~np.isin(rows, rows[~again])
         rows, known, again = rows[kept], known[kept], again[kept]
         values = {name: value[kept] for name, value in values.items()}

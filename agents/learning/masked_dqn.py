@@ -1,4 +1,4 @@
-"""DQN and QR-DQN for environments in which not every action may be taken in every state."""
+"""DQN and QR-DQN for environments with invalid actions."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ State = tuple[Array, ...] | None
 
 
 class _Maskable(OffPolicyAlgorithm):
-    """What masking changes in Q-learning with discrete actions, whatever represents the values.
+    """Masking for Q-learning with discrete actions, shared by both algorithms.
 
-    Subclasses say what the two networks answer, as quantiles [B, q, k] (q = 1 for plain values), and which loss
-    compares quantiles [B, q].
+    Subclasses give the outputs of the two networks as quantiles [B, q, k] (q = 1 for plain values), and the loss
+    between quantiles [B, q].
     """
 
     action_space: spaces.Discrete
@@ -54,7 +54,7 @@ class _Maskable(OffPolicyAlgorithm):
 
         Args:
             policy: As for the parent class; :class:`TokenQPolicy` too.
-            env: With ``action_masks()``, bool [k], True = the action may be taken (sb3-contrib's convention).
+            env: With ``action_masks()``, bool [k], True = the action is legal (sb3-contrib's convention).
             args: The parent class's.
             buffer_bytes: Memory of the replay buffer, instead of ``buffer_size``.
             kwargs: The parent class's. ``n_steps`` works with every observation space. ``optimize_memory_usage``
@@ -97,15 +97,15 @@ class _Maskable(OffPolicyAlgorithm):
                 n_envs=self.n_envs,
                 **{**options, **self.replay_buffer_kwargs},
             )
-        # The buffer above does both. stable-baselines3 would warn of a buffer of one's own with n_steps > 1, and would
-        # mark the last stored step as terminated on each call of `learn` if it were to optimise memory.
+        # The buffer above does both. stable-baselines3 would warn of a custom buffer with n_steps > 1. With
+        # optimize_memory_usage it would mark the last stored step as terminated on each call of `learn`.
         self.optimize_memory_usage = False
         n_steps, self.n_steps = self.n_steps, 1
         super()._setup_model()
         self.n_steps = n_steps
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
-        """Go on with another environment, of the same spaces and number; see the parent class.
+        """Continue with another environment, of the same spaces and number; see the parent class.
 
         Raises:
             ConfigurationError: It has no ``action_masks()``.
@@ -124,15 +124,15 @@ class _Maskable(OffPolicyAlgorithm):
         deterministic: bool = False,
         action_masks: npt.ArrayLike | None = None,
     ) -> tuple[Array, State]:
-        """Choose an action that may be taken: the best, or with probability ε a random one, tossed for each row.
+        """Choose a legal action: the best, or with probability ε a random one, drawn for each row.
 
         Args:
             observation: One, or a batch [n, …].
             state: Returned as it is; there is no recurrence.
             episode_start: Not used.
             deterministic: Always the best one.
-            action_masks: bool [k] or [n, k]. Without, those in the observation under ``"action_mask"`` hold; where
-                there is no such key either, every action may be taken.
+            action_masks: bool [k] or [n, k]; by default those in the observation under ``"action_mask"``, and without
+                such a key all actions are legal.
 
         Returns:
             Actions, int64 [n], or [] for one observation; and ``state``.
@@ -187,7 +187,7 @@ class _Maskable(OffPolicyAlgorithm):
         infos: list[dict[str, Any]],
     ) -> None:
         self._last_masks = masks = self._ask_masks()
-        # Where an episode ended, these are the next one's: what the last state allowed, only its own info can tell.
+        # At the end of an episode these are the next one's: the mask of the last state is in its own info only.
         infos = [
             info if done else {**info, "action_mask": mask}
             for info, done, mask in zip(infos, dones, masks, strict=True)
@@ -253,22 +253,22 @@ class _Maskable(OffPolicyAlgorithm):
         self.logger.record("train/loss", float(np.mean(losses)))
 
     def _bellman_target(self, batch: MaskedReplaySamples) -> Tensor:
-        """Return r + γⁿ · the value of the best action *that may be taken* next, [B, q]."""
+        """Return r + γⁿ · the value of the best *legal* next action, [B, q]."""
         with torch.no_grad():
             following = self._target(batch.next_observations)
             value = _of_actions(following, _best(following, batch.next_action_masks)[:, None])
-            # Not a product with 1 - done: after the end the observation is none, and its value could be anything.
+            # Not a product with 1 - done: after the end there is no observation, and its value could be infinite.
             return batch.rewards + batch.discounts * torch.where(batch.dones > 0, 0.0, value)
 
 
 class MaskableDQN(_Maskable, DQN):  # type: ignore[misc]  # DQN takes no None for max_grad_norm, QRDQN does
     """DQN (Mnih et al. 2015) with invalid action masking (Huang & Ontañón 2022).
 
-    Masks hold in exploration, in the greedy action, and in the Bellman target, where stable-baselines3's DQN takes the
-    maximum over all actions, also those that could not be taken. Any environment with sb3-contrib's ``action_masks()``
-    will do, also through wrappers and vectorised. Apart from that it is ``stable_baselines3.DQN``, with three
-    differences: ε is tossed for each environment and not once for all, ``n_steps`` works with ``Dict`` observations,
-    and the replay buffer is :class:`MaskedReplayBuffer`, which ``buffer_bytes`` can size.
+    Masks hold in exploration, in the greedy action, and in the Bellman target; stable-baselines3's DQN takes the
+    maximum over all actions there. Any environment with sb3-contrib's ``action_masks()`` works, also through wrappers
+    and vectorised. Apart from that it is ``stable_baselines3.DQN``, with three differences: ε is drawn for each
+    environment and not once for all, ``n_steps`` works with ``Dict`` observations, and the replay buffer is
+    :class:`MaskedReplayBuffer`, whose size ``buffer_bytes`` can give.
 
     Papers: https://arxiv.org/abs/1312.5602, https://arxiv.org/abs/2006.14171.
     """
@@ -288,8 +288,8 @@ class MaskableDQN(_Maskable, DQN):  # type: ignore[misc]  # DQN takes no None fo
 class MaskableQRDQN(_Maskable, QRDQN):
     """QR-DQN (Dabney et al. 2018) with invalid action masking (Huang & Ontañón 2022).
 
-    To ``sb3_contrib.QRDQN`` what :class:`MaskableDQN` is to DQN. Handed :class:`TokenQPolicy`, it takes
-    :class:`TokenQuantilePolicy`, its counterpart with quantiles.
+    It differs from ``sb3_contrib.QRDQN`` as :class:`MaskableDQN` does from DQN. Given :class:`TokenQPolicy`, it uses
+    :class:`TokenQuantilePolicy`, the counterpart with quantiles.
 
     Papers: https://arxiv.org/abs/1710.10044, https://arxiv.org/abs/2006.14171.
     """

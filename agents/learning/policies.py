@@ -59,8 +59,8 @@ class ScorerConfig:
 class TokenScorer(nn.Module):
     """Q(s, a) for every candidate a, from the state and that candidate alone, with the same weights for all.
 
-    The order of the candidates does not matter (the scorer is equivariant), nor does their number, and what is learnt
-    about a token holds at every rank. State and token meet in a sum and in a product of projections. A linear function
+    Neither the order (the scorer is equivariant) nor the number of the candidates matters, so values learnt for a token
+    hold at every rank. State and token meet in a sum and in a product of projections. A linear function
     of log-prob, potential and remaining budget is added: it explains most of the fluency to come.
 
     With ``dueling``, Q(s, a) = V(s) + A(s, a) - the mean of A over the legal actions (Wang et al. 2016, eq. 9, which
@@ -113,7 +113,7 @@ class TokenScorer(nn.Module):
         )
         self.head = nn.Linear(width, outputs)
         self.direct = nn.Linear(3, 1)
-        # The untrained Q is known; only what makes several heads differ must be drawn.
+        # The untrained Q is known; random weights serve only to make several heads differ.
         nn.init.normal_(self.head.weight, std=0.01 if heads > 1 else 0.0)
         nn.init.zeros_(self.direct.weight)
         with torch.no_grad():

@@ -104,7 +104,7 @@ class LearnedFunction:
 
     Attributes:
         network: Takes observations, a dict of tensors.
-        spec: What it was trained on; None skips the check.
+        spec: Its origin; None skips the check.
         shaped: Whether it estimates the return less φ(s).
         candidate_dims: Numbers per candidate token in the observation.
         description: Origin and figures, as its checkpoint states them: command, seed, ….
@@ -178,7 +178,7 @@ class QFunction(LearnedFunction):
         """Write it into ``folder``, atomically, as safetensors and JSON; an older checkpoint there is replaced.
 
         Args:
-            folder: Where to; :meth:`from_pretrained` reads it, and its files make a repository on the hub.
+            folder: The folder; :meth:`from_pretrained` reads it, and its files make a repository on the hub.
             description: Origin and figures (seed, …), JSON values; by default those that it has already.
 
         Raises:

@@ -91,18 +91,18 @@ def shipped_heuristic(task: str, mdp: DecodingMDP) -> tuple[Heuristic, str]:
 class ValueHeuristic(Composable):
     """h(s, a) = V(s) + β · (log π_θ(a | s) - max over a' of log π_θ(a' | s)), from an actor-critic such as PPO.
 
-    A state-value says nothing of the edges, and asking it of every child would cost a forward of the language model
-    each. Instead the evaluation is deferred: every edge gets the value of the state that it leaves (Richter & Helmert
-    2009, "Preferred operators and deferred evaluation in satisficing planning"), less what the policy holds against it,
-    so that the policy's favourite comes first. For the optimal policy under an entropy bonus of weight β that is exact:
-    there Q(s, a) - max Q = β · (log π - max log π). PPO never gets there and normalises its advantages, so β is a
-    matter of trial. Measured with PPO of 5,000 and 20,000 steps on three random tabular tasks (rewards in [0, 1],
-    horizon 12, 40 prompts, budgets of 12 to 96 LM tokens): any β from 0.03 to 0.3 came within 0.02 of the best J, 0.1
-    within 0.004; β = 0 fell short by up to 0.16, the more the smaller the budget.
+    A state-value does not tell edges apart, and the values of all children would cost a forward of the language model
+    each. The evaluation is deferred instead: every edge gets the value of the state that it leaves (Richter & Helmert
+    2009, "Preferred operators and deferred evaluation in satisficing planning"). The policy's preference is added, so
+    that its favourite comes first. For the optimal policy under an entropy bonus of weight β this is exact:
+    Q(s, a) - max Q = β · (log π - max log π). PPO normalises its advantages and does not reach that policy, so β is
+    chosen by measurement. PPO of 5,000 and 20,000 steps was tried on three random tabular tasks (rewards in [0, 1],
+    horizon 12, 40 prompts, budgets of 12 to 96 LM tokens). Any β from 0.03 to 0.3 came within 0.02 of the best J, 0.1
+    within 0.004. β = 0 fell short by up to 0.16, most at the smallest budget.
 
-    V is the mean return of the agent's own policy, hence *below* the best return to go, which is what h should not fall
-    below: the heuristic is inadmissible, good texts may be put off or pruned, and only the search's own bound U, in
-    which no learned value enters, proves anything. Train with ``gamma=1``: a discounted V is in other units than J.
+    V is the mean return of the agent's own policy, hence *below* the best return to go: the heuristic is inadmissible.
+    Good texts may be put off or pruned. Only the search's own bound U proves anything; no learned value enters it.
+    Train with ``gamma=1``: a discounted V is in other units than J.
     """
 
     def __init__(self, agent: Any, *, preference: float = 0.1) -> None:
@@ -126,7 +126,7 @@ class ValueHeuristic(Composable):
             CheckpointError: The agent was trained for another model, k or observation layout than ``mdp`` has.
         """
         v, logprobs = self.function.values(mdp, prompts, nodes)
-        # The best *legal* action is preferred by 0: that is what renormalising over the mask would give.
+        # The best *legal* action has preference 0, as after renormalising over the mask.
         legal = np.where(mdp.action_mask(nodes), np.maximum(logprobs, _MIN_LOGPROB), _MIN_LOGPROB)
         against: Values = legal - legal.max(axis=1, keepdims=True)
         return v[:, None] + self.preference * against
@@ -158,8 +158,8 @@ def as_q_function(q: Any) -> QFunction:
     """Return ``q`` as a :class:`QFunction`.
 
     Args:
-        q: A :class:`QFunction`, an agent with a Q-network, or what :meth:`QFunction.from_pretrained` takes: the folder
-            of a checkpoint, the name of a shipped one, or a repository on the Hugging Face hub.
+        q: A :class:`QFunction`, an agent with a Q-network, or an argument of :meth:`QFunction.from_pretrained`: the
+            folder of a checkpoint, the name of a shipped one, or a repository on the Hugging Face hub.
 
     Raises:
         CheckpointError: The checkpoint is broken, or cannot be downloaded.

@@ -162,7 +162,7 @@ class QStar(DQN):
         learning_starts: int = 0,
         log_interval: int | None = None,
     ) -> RolloutReturn:
-        """Search a batch of prompts with the current Q and remember what was found."""
+        """Search a batch of prompts with the current Q and add the results to the experience."""
         del train_freq, replay_buffer, action_noise, learning_starts
         callback.on_rollout_start()
         prompts = self._next_prompts(env.get_attr("prompts")[0])
@@ -206,7 +206,7 @@ class QStar(DQN):
             errors.append(error)
         if losses:
             self.logger.record("train/loss", float(np.mean(losses)))
-            # Mean of target - Q over explored edges: above 0, Q underestimates what was found.
+            # Mean of target - Q over explored edges: above 0, Q underestimates the returns found.
             self.logger.record("train/underestimation", float(np.mean(errors)))
             self.logger.record("train/states", self.experience.size)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")

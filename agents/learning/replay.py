@@ -31,13 +31,13 @@ class MaskedReplaySamples(NamedTuple):
     """A batch of ``B`` transitions of up to n steps each; the first fields are those of stable-baselines3.
 
     Attributes:
-        observations: Tensor or dict of tensors [B, …], where each transition begins.
-        actions: int64 [B, 1].
-        next_observations: As ``observations``, where it leads to; without meaning where ``dones`` is 1.
-        dones: float32 [B, 1], 1 where nothing follows, so that nothing is to be bootstrapped.
+        observations: Tensor or dict of tensors [B, …], the first states.
+        actions: int64 [B, 1], taken there.
+        next_observations: As ``observations``, the states reached; without meaning where ``dones`` is 1.
+        dones: float32 [B, 1], 1 after a termination: no bootstrapping.
         rewards: float32 [B, 1], the sum of the discounted rewards on the way.
-        discounts: float32 [B, 1], γ to the number of steps taken: the weight of what follows.
-        next_action_masks: bool [B, k], what may be done in ``next_observations``; all of it where ``dones`` is 1.
+        discounts: float32 [B, 1], γ to the number of steps taken: the weight of the bootstrapped value.
+        next_action_masks: bool [B, k], the legal actions in ``next_observations``; all where ``dones`` is 1.
     """
 
     observations: Tensor | dict[str, Tensor]
@@ -53,7 +53,7 @@ def as_action_masks(masks: Sequence[Any] | Array, n_actions: int) -> BoolArray:
     """Return action masks as one array, bool [N, k].
 
     Args:
-        masks: One mask per environment, ``n_actions`` truth values each; True = the action may be taken.
+        masks: One mask per environment, ``n_actions`` truth values each; True = the action is legal.
         n_actions: k.
 
     Raises:
@@ -77,17 +77,17 @@ def as_action_masks(masks: Sequence[Any] | Array, n_actions: int) -> BoolArray:
 class MaskedReplayBuffer(ReplayBuffer):
     """A ring of steps [T, N], a column per environment, in which the next observation is the next row of the column.
 
-    So each observation is stored once, where stable-baselines3 stores it twice. Where an episode was truncated or cut
-    off (by a reset between two calls of ``learn``, say), what it led to takes a row of its own, from which is
-    bootstrapped; after a termination nothing is kept, since nothing is needed. All this lies within the given bytes.
+    Each observation is stored once; stable-baselines3 stores it twice. The last observation of a truncated episode
+    takes a row of its own, for bootstrapping. So does that of an episode cut off by a reset between two calls of
+    ``learn``. After a termination nothing is kept. All this lies within the given bytes.
 
-    Returns over n steps (Sutton 1988) are summed up when sampled, for any observation space. They stop early where the
-    episode ends, or where the recorded part of it does; ``discounts`` says by how much.
+    Returns over n steps (Sutton 1988) are summed when sampled, for any observation space. They stop early at the end of
+    an episode, or of its recorded part; ``discounts`` has the number of steps.
 
-    The mask of the state that a step led to is taken from ``infos``, under Gymnasium's key ``"action_mask"``; where it
-    is missing, everything may be done. :class:`MaskableDQN` puts it there.
+    The mask of a next state is taken from ``infos``, under Gymnasium's key ``"action_mask"``. Without it all actions
+    are legal. :class:`MaskableDQN` puts it there.
 
-    Works as ``replay_buffer_class`` of stable-baselines3's algorithms with discrete actions, and pickles as theirs do.
+    The buffer works as ``replay_buffer_class`` of stable-baselines3's algorithms with discrete actions, and pickles.
 
     Attributes:
         buffer_size: T, rows.
@@ -120,15 +120,15 @@ class MaskedReplayBuffer(ReplayBuffer):
             action_space: ``Discrete``.
             device: Of the samples.
             n_envs: N.
-            optimize_memory_usage: Must be False: stable-baselines3's own way of storing observations once.
-            handle_timeout_termination: Bootstrap from where an episode was truncated (``info["TimeLimit.truncated"]``);
-                False treats a truncation as a termination.
+            optimize_memory_usage: False; stable-baselines3's own way of storing observations once.
+            handle_timeout_termination: Bootstrap from the last state of a truncated episode
+                (``info["TimeLimit.truncated"]``); False treats a truncation as a termination.
             n_steps: n.
             gamma: γ.
             buffer_bytes: Memory, instead of ``buffer_size``.
 
         Raises:
-            ConfigurationError: An argument is out of range, or there is not room for n steps.
+            ConfigurationError: An argument is out of range, or n steps do not fit.
         """
         super(ReplayBuffer, self).__init__(buffer_size, observation_space, action_space, device, n_envs=n_envs)
         if not isinstance(action_space, spaces.Discrete):
@@ -145,7 +145,7 @@ class MaskedReplayBuffer(ReplayBuffer):
         layout = {name: (shapes[name], np.dtype(space.dtype)) for name, space in fields.items()}
         step_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
         step_bytes += 8 + 4 + k + 3  # action, reward, mask, three flags
-        # One row more than there are steps: where the newest step led to.
+        # One row more than there are steps, for the newest step's next observation.
         rows = check_integer("buffer_size", buffer_size) // n_envs + 1
         if buffer_bytes is not None:
             rows = check_integer("buffer_bytes", buffer_bytes) // (step_bytes * n_envs)
@@ -166,21 +166,21 @@ class MaskedReplayBuffer(ReplayBuffer):
         self.action_masks = np.ones((*ring, k), dtype=bool)
         self.actions = np.zeros(ring, dtype=np.int64)
         self.rewards = np.zeros(ring, dtype=np.float32)
-        self.terminated = np.zeros(ring, dtype=bool)  # nothing follows
-        self.last = np.zeros(ring, dtype=bool)  # what follows is not a step of the same episode
+        self.terminated = np.zeros(ring, dtype=bool)  # no state follows
+        self.last = np.zeros(ring, dtype=bool)  # the next row is not a step of the same episode
         self.valid = np.zeros(ring, dtype=bool)  # the row is a step: it has an action
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Empty the buffer."""
         self.full = False
         self.pos = np.zeros(self.n_envs, dtype=np.int64)
         self.valid[:] = False
-        self._reached = np.zeros(self.n_envs, dtype=bool)  # the row at ``pos`` is where the newest step led to …
+        self._reached = np.zeros(self.n_envs, dtype=bool)  # the row at ``pos`` has the newest step's next state …
         self._going_on = np.zeros(self.n_envs, dtype=bool)  # … and its episode goes on from there
 
     def size(self) -> int:
-        """Return how many steps can be sampled, divided by the number of environments."""
+        """Return the number of steps that can be sampled, divided by the number of environments."""
         return int(self.valid.sum()) // self.n_envs
 
     @property
@@ -201,12 +201,12 @@ class MaskedReplayBuffer(ReplayBuffer):
         """Store one step of each environment.
 
         Args:
-            obs: [N, …], where the steps begin.
-            next_obs: [N, …], where they lead to; where an episode ends, its last observation.
+            obs: [N, …], the states.
+            next_obs: [N, …], the next states; at the end of an episode, its last observation.
             action: int [N] or [N, 1].
             reward: float [N].
             done: bool [N], terminated or truncated.
-            infos: One per environment; of which ``"TimeLimit.truncated"`` and ``"action_mask"``, that of ``next_obs``.
+            infos: One per environment; ``"TimeLimit.truncated"`` and ``"action_mask"`` (of ``next_obs``) are read.
 
         Raises:
             ConfigurationError: A mask has the wrong shape, or allows nothing where the episode has not terminated;
@@ -217,12 +217,12 @@ class MaskedReplayBuffer(ReplayBuffer):
         truncated = np.array([bool(info.get("TimeLimit.truncated", False)) for info in infos])
         terminated = done & ~truncated if self.handle_timeout_termination else done
         anything = np.ones(self.action_masks.shape[-1], dtype=bool)
-        # After a termination there may well be nothing left to do, and nobody asks.
+        # After a termination there may be no legal action, and the mask is not used.
         masks = [info.get("action_mask", anything) for info in infos]
         masks = [anything if end else mask for end, mask in zip(terminated, masks, strict=True)]
         next_masks = as_action_masks(masks, len(anything))
 
-        # An episode that was reset from outside begins elsewhere than the last step led to, which is then kept.
+        # An episode that was reset from outside begins in another state than the last step's next one: that is kept.
         goes_on = self._going_on.copy()
         for name, values in here.items():
             same = self._observations[name][self.pos, columns] == values

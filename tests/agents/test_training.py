@@ -148,6 +148,16 @@ def test_mistakes_are_told_before_any_work(tmp_path):
         train_task(TASK, tmp_path / "new", steps=0)
     with pytest.raises(ConfigurationError, match="save_every is an integer"):
         train_task(TASK, tmp_path / "new", save_every=0)
+    for training, message in (
+        ({"optimizm": 0.7}, r"no argument 'optimizm'; did you mean 'optimism'\?"),
+        ({"env": "CartPole-v1"}, "no argument 'env'"),
+        ({"optimism": 2}, "optimism"),
+    ):
+        changed = TASK.model_copy(update={"training": training})
+        with pytest.raises(ConfigurationError, match=message):
+            train_task(changed, tmp_path / "new")
+    with pytest.raises(ConfigurationError, match=r"no argument 'widht'; did you mean 'width'\?"):
+        train_task(TASK.model_copy(update={"planner": {"widht": 3}}), tmp_path / "new")
     with pytest.raises(UnknownNameError, match="unknown task 'toyy'"):
         train_task("toyy", tmp_path / "new")
     assert find_checkpoint(tmp_path / "new") is None
