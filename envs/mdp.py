@@ -420,7 +420,12 @@ def mdp_of(env: Any) -> DecodingMDP:
         return env
     layers = list(_layers(env))
     mdp = next((found for layer in layers if isinstance(found := vars(layer).get("mdp"), DecodingMDP)), None)
-    if mdp is None and hasattr(env, "get_attr"):  # environments in other processes
+    if any("processes" in vars(layer) for layer in layers):  # SubprocVecEnv, AsyncVectorEnv
+        raise ConfigurationError(
+            f"the environments of {type(env).__name__} live in other processes, where no planner can search; "
+            "use TokenDecodingVecEnv, gym.make_vec or DummyVecEnv"
+        )
+    if mdp is None and hasattr(env, "get_attr"):
         with contextlib.suppress(AttributeError):
             mdp = env.get_attr("mdp")[0]
     if not isinstance(mdp, DecodingMDP):

@@ -297,6 +297,16 @@ def test_a_planner_on_something_else_is_told_so(make_env):
         AStarPlanner(make_env())
 
 
+@pytest.mark.parametrize("make_env", [SubprocVecEnv, gym.vector.AsyncVectorEnv])
+def test_a_planner_cannot_search_in_other_processes(make_env):
+    env = make_env([partial(gym.make, "qstar_decoding:TokenDecoding-v0", **TOY)])
+    try:
+        with pytest.raises(ConfigurationError, match=r"live in other processes.*use TokenDecodingVecEnv"):
+            AStarPlanner(env)
+    finally:
+        env.close()
+
+
 def test_a_discount_in_the_shaping_is_warned_of():
     with pytest.warns(UserWarning, match="gamma=0.9: the shaped rewards of an episode no longer sum to J"):
         env = make(gamma=0.9)
