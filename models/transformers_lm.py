@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -316,13 +317,26 @@ def _load(
         tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_kwargs)
         model = AutoModelForCausalLM.from_pretrained(source, **{"dtype": dtype, **model_kwargs})
     except (OSError, ValueError) as error:
-        hint = f"A local folder or a hub id works too, but {source!r} could not be loaded: {str(error).splitlines()[0]}"
+        problem = str(error).splitlines()[0]
+        hint = (
+            _missing_from(source)
+            or f"A local folder or a hub id works too, but {source!r} could not be loaded: {problem}"
+        )
         raise UnknownNameError("model", name, EMBEDDED_MODELS, hint) from error
     if "device_map" not in model_kwargs and "quantization_config" not in model_kwargs:
         model = cast("Any", model).to(device)
     loaded = TransformersLM(model, tokenizer, name=name, prepack=prepack)
     loaded.recipe = _recipe(model, name, prepack, model_kwargs)
     return loaded
+
+
+def _missing_from(source: str) -> str | None:
+    """Return advice on a local folder that has a model but no tokenizer; None for anything else."""
+    names = os.listdir(source) if os.path.isdir(source) else []
+    has_tokenizer = any("token" in name or name.startswith(("vocab", "spiece", "merges")) for name in names)
+    if has_tokenizer or "config.json" not in names:
+        return None
+    return f"The folder {source!r} has no tokenizer; write it there with tokenizer.save_pretrained(folder)."
 
 
 def _recipe(model: PreTrainedModel, name: str, prepack: bool | str, options: dict[str, Any]) -> tuple[Any, ...]:

@@ -214,6 +214,22 @@ def test_a_model_may_be_a_path(tmp_path, tiny_lm):
     assert by_path.model is by_text.model
 
 
+def test_a_folder_without_a_tokenizer_or_a_model_says_what_is_missing(tmp_path, tiny_lm):
+    lm = tiny_lm("Llama")
+    (tmp_path / "empty").mkdir()
+    lm.model.save_pretrained(tmp_path / "model")
+    lm.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    for name, message in (
+        ("empty", "empty' could not be loaded"),
+        ("model", "model' has no tokenizer; write it there with tokenizer.save_pretrained"),
+        ("tokenizer", "tokenizer' could not be loaded"),
+    ):
+        for given in (tmp_path / name, str(tmp_path / name)):
+            with pytest.raises(ConfigurationError, match=message) as caught:
+                make(model=given)
+            assert "\n" not in str(caught.value)
+
+
 def test_task_files_with_a_misspelt_argument_name_the_likeliest(tmp_path):
     head = "description: x\nprompts: {train: [a], dev: [b], test: [c]}\nsteps: 3\n"
     path = Path(tmp_path, "mine.yaml")
