@@ -87,9 +87,9 @@ def as_prompt(source: Any) -> Prompt:
     if isinstance(source, str):
         if not source.strip():
             raise PromptError(f"a prompt is empty ({source!r}); give it some text to continue")
-        return Prompt(source)
+        return _encodable(Prompt(source))
     if _is_chat(source):
-        return Prompt(_messages(source))
+        return _encodable(Prompt(_messages(source)))
     advice = ""
     if isinstance(source, Mapping) and source and "role" not in source:
         advice = (
@@ -97,6 +97,19 @@ def as_prompt(source: Any) -> Prompt:
             f"(of a data set: dataset.rename_column({next(iter(source))!r}, 'prompt'))"
         )
     raise PromptError(f"a prompt is {_SHAPES}; got {type(source).__name__}: {str(source)[:80]!r}{advice}")
+
+
+def _encodable(prompt: Prompt) -> Prompt:
+    try:
+        prompt.text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = prompt.text[error.start : error.start + 1]
+        raise PromptError(
+            f"a prompt has half of a character ({half!r}, a lone surrogate) after "
+            f"{prompt.text[: error.start][-40:]!r}; "
+            "it was decoded wrongly: read it as UTF-8, or replace it"
+        ) from None
+    return prompt
 
 
 def load_prompts(source: Any = None) -> list[Prompt]:

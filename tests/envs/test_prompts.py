@@ -264,3 +264,18 @@ def test_a_text_is_no_folder(dataset: Any, tmp_path: Path, monkeypatch: pytest.M
     assert plain(load_prompts("null \0")) == [("null \0", {})]
     with pytest.raises(PromptError, match="a prompt is empty"):
         load_prompts("")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "the \ud83d cat",
+        "caf\udce9 is",
+        {"prompt": "the \ud83d"},
+        [{"role": "user", "content": "the \ud83d"}],
+    ],
+)
+def test_half_of_a_character_is_named(prompt):
+    with pytest.raises(PromptError, match=r"half of a character .*lone surrogate.*after '(the|caf)") as error:
+        as_prompt(prompt)
+    str(error.value).encode("utf-8")

@@ -8,7 +8,7 @@ import pytest
 
 from qstar_decoding.agents import Budget, GreedyDecoder, InProcess
 from qstar_decoding.agents.distributed.batch import BatchDecoder, ResultsFile, decode_many
-from qstar_decoding.envs.prompts import as_prompt
+from qstar_decoding.envs import Prompt
 from qstar_decoding.errors import ConfigurationError, PromptError
 
 SURROGATE = "the \ud83d cat"
@@ -32,7 +32,7 @@ def decoder(tabular_env):
 
 
 def lines_of(*texts):
-    return {number: as_prompt(text) for number, text in enumerate(texts, start=1)}
+    return {number: Prompt(text) for number, text in enumerate(texts, start=1)}
 
 
 def decode(decoder, lines, **kwargs):
@@ -158,7 +158,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from qstar_decoding.agents.distributed.batch import ResultsFile
-from qstar_decoding.envs.prompts import as_prompt
+from qstar_decoding.envs import Prompt
 
 lines = {1: as_prompt("ab"), 2: as_prompt("c")}
 with ResultsFile(Path(sys.argv[1]), lines, {"task": "toy", "seed": 0}) as file:
