@@ -14,7 +14,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Real
 from typing import Any, ClassVar, Never, get_args
 
 import numpy as np
@@ -113,6 +112,8 @@ class Reward(ABC):
         """
         if unknown:
             check_keywords(type(self).__name__, unknown, keywords_of(type(self)) or RewardOptions.__annotations__)
+        if name is not None and not isinstance(name, str):
+            raise ConfigurationError(f"a reward's name is a string, got {shown(name)}")
         self.name = self.name if name is None else name
         self.lower = _bound(self.name, "lower", self.lower if lower is None else lower)
         self.upper = _bound(self.name, "upper", self.upper if upper is None else upper)
@@ -385,9 +386,9 @@ class Reward(ABC):
                 f"reward {self.name!r} has penalty={penalty!r}, which on_error={self.on_error!r} never gives; "
                 "add on_error='penalty', or leave the penalty out."
             )
-        if not (is_number(penalty) and math.isfinite(penalty) and self.lower <= penalty <= self.upper):
+        if not (is_number(penalty) and math.isfinite(as_number(penalty)) and self.lower <= penalty <= self.upper):
             raise ConfigurationError(
-                f"reward {self.name!r} has penalty={penalty!r}; expected a finite number within the bounds "
+                f"reward {self.name!r} has penalty={shown(penalty)}; expected a finite number within the bounds "
                 f"{interval(self.lower, self.upper)}, which certificates rest on. Change it, or widen the bounds."
             )
         return float(penalty)
@@ -395,6 +396,12 @@ class Reward(ABC):
 
 def _bound(reward: str, which: str, value: Any) -> float:
     """Return a bound as a float, if it is one."""
-    if not isinstance(value, Real) or math.isnan(value):
-        raise ConfigurationError(f"reward {reward!r} has {which}={value!r}; expected a number, -inf or inf if unknown.")
-    return float(value)
+    try:
+        number = as_number(value)
+    except TypeError:
+        number = math.nan
+    if math.isnan(number):
+        raise ConfigurationError(
+            f"reward {reward!r} has {which}={shown(value)}; expected a number, -inf or inf if unknown."
+        )
+    return number

@@ -12,6 +12,7 @@ import numpy as np
 from ..checks import check_number
 from ..errors import ConfigurationError
 from .base import Reward
+from .checking import as_number, interval, shown
 from .types import Bounds, Column, Counts, FloatArray, Scores, Texts, TokenIds
 
 __all__ = ["Composition", "WeightedSum", "clip", "minimum", "normalise", "product"]
@@ -100,9 +101,13 @@ class WeightedSum(Composition):
         Raises:
             ConfigurationError: There is no term, a weight is not finite, or a term is no reward.
         """
+        try:
+            pairs = [(as_number(weight), reward) for weight, reward in terms]
+        except (TypeError, ValueError):
+            raise ConfigurationError(f"a sum takes pairs of a number and a reward, got {shown(terms)}") from None
         self.terms: tuple[tuple[float, Reward], ...] = tuple(
-            (float(weight) * inner_weight, inner)
-            for weight, reward in terms
+            (weight * inner_weight, inner)
+            for weight, reward in pairs
             for inner_weight, inner in (reward.terms if isinstance(reward, WeightedSum) else [(1.0, reward)])
         )
         if not self.terms:
@@ -229,18 +234,19 @@ def normalise(reward: Reward, low: float | None = None, high: float | None = Non
         ConfigurationError: It is no reward, or not ``low < high``, or a bound is needed that is not known.
     """
     [checked] = _checked("normalise", [reward])
-    low, high = checked.lower if low is None else low, checked.upper if high is None else high
-    if not (math.isfinite(low) and math.isfinite(high)):
+    if (low is None and math.isinf(checked.lower)) or (high is None and math.isinf(checked.upper)):
+        bounds = interval(checked.lower, checked.upper)
         raise ConfigurationError(
-            f"reward {checked.name!r} has the bounds [{low:g}, {high:g}]; say what is to become 0 and 1: "
+            f"reward {checked.name!r} has the bounds {bounds}; say what is to become 0 and 1: "
             "normalise(reward, low, high)"
         )
+    low, high = checked.lower if low is None else low, checked.upper if high is None else high
     return _Normalised(checked, *_interval(low, high))
 
 
 def _checked(what: str, rewards: Sequence[Any]) -> list[Reward]:
     if not rewards or not all(isinstance(reward, Reward) for reward in rewards):
-        raise ConfigurationError(f"{what} needs rewards (as_reward makes one), got {list(rewards)!r}")
+        raise ConfigurationError(f"{what} needs rewards (as_reward makes one), got {shown(list(rewards))}")
     return list(rewards)
 
 

@@ -15,7 +15,7 @@ from typing import Any, Unpack, cast
 
 from ..errors import ConfigurationError
 from .base import Reward
-from .checking import check_keywords
+from .checking import as_number, check_keywords
 from .composition import WeightedSum, clip, minimum, normalise, product
 from .registry import make_reward, required_parameters, reward_names
 from .specs import Call, Made, Terms, parse_spec
@@ -275,7 +275,7 @@ def _checked_weights(weights: Mapping[Any, Any]) -> Terms:
                 f"the reward mapping has {name!r}: {weight!r}; expected registered names with numbers as weights, "
                 "such as {'sentiment': 0.7}."
             )
-    return [(float(weight), name) for name, weight in weights.items()]
+    return [(as_number(weight), name) for name, weight in weights.items()]
 
 
 def _weighted_sum(terms: Terms) -> Reward:

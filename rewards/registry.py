@@ -12,9 +12,10 @@ import keyword
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from ..errors import ConfigurationError, UnknownNameError
+from ..checks import first_line
+from ..errors import ConfigurationError, QStarError, UnknownNameError
 from .base import Reward
-from .checking import check_keywords, keywords_of
+from .checking import check_keywords, keywords_of, shown
 
 __all__ = ["make_reward", "register_reward", "reward_names"]
 
@@ -81,7 +82,7 @@ def register_reward(name: str) -> Callable[[Factory], Factory]:
     Raises:
         ConfigurationError: The name is taken or no identifier, or what is decorated cannot be such a factory.
     """
-    if not name.isidentifier() or keyword.iskeyword(name):
+    if not str(name).isidentifier() or keyword.iskeyword(name):
         raise ConfigurationError(f"a reward cannot be named {name!r}; expected an identifier such as 'my_reward'.")
     if name in _factories or name in WITH_ARGUMENTS:
         raise ConfigurationError(f"there is a reward named {name!r} already; register this one under another name.")
@@ -118,6 +119,8 @@ def make_reward(name: str, /, *args: Any, **kwargs: Any) -> Reward:
         ConfigurationError: The registered factory does not take these arguments, cannot build the reward, or returned
             something other than a `Reward`.
     """
+    if not isinstance(name, str):
+        raise ConfigurationError(f"a reward's name is a string, got {shown(name)}")
     entry = _factories.get(name) or WITH_ARGUMENTS.get(name)
     if entry is None:
         raise UnknownNameError("reward", name, reward_names(), hint="register_reward adds one.")
@@ -129,12 +132,20 @@ def make_reward(name: str, /, *args: Any, **kwargs: Any) -> Reward:
         signature.bind(*args, **kwargs)
     except TypeError as error:
         parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
-        shown = ", ".join([*map(str, parameters), *(known or [])[len(parameters) :]])
-        raise ConfigurationError(f"the reward {name!r}: {error}; it is made as {name}({shown})") from None
-    reward = factory(*args, **kwargs)
+        takes = ", ".join([*map(str, parameters), *(known or [])[len(parameters) :]])
+        raise ConfigurationError(f"the reward {name!r}: {error}; it is made as {name}({takes})") from None
+    try:
+        reward = factory(*args, **kwargs)
+    except QStarError:
+        raise
+    except Exception as error:  # an argument of a wrong type may raise anything
+        given = ", ".join([*map(shown, args), *(f"{key}={shown(value)}" for key, value in kwargs.items())])
+        raise ConfigurationError(
+            f"the reward {name!r} cannot be made as {name}({given}): {type(error).__name__}: {first_line(error)}"
+        ) from error
     if not isinstance(reward, Reward):
         raise ConfigurationError(
-            f"what is registered as the reward {name!r} returned {reward!r}; expected a Reward: as_reward makes one."
+            f"the factory of the reward {name!r} returned {shown(reward)}; expected a Reward: as_reward makes one."
         )
     return reward
 

@@ -8,11 +8,13 @@ is parsed, never evaluated.
 from __future__ import annotations
 
 import ast
+import contextlib
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 from ..errors import ConfigurationError, UnknownNameError
+from .checking import shown
 
 __all__ = ["Call", "Made", "Terms", "parse_spec"]
 
@@ -47,6 +49,9 @@ class Made(NamedTuple):
 
 Terms = list[tuple[float, str | Call | Made]]
 
+_DEEPEST = 30
+_SHOWN = 100  # characters before and after the place of an error
+
 # How many rewards and how many numbers each function takes.
 _FUNCTIONS = {"min": (range(2, 100), (0,)), "clip": (range(1, 2), (2,)), "normalise": (range(1, 2), (0, 2))}
 
@@ -77,17 +82,31 @@ class _Parser:
     def __init__(self, spec: str, known: Collection[str]) -> None:
         self.spec = spec
         self.known = known
+        self.depth = 0
 
     def parse(self) -> Terms:
         try:
             tree = ast.parse(self.spec, mode="eval")
+        except (RecursionError, MemoryError):
+            raise self.error("this is too long or too deeply nested", 0) from None
         except (SyntaxError, ValueError) as error:  # a null character is a ValueError to Python 3.11.3
             offset = getattr(error, "offset", 0) or len(self.spec) + 1  # 0 means the end, where something is missing
             raise self.error("this is no expression", offset - 1) from None
-        return self.terms(tree.body)
+        try:
+            return self.terms(tree.body)
+        except RecursionError:
+            raise self.error("this is too deeply nested", 0) from None
 
     def terms(self, node: ast.expr) -> Terms:
         """Read an expression that stands for rewards."""
+        further: list[Terms] = []
+        while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Sub):  # in a loop, for it may be long
+            further.append(_scaled(1.0 if isinstance(node.op, ast.Add) else -1.0, self.terms(node.right)))
+            node = node.left
+        return [term for terms in (self.summand(node), *reversed(further)) for term in terms]
+
+    def summand(self, node: ast.expr) -> Terms:
+        """Read an expression without + and - between rewards."""
         match node:
             case ast.Name(id=name):
                 return [(1.0, self.known_name(name, node))]
@@ -95,21 +114,22 @@ class _Parser:
                 return self.terms(operand)
             case ast.UnaryOp(op=ast.USub(), operand=operand):
                 return _scaled(-1.0, self.terms(operand))
-            case ast.BinOp(left=left, op=ast.Add(), right=right):
-                return self.terms(left) + self.terms(right)
-            case ast.BinOp(left=left, op=ast.Sub(), right=right):
-                return self.terms(left) + _scaled(-1.0, self.terms(right))
             case ast.BinOp(left=left, op=ast.Mult(), right=right):
                 for factor, other in ((left, right), (right, left)):
                     weight = self.number(factor)
                     if weight is not None:
                         return _scaled(weight, self.terms(other))
-                return [(1.0, Call("product", (self.terms(left), self.terms(right))))]
+                with self.nested(node):
+                    return [(1.0, Call("product", (self.terms(left), self.terms(right))))]
             case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _FUNCTIONS:
-                return [(1.0, self.call(name, arguments, self.column(node)))]
+                with self.nested(node):
+                    return [(1.0, self.call(name, arguments, self.column(node)))]
             case ast.Call(func=ast.Name(id=name), args=arguments, keywords=options) if name not in _FUNCTIONS:
                 self.known_name(name, node)
                 positional = tuple(self.literal(argument) for argument in arguments)
+                names = [option.arg for option in options]
+                if None in names or len(set(names)) < len(names):
+                    raise self.error("an argument is written name=value, each name once", self.column(node))
                 named = tuple((str(option.arg), self.literal(option.value)) for option in options)
                 return [(1.0, Made(name, positional, named))]
         if self.number(node) is not None:
@@ -118,6 +138,16 @@ class _Parser:
             "only reward names, numbers, +, -, *, parentheses, min(…), clip(…) and normalise(…) may stand here",
             self.column(node),
         )
+
+    @contextlib.contextmanager
+    def nested(self, node: ast.expr) -> Iterator[None]:
+        """Count how deep products and functions stand in each other; each level costs frames when a text is scored."""
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            reason = f"products and functions stand more than {_DEEPEST} deep in each other"
+            raise self.error(reason, self.column(node))
+        yield
+        self.depth -= 1
 
     def call(self, name: str, arguments: list[ast.expr], column: int) -> Call:
         """Read a function's arguments: rewards first, then numbers."""
@@ -136,15 +166,15 @@ class _Parser:
 
     def known_name(self, name: str, node: ast.expr) -> str:
         if name not in self.known:
-            where = f"It stands at column {self.column(node) + 1} of {self.spec!r}."
-            raise UnknownNameError("reward", name, self.known, hint=where)
+            where = f"It stands at column {self.column(node) + 1} of {shown(self.spec)}."
+            raise UnknownNameError("reward", name[:_SHOWN], self.known, hint=where)
         return name
 
     def literal(self, node: ast.expr) -> Any:
         """Read a reward's argument."""
         try:
             return ast.literal_eval(node)
-        except ValueError:
+        except (ValueError, TypeError):  # a TypeError where a list is a key
             reason = "a reward's arguments are strings, numbers, and lists and dicts of these"
             raise self.error(reason, self.column(node)) from None
 
@@ -165,10 +195,12 @@ class _Parser:
         return len(self.spec.encode()[: node.col_offset].decode())
 
     def error(self, reason: str, column: int) -> ConfigurationError:
+        start = max(column - _SHOWN, 0)  # of the part that is shown
+        before, after = "…" if start else "", "…" if len(self.spec) > column + _SHOWN else ""
         return ConfigurationError(
             f"cannot read the reward spec at column {column + 1}: {reason}.\n"
-            f"    {self.spec}\n"
-            f"    {' ' * column}^\n"
+            f"    {before}{self.spec[start : column + _SHOWN]}{after}\n"
+            f"    {' ' * (column - start + len(before))}^\n"
             "Write a weighted sum of registered rewards, such as '0.7 * sentiment - 0.3 * other'."
         )
 

@@ -6,11 +6,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Unpack
+from typing import Any, Unpack
 
 from ...checks import check_integer
 from ...errors import ConfigurationError
 from ..base import Reward
+from ..checking import shown
 from ..types import Column, RewardOptions, Scores, Texts, TokenIds
 
 __all__ = ["Distinct", "Novelty", "Repetition", "self_bleu"]
@@ -88,10 +89,16 @@ class Novelty(Reward):
             ConfigurationError: ``n`` is not a positive integer, or the references are one string instead of many.
         """
         super().__init__(**options)
-        if isinstance(references, str):
-            raise ConfigurationError("references are several texts; for a single one give [text]")
         self.n = check_integer("n", n)
-        self._known = {gram for text in references for gram in _grams(text, self.n)}
+        try:
+            texts = [] if isinstance(references, str) else list(references)
+        except TypeError:
+            texts = []
+        if not texts or not all(map(_is_text, texts)):
+            raise ConfigurationError(
+                f"references are several texts; for a single one give [text]; got {shown(references)}"
+            )
+        self._known = {gram for text in texts for gram in _grams(text, self.n)}
 
     def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Return the share for each completion."""
@@ -130,6 +137,10 @@ def _bleu(text: str, references: Sequence[str], n: int) -> float:
     nearest = min((len(_grams(reference, 1)) for reference in references), key=lambda other: abs(other - length))
     brevity = min(1.0, math.exp(1 - nearest / length))
     return brevity * math.prod(precisions) ** (1 / n)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _grams(text: str, n: int) -> list[tuple[str, ...]]:

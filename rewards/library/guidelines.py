@@ -240,7 +240,10 @@ class MatchesJSON(Reward):
             ConfigurationError: It is no JSON Schema, or the library jsonschema is not installed.
         """
         super().__init__(**options)
-        self._schema = schema if isinstance(schema, str) else json.dumps(schema)
+        try:
+            self._schema = schema if isinstance(schema, str) else json.dumps(schema)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConfigurationError(f"this is no JSON Schema: {first_line(error)}; got {shown(schema)}") from error
         _validator(self._schema)
 
     def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:

@@ -174,8 +174,8 @@ class Preference(_Reader):
         """
         from safetensors.numpy import load_file
 
-        folder = Path(folder)
         try:
+            folder = Path(folder)
             self.description = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
             head = load_file(folder / _WEIGHTS)
             self._weight, self._mean = head["weight"].astype(np.float64), head["mean"].astype(np.float64)

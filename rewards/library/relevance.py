@@ -13,6 +13,7 @@ import numpy as np
 from ...checks import check_integer
 from ...errors import ConfigurationError
 from ..base import Reward
+from ..checking import shown
 from ..types import Column, FloatArray, RewardOptions, Scores, Texts, TokenIds
 from .helpers import library, readable
 
@@ -151,6 +152,8 @@ class StaticRelevance(Reward):
             UnknownNameError: There is no such language model.
         """
         super().__init__(**options)
+        if not isinstance(model, str):
+            raise ConfigurationError(f"model is the name of a language model, got {shown(model)}")
         self._model = model
         _static(model)
 
