@@ -160,7 +160,7 @@ from pathlib import Path
 from qstar_decoding.agents.distributed.batch import ResultsFile
 from qstar_decoding.envs import Prompt
 
-lines = {1: as_prompt("ab"), 2: as_prompt("c")}
+lines = {1: Prompt("ab"), 2: Prompt("c")}
 with ResultsFile(Path(sys.argv[1]), lines, {"task": "toy", "seed": 0}) as file:
     file.add({"line": 1, "prompt": "ab", "text": ""})
     print("ready", flush=True)
