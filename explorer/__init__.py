@@ -1,1 +1,1 @@
-"""``qstar explore``: a local page to decode with one's own eyes; needs FastAPI and uvicorn."""
+"""Explorer: a local page to watch searches, which ``qstar explore`` serves; needs FastAPI and uvicorn."""

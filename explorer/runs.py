@@ -1,14 +1,15 @@
-"""Searches that a page watches: one thread each, and one language model that they take turns with."""
+"""Searches that a page watches: one thread each, all taking turns with one language model."""
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import itertools
 import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -34,7 +35,7 @@ LIMITS = {
     "max_new_tokens": 64,
     "top_k": 32,
 }  # characters, LM tokens, tokens, candidates
-_KEPT = 50  # runs; older ones are forgotten
+_KEPT = 50  # runs; older ones are dropped
 _EVERY = 0.1  # seconds between two reports of a search at most
 
 
@@ -48,7 +49,7 @@ class Start(BaseModel):
 
 
 class Request(BaseModel):
-    """What the page asks for."""
+    """A request of the page."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -66,7 +67,7 @@ class Request(BaseModel):
     start: Start | None = None
 
     def check(self) -> None:
-        """Raise before any work what a page can get wrong.
+        """Check before any work the values that a page can get wrong.
 
         Raises:
             ConfigurationError: Something is longer or larger than the page allows, or there is no such task or decoder.
@@ -79,13 +80,13 @@ class Request(BaseModel):
             value = getattr(self, name)
             if value is not None and value > LIMITS[name]:
                 raise ConfigurationError(f"{name} is {value:,}; this page allows at most {LIMITS[name]:,}")
-        if self.task not in task_names():  # not the path of a file: whoever sees the page shall not read others
+        if self.task not in task_names():  # no paths: a page must not read files of this machine
             raise UnknownNameError("task", self.task, task_names())
         by_command(self.decoder)
 
 
 class Beginning(Constraint, Rule):
-    """Every completion begins with these tokens: a search goes on from a node, and J still counts from the prompt."""
+    """Constraint that completions begin with given tokens: a search goes on from a node, with J from the prompt on."""
 
     def __init__(self, token_ids: Sequence[int]) -> None:
         """Take the tokens from the prompt to the node."""
@@ -108,16 +109,16 @@ class Beginning(Constraint, Rule):
 
 
 class Run:
-    """One search and what is told of it.
+    """One search and its events.
 
     Attributes:
-        number: Its place among all.
-        request: What was asked.
-        prompt: What it continues.
-        tree: What it saw; None while it goes on. The search itself, with its keys and values, is given up at its end.
-        facts: What it found, in words; empty while it goes on.
-        events: What was told so far, as plain dicts; the last one has ``"kind": "done"`` or ``"failed"``.
-        is_over: Whether nothing more will be told.
+        number: Its place among all runs.
+        request: The request.
+        prompt: The prompt.
+        tree: The searched tree; None until the end. The search itself, with its keys and values, is dropped then.
+        facts: Results in words; empty until the end.
+        events: The events so far, as plain dicts; the last one has ``"kind": "done"`` or ``"failed"``.
+        is_over: Whether there will be no more events.
     """
 
     def __init__(self, number: int, request: Request, prompt: Prompt) -> None:
@@ -127,35 +128,55 @@ class Run:
         self.facts: dict[str, str] = {}
         self.events: list[dict[str, Any]] = []
         self.is_over = False
-        self._stop, self._changed = threading.Event(), threading.Condition()
+        self._stop, self._lock = threading.Event(), threading.Lock()
+        self._waiting: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()  # listeners
 
     def stop(self) -> None:
         """End it with what it has."""
         self._stop.set()
 
     def tell(self, event: dict[str, Any], *, last: bool = False) -> None:
-        """Tell everybody who listens."""
-        with self._changed:
+        """Add an event and wake all listeners; called by the searching thread."""
+        with self._lock:
             self.events.append(event)
             self.is_over = last
-            self._changed.notify_all()
+            for loop, changed in self._waiting:
+                if not loop.is_closed():
+                    loop.call_soon_threadsafe(changed.set)
 
-    def listen(self, first: int = 0, patience: float = 15.0) -> Iterator[dict[str, Any] | None]:
-        """Yield the events from ``first`` on until it is over; None after each ``patience`` seconds of silence."""
-        for index in itertools.count(first):
+    async def listen(self, first: int = 0, patience: float = 15.0) -> AsyncIterator[dict[str, Any] | None]:
+        """Yield the events from ``first`` on until the run is over.
+
+        A listener holds no thread while it waits, and is gone as soon as its task is cancelled.
+
+        Args:
+            first: Index of the first event.
+            patience: Seconds of silence after which None is yielded, again and again.
+        """
+        index, changed = first, asyncio.Event()
+        listener = asyncio.get_running_loop(), changed
+        with self._lock:
+            self._waiting.add(listener)
+        try:
             while True:
-                with self._changed:
-                    self._changed.wait_for(lambda: len(self.events) > index or self.is_over, patience)  # noqa: B023
-                    known, over = len(self.events) > index, self.is_over
-                if known:
-                    break
-                if over:
-                    return
-                yield None
-            yield self.events[index]
+                changed.clear()
+                while index < len(self.events):
+                    yield self.events[index]
+                    index += 1
+                if self.is_over:
+                    if index >= len(self.events):
+                        return
+                    continue
+                try:
+                    await asyncio.wait_for(changed.wait(), patience)
+                except TimeoutError:
+                    yield None
+        finally:
+            with self._lock:
+                self._waiting.discard(listener)
 
     def work(self, mdp: DecodingMDP, task: Task, model_lock: threading.Lock) -> None:
-        """Search and tell, giving way to other runs after every step."""
+        """Search and report events, letting other runs take their turn after every step."""
         latest: Search | None = None
         told, seen, shown = 0.0, (1, 0), ""
 
@@ -187,7 +208,7 @@ class Run:
             self.tell({"kind": "done", **_result(plan)}, last=True)
         except QStarError as error:
             self.tell({"kind": "failed", "message": str(error)}, last=True)
-        except Exception as error:  # the page must not wait for ever for a thread that has died
+        except Exception as error:  # without this event the page would wait for ever
             self.tell({"kind": "failed", "message": f"{type(error).__name__}: {error}"}, last=True)
 
     def _decoder(self, mdp: DecodingMDP, task: Task) -> Decoder:
@@ -269,7 +290,7 @@ def _text(search: Search) -> str:
 
 
 def _state(search: Search, nodes: int, texts: int) -> dict[str, Any]:
-    """Return where a search stands, and what came after its first ``nodes`` nodes and ``texts`` texts."""
+    """Return the bounds of a search, and its nodes and texts after the first ``nodes`` and ``texts``."""
     finished, best = list(search.completions), search.best
 
     def token(row: int, action: int) -> str:
@@ -304,7 +325,7 @@ def _result(plan: Plan) -> dict[str, Any]:
 
 
 def _facts(request: Request, mdp: DecodingMDP, plan: Plan) -> dict[str, str]:
-    """Return what somebody who is shown the run should know of it."""
+    """Return the settings and results of a run in words, for the exported page."""
     numbers = {"J": plan.objective, "reward r": plan.reward, "log π": plan.logprob, "gap": plan.gap}
     return {
         "task": f"{request.task}, {request.decoder}",

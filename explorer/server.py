@@ -1,15 +1,16 @@
-"""The page's server: begins runs, tells their events, hands out trees; loopback unless told otherwise."""
+"""Server of the page: begins and stops runs, reports their events, and returns trees; on loopback by default."""
 
 from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import uvicorn
-from fastapi import FastAPI, Header, HTTPException
+from fastapi import Depends, FastAPI, Header, HTTPException
 from fastapi import Request as HttpRequest
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ..agents.search.snapshot import SearchTree
+from ..checks import describe_invalid
 from ..errors import ConfigurationError, QStarError
 from .runs import LIMITS, Request, Run, Runs, examples
 
@@ -35,10 +37,10 @@ def create_app(hosts: Sequence[str] = _LOOPBACK) -> FastAPI:
     """Return the application; each has runs of its own.
 
     Args:
-        hosts: The names by which it may be called. With these alone, a page from elsewhere whose name was made to point
-            to this machine gets nothing (DNS rebinding). ``["*"]`` allows any.
+        hosts: Names by which it may be called; ``["*"]`` allows any. A page of another site whose name was made to
+            point to this machine is refused (DNS rebinding).
     """
-    app, runs = FastAPI(title="qstar explore", docs_url=None, redoc_url=None, openapi_url=None), Runs()
+    app, runs = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, dependencies=[Depends(_check_origin)]), Runs()
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
 
     def known(number: int) -> Run:
@@ -53,16 +55,13 @@ def create_app(hosts: Sequence[str] = _LOOPBACK) -> FastAPI:
             raise HTTPException(404, f"run {number} has no tree yet")
         return tree
 
-    def page() -> HTMLResponse:
+    async def page() -> HTMLResponse:
         html = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
         return HTMLResponse(html, headers={"Content-Security-Policy": _POLICY})
 
     async def begin(request: HttpRequest) -> JSONResponse:
-        if request.headers.get("content-type", "").split(";")[0] != "application/json":
-            # A form of another site could send text/plain to this address without asking; it cannot send this.
-            return JSONResponse({"message": "send application/json"}, 415)
         body = bytearray()
-        async for chunk in request.stream():  # the length that a request states need not be true
+        async for chunk in request.stream():  # the stated length may be false
             body += chunk
             if len(body) > _BODY:
                 message = f"that is more than {_BODY:,} bytes; a prompt has at most {LIMITS['prompt']:,} characters"
@@ -71,18 +70,17 @@ def create_app(hosts: Sequence[str] = _LOOPBACK) -> FastAPI:
             asked = Request.model_validate_json(bytes(body))
             run = await run_in_threadpool(runs.begin, asked)
         except ValidationError as error:
-            first = error.errors()[0]
-            return JSONResponse({"message": f"{'.'.join(map(str, first['loc']))}: {first['msg']}"}, 422)
+            return JSONResponse({"message": describe_invalid(error)}, 422)
         except QStarError as error:
             return JSONResponse({"message": str(error)}, 422)
         return JSONResponse({"run": run.number, "prompt": run.prompt.text})
 
-    def events(number: int, last_event_id: Annotated[int, Header()] = -1) -> StreamingResponse:
+    async def events(number: int, last_event_id: Annotated[int, Header()] = -1) -> StreamingResponse:
         run = known(number)
 
-        def lines() -> Iterator[str]:
+        async def lines() -> AsyncIterator[str]:
             index = last_event_id + 1  # a browser that lost the connection has the earlier ones
-            for event in run.listen(index):
+            async for event in run.listen(index):
                 if event is None:
                     yield ": still here\n\n"
                     continue
@@ -91,7 +89,7 @@ def create_app(hosts: Sequence[str] = _LOOPBACK) -> FastAPI:
 
         return StreamingResponse(lines(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
-    def stop(number: int) -> dict[str, Any]:
+    async def stop(number: int) -> dict[str, Any]:
         known(number).stop()
         return {}
 
@@ -115,11 +113,28 @@ def create_app(hosts: Sequence[str] = _LOOPBACK) -> FastAPI:
     return app
 
 
+def _check_origin(request: HttpRequest) -> None:
+    """Refuse requests that change something and that a page of another site could send.
+
+    Browsers name the sending page's site in ``Origin`` and ``Sec-Fetch-Site``. Older browsers may not, but none lets
+    another site send JSON without asking this server first.
+    """
+    if request.method in ("GET", "HEAD", "OPTIONS"):
+        return
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        raise HTTPException(403, f"requests from {origin[:100]} are refused; use the page of this server")
+    if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+        raise HTTPException(403, "requests from other sites are refused; use the page of this server")
+    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+        raise HTTPException(415, "send application/json")
+
+
 def serve(host: str = "127.0.0.1", port: int = 8321) -> None:
     """Serve the page until interrupted.
 
     Raises:
-        ConfigurationError: The port is taken or not to be had.
+        ConfigurationError: The port is taken, or the address is not one of this machine.
     """
     app = create_app(_LOOPBACK if host in _LOOPBACK else ["*"])
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -127,7 +142,7 @@ def serve(host: str = "127.0.0.1", port: int = 8321) -> None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
-            listener.listen()  # from now on whoever comes waits; the address is printed before the server runs
+            listener.listen()  # requests wait from now on, so the address can be printed before the server runs
         except OSError as error:
             raise ConfigurationError(
                 f"cannot listen at {host}:{port}: {error.strerror}; give another --port, or 0 for any that is free"

@@ -6,6 +6,7 @@ import html
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,7 +208,9 @@ class SearchTree:
         }
         # "<" is the one character by which a text could end the script element that it stands in.
         data = json.dumps(columns, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-        page = template.replace("__TITLE__", html.escape(self.prompt)).replace("__DATA__", data)
+        # Both at once, for the prompt may hold the other's mark.
+        values = {"__TITLE__": html.escape(self.prompt), "__DATA__": data}
+        page = re.sub("|".join(values), lambda mark: values[mark[0]], template)
         if path is not None:
             Path(path).write_text(page, encoding="utf-8")
         return page

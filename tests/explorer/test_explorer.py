@@ -1,5 +1,8 @@
 """The explorer in a real browser, as people use it: decode, watch, choose, compare, share; and what it refuses."""
 
+import asyncio
+import dataclasses
+import html
 import json
 import re
 import signal
@@ -18,8 +21,9 @@ pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
 
 from qstar_decoding.agents import AStarPlanner, QHeuristic  # noqa: E402
+from qstar_decoding.envs import load_prompts  # noqa: E402
 from qstar_decoding.errors import ConfigurationError, QStarError  # noqa: E402
-from qstar_decoding.explorer.runs import LIMITS, Beginning, Request, Runs  # noqa: E402
+from qstar_decoding.explorer.runs import LIMITS, Beginning, Request, Run, Runs  # noqa: E402
 from qstar_decoding.explorer.server import create_app, serve  # noqa: E402
 from qstar_decoding.tasks import load_task  # noqa: E402
 
@@ -163,7 +167,7 @@ def test_old_runs_are_forgotten():
     runs = Runs()
     for _ in range(51):
         last = runs.begin(Request(**{**TOY, "budget": 1}))
-    assert list(last.listen())[-1]["kind"] == "done"
+    assert heard(last)[-1]["kind"] == "done"
     with pytest.raises(KeyError):
         runs[1]
     with pytest.raises(QStarError, match="run 1 has no tree"):
@@ -194,6 +198,147 @@ def test_the_command_serves_until_it_is_interrupted():
             assert "Traceback" not in process.stderr.read()
         finally:
             process.kill()
+
+
+def heard(run, first=0):
+    """Return all events of a run, heard to the end."""
+
+    async def listen():
+        return [event async for event in run.listen(first) if event is not None]
+
+    return asyncio.run(listen())
+
+
+def held(monkeypatch):
+    """Hold every search after its first step, until the event that is returned is set."""
+    gate = threading.Event()
+    clock = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda seconds: gate.wait(60))
+    monkeypatch.setattr("qstar_decoding.explorer.runs.time", clock)
+    return gate
+
+
+def until(condition):
+    """Wait for what another thread does, half a minute at most."""
+    for _ in range(300):
+        if condition():
+            return
+        time.sleep(0.1)
+    assert condition()
+
+
+def test_many_listeners_hold_no_thread_and_are_gone_when_they_leave(monkeypatch, address):
+    gate = held(monkeypatch)
+    kept, begin = [], Runs.begin
+    monkeypatch.setattr(Runs, "begin", lambda runs, request: kept.append(begin(runs, request)) or kept[-1])
+    status, begun = ask(f"{address}/api/runs", {**TOY, "budget": 5000})
+    assert status == 200
+    [run] = kept
+    before, connections = threading.active_count(), []
+    try:
+        for _ in range(120):  # three times the threads that the server has for blocking work
+            connection = socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=60)
+            connection.sendall(f"GET /api/runs/{begun['run']}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            connections.append(connection)
+        until(lambda: len(run._waiting) == 120)
+        assert threading.active_count() - before < 45  # those for blocking work, none for each listener
+        # Everything else is answered while they listen, what needs a thread and what does not.
+        with urllib.request.urlopen(address, timeout=60) as page:
+            assert page.status == 200
+        assert ask(f"{address}/api/options")[0] == 200
+        assert ask(f"{address}/api/runs/{begun['run']}/nodes/0")[0] == 404
+        assert not run.is_over
+        for connection in connections:
+            connection.close()
+        until(lambda: not run._waiting)
+        assert not run.is_over  # nobody waited for the end of the run
+        assert ask(f"{address}/api/runs/{begun['run']}/stop", {})[0] == 200
+        gate.set()
+        assert events(address, begun["run"])[-1]["stop_reason"] == "interrupted"
+    finally:
+        run.stop()
+        gate.set()
+        for connection in connections:
+            connection.close()
+
+
+def test_a_listener_hears_each_event_once_wherever_it_begins():
+    run = Runs().begin(Request(**{**TOY, "budget": 200}))
+    everything = heard(run)
+    assert everything == run.events
+    assert everything[-1]["kind"] == "done"
+    assert heard(run, 2) == everything[2:]
+    assert heard(run, len(everything)) == heard(run, len(everything) + 9) == []
+
+
+def test_silence_is_told_and_a_cancelled_listener_leaves_nothing():
+    run = Run(1, Request(**TOY), load_prompts(["ab"])[0])
+
+    async def listen():
+        told = [event async for event in first_of(run.listen(patience=0.01), 3)]
+        assert told == [None] * 3
+        assert not run._waiting
+        run.tell({"kind": "done"}, last=True)
+        return [event async for event in run.listen()]
+
+    async def first_of(events, count):
+        try:
+            for _ in range(count):
+                yield await anext(events)
+        finally:
+            await events.aclose()
+
+    assert asyncio.run(listen()) == [{"kind": "done"}]
+
+
+@pytest.mark.parametrize("path", ["/api/runs", "/api/runs/{run}/stop"])
+@pytest.mark.parametrize(
+    ("headers", "kind", "status"),
+    [
+        ({"Origin": "http://evil.example"}, "application/json", 403),
+        ({"Origin": "http://evil.example"}, "text/plain", 403),
+        ({"Origin": "null"}, "application/json", 403),
+        ({"Origin": "http://127.0.0.1:1"}, "application/json", 403),
+        ({"Origin": "http://localhost.evil.example"}, "application/json", 403),
+        ({"Sec-Fetch-Site": "cross-site"}, "application/json", 403),
+        ({"Sec-Fetch-Site": "same-site"}, "application/json", 403),
+        ({}, "text/plain", 415),
+        ({}, "application/x-www-form-urlencoded", 415),
+        ({}, "multipart/form-data; boundary=x", 415),
+    ],
+)
+def test_another_site_can_neither_begin_nor_stop_a_run(address, monkeypatch, path, headers, kind, status):
+    stopped = []
+    run, _ = finished(address, TOY)
+    monkeypatch.setattr(Run, "stop", stopped.append)
+    body = json.dumps(TOY).encode()
+    assert ask(address + path.format(run=run), body, kind, **headers)[0] == status
+    assert not stopped
+    assert ask(f"{address}/api/runs/{run + 1}/events")[0] == 404  # none was begun
+
+
+def test_a_page_of_this_server_may(address):
+    run, _ = finished(address, TOY)
+    for headers in ({"Origin": address}, {"Sec-Fetch-Site": "same-origin"}, {"Sec-Fetch-Site": "none"}, {}):
+        assert ask(f"{address}/api/runs/{run}/stop", {}, **headers)[0] == 200
+        assert ask(f"{address}/api/runs/{run}/stop", {}, "application/json; charset=utf-8", **headers)[0] == 200
+
+
+def test_every_route_that_changes_something_is_guarded():
+    app = create_app()
+    changing = [route for route in app.routes if getattr(route, "methods", set()) - {"GET", "HEAD", "OPTIONS"}]
+    assert len(changing) >= 2
+    for route in changing:
+        assert "_check_origin" in {dependency.call.__name__ for dependency in route.dependant.dependencies}
+
+
+@pytest.mark.parametrize("prompt", ["__DATA__", "__TITLE__", "a __DATA__ b __TITLE__", "\\1 \\g<0> __DATA__"])
+def test_a_prompt_with_a_mark_of_the_template_stays_a_prompt(prompt):
+    tree = AStarPlanner(load_task("toy").mdp()).plan("ab", 5).tree
+    page = dataclasses.replace(tree, prompt=prompt).to_html()
+    title = re.search(r"<title>(.*?)</title>", page, re.DOTALL)[1]
+    assert html.unescape(title) == prompt
+    data = re.search(r"const d = (.*);\n", page)[1]
+    assert json.loads(data)["prompt"] == prompt
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
@@ -440,6 +585,65 @@ def test_with_the_keyboard_alone(open_page):
     assert chosen.get_attribute("data-item") == first
     page.keyboard.press("ArrowLeft")
     assert chosen.get_attribute("data-item") == "0"
+
+
+@pytest.mark.parametrize("scheme", ["dark", "light"])
+@pytest.mark.parametrize("width", [320, 390, 430])
+def test_the_tree_fills_a_phone(open_page, width, scheme):
+    page = open_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
+    page.fill("#length", "24")
+    search(page, budget=200)
+    done(page)
+    page.click("text=Open the tree")
+    found = page.evaluate(
+        """() => {
+          const box = document.querySelector(".tree"), frame = box.getBoundingClientRect();
+          const items = [...box.querySelectorAll(".item")].map(item => item.getBoundingClientRect());
+          const inside = items.filter(i => i.right > frame.left && i.left < frame.right);
+          const seen = inside.filter(i => i.bottom > frame.top && i.top < frame.bottom);
+          return {
+            overflow: box.scrollWidth - box.clientWidth, outside: items.length - inside.length, count: items.length,
+            right: Math.max(...items.map(i => i.right)) - frame.right,
+            rows: new Set(seen.map(i => Math.round(i.top / 22))).size, room: frame.height / 22,
+          };
+        }"""
+    )
+    assert found["count"] > 100
+    assert found["overflow"] <= 0
+    assert found["outside"] == 0
+    assert found["right"] <= 1
+    assert found["rows"] >= 0.9 * found["room"]  # a token in every row that is seen, no blank half
+    page.locator("[role=treeitem]").nth(5).click()
+    assert page.locator("[role=treeitem]").nth(5).get_attribute("aria-selected") == "true"
+
+
+def test_a_wide_screen_has_the_tree_from_left_to_right(open_page):
+    page = open_page(viewport={"width": 1280, "height": 900})
+    search(page, budget=100)
+    done(page)
+    page.click("text=Open the tree")
+    tops = page.evaluate("[...document.querySelectorAll('.tree .best circle')].map(c => c.getAttribute('cy'))")
+    assert len(tops) > 3
+    assert len(set(tops)) == 1  # the best text is one straight line
+
+
+def test_what_is_typed_while_the_page_loads_stays(chromium, address):
+    context = chromium.new_context()
+    page = context.new_page()
+    gate = []
+    page.route("**/api/options", lambda route: gate.append(route))
+    page.goto(address)
+    for field, text in (("#prompt", "typed early"), ("#length", "7"), ("#alpha", "0.5"), ("#budget", "33")):
+        page.fill(field, text)
+    while not gate:
+        page.wait_for_timeout(20)
+    gate[0].continue_()
+    page.locator("#go:enabled").wait_for()
+    values = [page.input_value(field) for field in ("#prompt", "#length", "#alpha", "#budget")]
+    assert values == ["typed early", "7", "0.5", "33"]
+    page.select_option("#task", "toy")  # a choice that was made afterwards brings its own example along
+    assert page.input_value("#prompt") != "typed early"
+    context.close()
 
 
 @pytest.mark.parametrize("size", [(390, 844), (1280, 900)])
