@@ -22,17 +22,8 @@ from ..checks import check_integer
 from ..errors import ConfigurationError
 from ..models.base import LanguageModel
 
-__all__ = [
-    "BannedStrings",
-    "Constraint",
-    "ForcedStrings",
-    "JSONConstraint",
-    "MinTokens",
-    "RegexConstraint",
-    "Rule",
-    "Rules",
-    "StopStrings",
-]
+__all__ = ["BannedStrings", "Constraint", "ForcedStrings", "JSONConstraint", "MinTokens", "RegexConstraint", "Rule"]
+__all__ += ["Rules", "StopStrings"]
 
 BoolArray = npt.NDArray[np.bool_]
 _REMEMBERED = 1 << 16  # prefixes
@@ -195,11 +186,9 @@ class JSONConstraint(RegexConstraint):
         Raises:
             ConfigurationError: outlines-core is not installed, or cannot translate the schema.
         """
-        text = schema if isinstance(schema, str) else json.dumps(schema)
+        text, outlines = schema if isinstance(schema, str) else json.dumps(schema), _outlines()
         try:
-            pattern = _outlines().json_schema.build_regex_from_schema(text)
-        except ConfigurationError:
-            raise
+            pattern = outlines.json_schema.build_regex_from_schema(text)
         except Exception as error:  # any error of the library is about the schema
             raise ConfigurationError(
                 f"no regular expression can be made of the JSON schema {text[:200]}: {error}"
@@ -207,32 +196,26 @@ class JSONConstraint(RegexConstraint):
         super().__init__(pattern)
 
 
-class BannedStrings(Constraint):
-    """The completion contains none of these strings, in any case (Unicode case folding)."""
-
+class _Strings(Constraint):
     def __init__(self, *strings: str) -> None:
-        """Ban ``strings``.
+        """Take ``strings``.
 
         Raises:
             ConfigurationError: There is none, or one is empty.
         """
         self.strings = _strings(strings)
+
+
+class BannedStrings(_Strings):
+    """The completion contains none of these strings, in any case (Unicode case folding)."""
 
     def bind(self, model: LanguageModel) -> Rule:
         """See :class:`Constraint`."""
         return _Banned(self.strings, model)
 
 
-class ForcedStrings(Constraint):
+class ForcedStrings(_Strings):
     """The completion contains each of these strings, in any case (Unicode case folding)."""
-
-    def __init__(self, *strings: str) -> None:
-        """Demand ``strings``.
-
-        Raises:
-            ConfigurationError: There is none, or one is empty.
-        """
-        self.strings = _strings(strings)
 
     def bind(self, model: LanguageModel) -> Rule:
         """See :class:`Constraint`."""

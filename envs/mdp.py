@@ -138,18 +138,13 @@ class DecodingMDP:
         self.reward: Reward = as_reward(reward)
         if isinstance(model, str):
             options = {**({"hidden_layers": hidden_layers} if hidden_layers else {}), **(model_kwargs or {})}
-            self.model: LanguageModel = load_language_model(model, device, dtype, **options)
-        else:
-            self.model = model
-            if hidden_layers and tuple(hidden_layers) != self.model.hidden_layers:
-                raise ConfigurationError(
-                    "hidden_layers is for a model given by name; give it to TransformersLM instead"
-                )
+            model = load_language_model(model, device, dtype, **options)
+        elif hidden_layers and tuple(hidden_layers) != model.hidden_layers:
+            raise ConfigurationError("hidden_layers is for a model given by name; give it to TransformersLM")
+        self.model: LanguageModel = model
         if self.max_new_tokens >= self.model.context_length:
-            raise ConfigurationError(
-                f"max_new_tokens is {self.max_new_tokens}, which leaves no room for a prompt: "
-                f"{self.model.name!r} takes {self.model.context_length} tokens in all"
-            )
+            room = f"{self.model.name!r} takes {self.model.context_length} tokens in all"
+            raise ConfigurationError(f"max_new_tokens is {max_new_tokens}, which leaves no room for a prompt: {room}")
         self._kv_budget, self.constraint = kv_budget, constraint
         self._rules = None if constraint is None else Rules(constraint, self.model, self._stop)
         self.tree = TokenTree(self.model, top_k, kv_budget, self._rules.allowed if self._rules else None)
@@ -169,18 +164,9 @@ class DecodingMDP:
 
         So nothing is computed yet, and nothing that others compute helps it.
         """
-        process = DecodingMDP(
-            self.model,
-            reward=self.reward,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            max_new_tokens=self.max_new_tokens,
-            stop=self.stop,
-            logprob_weight=self.logprob_weight,
-            kv_budget=self._kv_budget,
-            max_prefixes=self.max_prefixes,
-            constraint=self.constraint,
-        )
+        names = ("reward", "top_k", "top_p", "max_new_tokens", "stop", "logprob_weight", "max_prefixes", "constraint")
+        settings: dict[str, Any] = {name: getattr(self, name) for name in names}
+        process = DecodingMDP(self.model, **settings, kv_budget=self._kv_budget)
         allowed = process._rules.allowed if process._rules else None
         engine = self.model.new_engine(kv_budget=self._kv_budget)
         process.tree = TokenTree(self.model, self.top_k, self._kv_budget, allowed, engine=engine)
@@ -416,10 +402,8 @@ def mdp_of(env: Any) -> DecodingMDP:
     Raises:
         ConfigurationError: There is none, or a wrapper changes its rewards or its horizon, which the MDP would ignore.
     """
-    if isinstance(env, DecodingMDP):
-        return env
-    layers = list(_layers(env))
-    mdp = next((found for layer in layers if isinstance(found := vars(layer).get("mdp"), DecodingMDP)), None)
+    layers = [] if isinstance(env, DecodingMDP) else list(_layers(env))
+    mdp = env if not layers else next((m for x in layers if isinstance(m := vars(x).get("mdp"), DecodingMDP)), None)
     if any("processes" in vars(layer) for layer in layers):  # SubprocVecEnv, AsyncVectorEnv
         raise ConfigurationError(
             f"the environments of {type(env).__name__} live in other processes, where no planner can search; "
@@ -447,24 +431,18 @@ def mdp_of(env: Any) -> DecodingMDP:
 
 
 # VecNormalize of stable-baselines3 is known by its attribute norm_reward: importing it would load torch.
-_REWARD_WRAPPERS = (
-    gym.RewardWrapper,
-    gym.wrappers.NormalizeReward,
-    gym.vector.VectorRewardWrapper,
-    gym.wrappers.vector.NormalizeReward,
-)
+_VECTOR_WRAPPERS = (gym.vector.VectorRewardWrapper, gym.wrappers.vector.NormalizeReward)
+_REWARD_WRAPPERS = (gym.RewardWrapper, gym.wrappers.NormalizeReward, *_VECTOR_WRAPPERS)
 
 
 def _layers(env: Any) -> Iterator[Any]:
     """Yield an environment, those inside its wrappers, and those inside a vector environment of this process."""
-    pending = [env]
-    while pending:
-        layer = pending.pop()
-        if hasattr(layer, "__dict__"):
-            yield layer
-            inside = vars(layer)
-            pending += [inside[name] for name in ("env", "venv") if inside.get(name) is not None]
-            pending += inside["envs"] if isinstance(inside.get("envs"), (list, tuple)) else []
+    if hasattr(env, "__dict__"):
+        yield env
+        inside = vars(env)
+        several = inside["envs"] if isinstance(inside.get("envs"), (list, tuple)) else ()
+        for part in (inside.get("env"), inside.get("venv"), *several):
+            yield from _layers(part)
 
 
 def _same(one: Prompt, other: Prompt) -> bool:
