@@ -99,18 +99,11 @@ class NumericAnswer(_Verified):
         Raises:
             ConfigurationError: The answer is no mathematics, or takes too long itself.
         """
+        _check_answer(str(wanted))
         try:
             return float(_compare(str(wanted), completion))
         except TimeLimitError:
-            pass
-        try:
-            _compare(str(wanted), "1")
-        except TimeLimitError:
-            raise ConfigurationError(
-                f"the column 'answer' holds {shown(str(wanted))}, which math-verify does not evaluate within "
-                f"{_SECONDS:g} s; give its value"
-            ) from None
-        return 0.0
+            return 0.0
 
 
 class AnswerFormat(MatchesRegex):
@@ -239,3 +232,19 @@ def _equal(answer: str, completion: str) -> bool:
 _SECONDS = 2.0
 _compare = Limited(_equal, seconds=_SECONDS, prepare=(_equal, "1", "1"))
 _gym_score = Limited(_called, seconds=_SECONDS, prepare=(gym_module,))
+
+
+@functools.lru_cache(1 << 14)
+def _check_answer(answer: str) -> None:
+    """Check once that an answer can be compared at all, so that a text is to blame where a comparison takes too long.
+
+    Raises:
+        ConfigurationError: It is no mathematics, or takes too long.
+    """
+    try:
+        _compare(answer, "1")
+    except TimeLimitError:
+        raise ConfigurationError(
+            f"the column 'answer' holds {shown(answer)}, which math-verify does not evaluate within {_SECONDS:g} s; "
+            "give its value"
+        ) from None
