@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,8 +75,9 @@ class Plan:
     def best(self, n: int, *, diversity: float = 0.0) -> list[Completion]:
         """Return up to ``n`` of the completions found, no two with the same text, the best first.
 
-        With a diversity penalty each one after the first is the best of J - diversity · (share of its word pairs that
-        the ones before it have): maximal marginal relevance (Carbonell & Goldstein 1998).
+        With a diversity penalty each one after the first is the best of J - diversity · overlap: maximal marginal
+        relevance (Carbonell & Goldstein 1998). The overlap, from 0 to 1, is the mean of the shares of its words and of
+        its word pairs that the ones before it have (ROUGE-1 and ROUGE-2 precision, Lin 2004).
 
         Args:
             n: How many. Give the planner the same ``n``, so that it searches for them.
@@ -86,11 +88,11 @@ class Plan:
         left = list({completion.text.strip(): completion for completion in reversed(self.completions)}.values())[::-1]
         left.sort(key=lambda completion: -completion.objective)
         chosen: list[Completion] = []
-        seen: set[tuple[str, str]] = set()
+        seen: set[tuple[str, ...]] = set()
         while left and len(chosen) < n:
             worth = [c.objective - diversity * _overlap(c.text, seen) for c in left]
             chosen.append(left.pop(int(np.argmax(worth))))
-            seen |= _word_pairs(chosen[-1].text)
+            seen.update(*_word_grams(chosen[-1].text))
         return chosen
 
     def sample(self, n: int = 1, *, temperature: float, seed: int | None = None) -> list[Completion]:
@@ -178,11 +180,13 @@ def _partial(search: Search) -> Completion:
     return Completion(mdp.text(node), ids, float(mdp.tree.path_logprob[node]), math.nan, math.nan, "partial")
 
 
-def _word_pairs(text: str) -> set[tuple[str, str]]:
-    words = text.lower().split()
-    return set(itertools.pairwise(words)) or {(word, "") for word in words}
+def _word_grams(text: str) -> tuple[set[tuple[str, ...]], set[tuple[str, ...]]]:
+    """Return the words of a text and the pairs of neighbours, without case and punctuation."""
+    words = re.findall(r"\w+(?:['’]\w+)*", text.casefold())
+    return {(word,) for word in words}, set(itertools.pairwise(words))
 
 
-def _overlap(text: str, seen: set[tuple[str, str]]) -> float:
-    pairs = _word_pairs(text)
-    return len(pairs & seen) / len(pairs) if pairs else 0.0
+def _overlap(text: str, seen: set[tuple[str, ...]]) -> float:
+    """Return the mean share of a text's words and word pairs that are in ``seen``."""
+    shares = [len(grams & seen) / len(grams) for grams in _word_grams(text) if grams]
+    return sum(shares) / len(shares) if shares else 0.0

@@ -1,6 +1,7 @@
 """The loop: searches of different problems in one call, threads that take turns, and the account of time."""
 
 import asyncio
+import dataclasses
 import threading
 
 import numpy as np
@@ -171,3 +172,17 @@ def test_the_n_best_are_n_texts_not_n_tokenisations_of_one(n):
     mdp = DecodingMDP(lm, reward=reward, top_k=5, max_new_tokens=5, logprob_weight=0.0)
     plan = AStarPlanner(mdp, n=n).plan("a")
     assert [c.text for c in plan.best(n)] == ["ab", "aab", "abab"][:n]
+
+
+def test_diversity_sees_through_punctuation_and_single_words():
+    texts = {
+        " a huge success. I'm so proud of what we've accomplished.": 0.42,
+        " a success, and I'm proud of what we've accomplished.\"": 0.40,
+        " a waste of a fine evening": 0.30,
+        " A HUGE SUCCESS! I'm so proud of what we've accomplished!": 0.41,
+    }
+    plan = AStarPlanner(make()).plan("a", 20)
+    found = [plan.completions[0]._replace(text=text, objective=value) for text, value in texts.items()]
+    plan = dataclasses.replace(plan, completions=found)
+    assert [c.objective for c in plan.best(2)] == [0.42, 0.41]
+    assert [c.objective for c in plan.best(2, diversity=0.3)] == [0.42, 0.30]
