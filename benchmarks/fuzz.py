@@ -236,7 +236,7 @@ def draw_decoder(rng, mdp):
             options["prior"] = float(rng.choice([0.0, 0.1]))
     if name in ("sample", "ilql", "majority", "blockwise", "rebase"):
         options["seed"] = int(rng.integers(9))
-    if heuristic is not None and name not in ("majority",) and rng.random() < 0.2:
+    if heuristic is not None and name not in ("args", "majority") and rng.random() < 0.2:
         options["score"] = "q"
     if name == "args" and not mdp.reward.has_potential:
         name, options = "greedy", {}

@@ -248,6 +248,9 @@ def ration(search: Search, edges: Edges, depth: int, taper: float) -> Edges:
     room = affordable * search.size / (search.size + search.heuristic_tokens)
     shares = np.arange(1, still_to_come + 1, dtype=np.float64) ** taper
     most = 1 + max(int((room - still_to_come) * shares[-1] / shares.sum()), 0)
+    if search.budget.seconds is not None:
+        # The time of a step is known from smaller ones: it may grow fourfold before it is measured again.
+        most = min(most, 4 * search.largest_step)
     continuing = search.finish[edges] == Finish.NO
     keep = ~continuing | (np.cumsum(continuing) <= most)
     if search.budget.pops is not None:  # which edges that end a text use up too

@@ -9,20 +9,32 @@ import numpy as np
 
 from ...checks import check_number
 from ...errors import ConfigurationError
-from ..search.state import Edges, Search, Status, Values
+from ..search.state import NO_EDGES, Edges, Search, Status, Values
 from .decoder import Decoder
 
 __all__ = ["ARGSDecoder", "GreedyDecoder"]
 
 
 class GreedyDecoder(Decoder):
-    """Take the most likely token each time; with a heuristic, the one with the largest h: arg max Q."""
+    """Take the most likely token each time; with a heuristic, the one with the largest h: arg max Q.
+
+    Attributes:
+        calls_per_candidate: Reward calls that choosing among the candidates of a step costs, for each of them.
+    """
+
+    calls_per_candidate = 0
 
     def select(self, search: Search) -> Iterator[Edges]:
         """Yield one edge per step, until the text is finished."""
         row = 0
         while row >= 0 and (search.status[row] != Status.MASKED).any():  # a constraint may leave nothing to take
             legal = np.flatnonzero(search.status[row] != Status.MASKED)
+            calls, allowed = self.calls_per_candidate * len(legal), search.budget.reward_calls
+            if allowed is not None and search.reward_calls + calls > allowed:
+                search.stop_reason = "budget"  # until it is resumed with a larger one
+                yield NO_EDGES
+                continue
+            search.reward_calls += calls
             edge = Edges(np.array([row]), legal[[self.preferences(search, row)[legal].argmax()]])
             if search.status[edge][0] == Status.OPEN:
                 yield edge
@@ -41,13 +53,19 @@ class ARGSDecoder(GreedyDecoder):
     needs no further token of the language model for that, as the text is known.
     """
 
+    calls_per_candidate = 1
+
     def __init__(self, env: Any, *, reward_weight: float = 1.0, **kwargs: Any) -> None:
         """Weigh the prefix's reward by ``reward_weight``, in nats per unit of reward.
 
         Raises:
-            ConfigurationError: The reward has no potential, so it cannot score prefixes.
+            ConfigurationError: The reward has no potential, so it cannot score prefixes; or ``score="q"``.
         """
         super().__init__(env, **kwargs)
+        if self.score == "q":
+            raise ConfigurationError(
+                'ARGS asks the reward at every step, which score="q" rules out; use score="reward"'
+            )
         self.reward_weight = check_number("reward_weight", reward_weight)
         if not self.mdp.reward.has_potential:
             raise ConfigurationError(
@@ -58,7 +76,6 @@ class ARGSDecoder(GreedyDecoder):
         """See :class:`GreedyDecoder`."""
         mdp, node = search.mdp, search.node[row]
         legal = np.flatnonzero(search.status[row] != Status.MASKED)
-        search.reward_calls += len(legal)
         values = np.full(mdp.top_k, -np.inf)
         values[legal] = mdp.tree.logprobs[node, legal] + self.reward_weight * mdp.edge_potentials(
             search.prompt, int(node), legal

@@ -225,6 +225,11 @@ class Search:
         return max(min(remaining, float(left / max(per_token, 1e-9))), 0.0)
 
     @property
+    def largest_step(self) -> int:
+        """LM tokens of the largest step so far, at least 1."""
+        return int(np.diff([point.lm_tokens for point in self.trace]).max(initial=1))
+
+    @property
     def seconds(self) -> float:
         """Wall-clock time that this search has run."""
         return self._seconds_before + time.perf_counter() - self._started

@@ -1,24 +1,42 @@
 """Budgets of every kind: a finished text where one was affordable, stops that say why, and bad values refused."""
 
-import time
-
 import numpy as np
 import pytest
 
 from qstar_decoding.agents import DECODERS, AStarPlanner, Budget, ZeroHeuristic
+from qstar_decoding.agents.search import loop, state
 from qstar_decoding.envs import DecodingMDP, ForcedStrings, TabularLM
 from qstar_decoding.errors import ConfigurationError
-from qstar_decoding.rewards import as_reward
+from qstar_decoding.rewards import Reward, as_reward
 
 HORIZON = 12
 REWARD = as_reward(lambda prompt, text: len(set(text)) / 8, lower=0, upper=1)
 
 
+class Clock:
+    """A clock that only a forward of the language model advances, so that no test depends on the machine's speed."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+CLOCK = Clock()
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    for module in (loop, state):
+        monkeypatch.setattr(module, "time", CLOCK)
+
+
 class SlowLM(TabularLM):
-    """A language model that takes its time for every forward, and some for every sequence."""
+    """A language model that takes 4 ms for every forward, and half a millisecond for every sequence."""
 
     def forward(self, sequences):
-        time.sleep(0.004 + 0.0005 * len(sequences))
+        CLOCK.now += 0.004 + 0.0005 * len(sequences)
         return super().forward(sequences)
 
 
@@ -36,28 +54,31 @@ NAMES = sorted(set(DECODERS) - {"args"})
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_deadline_returns_a_finished_text(name):
-    # One text takes 12 steps of at least 5 ms; four times that, since machines stall.
+    # One text takes 11 steps of 4.5 ms.
     options = {"heuristic": ZeroHeuristic()} if name in ("ilql", "mcts", "rebase", "blockwise") else {}
-    plan = DECODERS[name](slow(), **options).plan("a", Budget(seconds=0.4))
+    plan = DECODERS[name](slow(), **options).plan("a", Budget(seconds=0.06))
     assert plan.stop == "length"
     assert len(plan.token_ids) == HORIZON
 
 
 @pytest.mark.parametrize("search", ["level", "astar", "qstar", "weighted", "anytime", "capped"])
 def test_a_deadline_returns_a_finished_text_by_every_search(search):
-    plan = AStarPlanner(slow(), search=search).plan("a", Budget(seconds=0.4))
+    plan = AStarPlanner(slow(), search=search).plan("a", Budget(seconds=0.06))
     assert plan.stop == "length"
 
 
 def test_a_deadline_is_used_to_widen():
+    before = CLOCK.now
     plan = AStarPlanner(slow()).plan("a", Budget(seconds=0.6))
-    assert plan.usage.lm_tokens > 2 * HORIZON
-    assert len(plan.completions) > 1
+    assert plan.usage.lm_tokens > 500  # of the 1,100 that the time pays for
+    assert len(plan.completions) > 5
+    assert 0.5 < CLOCK.now - before < 0.7
+    assert CLOCK.now - before - 0.6 <= np.diff([point.seconds for point in plan.trace]).max()  # by one step at most
 
 
 def test_a_deadline_with_a_constraint_goes_back_from_dead_ends():
     mdp = slow(constraint=ForcedStrings("aaaa"))
-    plan = AStarPlanner(mdp).plan("a", Budget(seconds=2))
+    plan = AStarPlanner(mdp).plan("a", Budget(seconds=1))
     assert "aaaa" in plan.text
 
 
@@ -114,3 +135,22 @@ def test_a_search_that_stopped_early_can_be_resumed():
 def test_bad_limits_are_refused(limits, wanted):
     with pytest.raises(ConfigurationError, match=wanted):
         Budget(**limits)
+
+
+@pytest.mark.parametrize("calls", [1, 3, 7, 20])
+def test_args_counts_the_calls_for_its_candidates(calls):
+    class Letters(Reward):
+        lower, upper = 0.0, 1.0
+
+        def score(self, prompts, completions, completion_ids=None, **columns):
+            return [len(set(text)) / 8 for text in completions]
+
+        score_prefixes = score
+
+    mdp = DecodingMDP(TabularLM.random(8, 2, seed=1), reward=Letters(), top_k=4, max_new_tokens=6)
+    decoder = DECODERS["args"](mdp)
+    plan = decoder.plan("a", Budget(reward_calls=calls))
+    assert plan.usage.reward_calls <= calls
+    assert decoder.resume(plan).stop != "partial"
+    with pytest.raises(ConfigurationError, match="ARGS asks the reward"):
+        DECODERS["args"](mdp, heuristic=ZeroHeuristic(), score="q")
