@@ -18,6 +18,7 @@ __all__ = [
     "HeuristicError",
     "IllegalActionError",
     "InternalError",
+    "LanguageModelError",
     "PromptError",
     "QStarError",
     "RewardError",
@@ -75,6 +76,10 @@ class RewardError(QStarError, ValueError):
 
 class RewardCheckError(QStarError, AssertionError):
     """Raised by ``check_reward`` when a reward breaks a law that others rely on."""
+
+
+class LanguageModelError(QStarError, ValueError):
+    """Raised when a language model's outputs are not what its interface promises."""
 
 
 class HeuristicError(QStarError, ValueError):

@@ -7,5 +7,6 @@ from .registry import language_model_names as language_model_names
 from .registry import load_language_model as load_language_model
 from .registry import register_language_model as register_language_model
 from .tabular import TabularLM as TabularLM
+from .testing import check_language_model as check_language_model
 from .transformers_lm import TransformersLM as TransformersLM
 from .tree_engine import TreeEngine as TreeEngine

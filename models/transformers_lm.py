@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,6 +25,16 @@ from .embedded_model import EMBEDDED_MODELS, embedded_model_folder
 __all__ = ["TransformersLM", "load_transformers", "resolve_device", "resolve_dtype"]
 
 logger = logging.getLogger(__name__)
+
+_PRIVATE = ("_head", "_tapped", "_prepack", "_tree_mask_is_exact", "_recipe", "_recipe_holds_for")
+# Attributes of a tokenizer that change what it returns and are not in its backend.
+_TOKENIZER_SETTINGS = (
+    "add_bos_token",
+    "add_eos_token",
+    "add_prefix_space",
+    "model_input_names",
+    "split_special_tokens",
+)
 
 
 class TransformersLM(LanguageModel):
@@ -71,14 +82,50 @@ class TransformersLM(LanguageModel):
         self.hidden_size += len(hidden_layers) * int(config.hidden_size)
         self.context_length = int(getattr(config, "max_position_embeddings", None) or 1_000_000)
         self.eos_token_ids = _end_tokens(model, tokenizer, self.vocab_size)
+        self._prepack = prepack
         self.packed_weights = _packed_weights(model, prepack)
         self._tree_mask_is_exact: bool | None = None
-        # How another process loads the same model, where the registry has loaded this one.
-        self.recipe: tuple[Any, ...] | None = None
+        self._recipe: tuple[Any, ...] | None = None
+        self._recipe_holds_for: object = None
 
-    def __reduce__(self) -> str | tuple[Any, ...]:
-        """Pickle by name where the model was loaded by name: the other process loads its own copy of the weights."""
-        return self.recipe or super().__reduce_ex__(2)
+    def set_recipe(self, load: Callable[..., TransformersLM], *arguments: Any) -> None:
+        """Let another process make this model by ``load(*arguments)``, as long as nobody changes it in memory."""
+        self._recipe, self._recipe_holds_for = (load, arguments), self._state()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the name that an unchanged model was loaded by, so that other processes load their own copies.
+
+        A model that was not loaded by name is pickled by value. So is one whose weights, configuration, tokenizer or
+        attributes have been changed since.
+        """
+        if self._recipe and self._state() == self._recipe_holds_for:
+            return self._recipe
+        make = partial(type(self), name=self.name, prepack=self._prepack, hidden_layers=self.hidden_layers)
+        return make, (self.model, self.tokenizer), self._attributes()
+
+    def _attributes(self) -> dict[str, Any]:
+        """Return what was set on this object and follows neither from the constructor's arguments nor from a trial."""
+        derived = {"model", "tokenizer", "packed_weights", "kv_token_bytes", *_PRIVATE}
+        return {name: value for name, value in vars(self).items() if name not in derived}
+
+    def _state(self) -> tuple[object, ...]:
+        """Return a value that changes when somebody changes weights, configuration, tokenizer or attributes."""
+        tokenizer = self.tokenizer
+        settings = [getattr(tokenizer, name, None) for name in _TOKENIZER_SETTINGS]
+        if tokenizer.is_fast:
+            backend = tokenizer.backend_tokenizer.to_str()
+            backend = backend[backend.index('"added_tokens"') :]  # what precedes changes with every call that pads
+        else:
+            backend = repr(tokenizer.get_vocab())
+        texts = (backend, repr(settings), repr(tokenizer.special_tokens_map), repr(tokenizer.chat_template))
+        config = (self.model.config.to_json_string(), repr(self.model.generation_config))
+        attributes = repr(sorted(self._attributes().items()))
+        return self.weights_version(), config, zlib.crc32("".join(texts).encode()), attributes
+
+    def weights_version(self) -> int:
+        """See :meth:`LanguageModel.weights_version`."""
+        weights = self.model.state_dict(keep_vars=True)
+        return hash(tuple((n, w.data_ptr(), 0 if w.is_inference() else w._version) for n, w in weights.items()))
 
     @property
     def device(self) -> torch.device:
@@ -112,11 +159,11 @@ class TransformersLM(LanguageModel):
         """See :meth:`LanguageModel.decode`. Ids of the model without a token of the tokenizer have no text.
 
         Raises:
-            ConfigurationError: An id is none of the model's.
+            ConfigurationError: An id is neither the model's nor the tokenizer's.
         """
         ids = [int(token) for token in token_ids]
-        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise ConfigurationError(f"token ids of {self.name!r} are from 0 to {self.vocab_size - 1}, got {ids[:20]}")
+        if ids and not 0 <= min(ids) <= max(ids) < (size := max(self.vocab_size, len(self.tokenizer))):
+            raise ConfigurationError(f"token ids of {self.name!r} are from 0 to {size - 1}, got {ids[:20]}")
         if not self.tokenizer.is_fast:  # such a tokenizer fails on ids without a token
             ids = [i for i in ids if self.tokenizer.convert_ids_to_tokens(i) is not None]
         # Clean-up would make the text of a prefix differ from the beginning of the text of its continuation.
@@ -205,7 +252,8 @@ class TransformersLM(LanguageModel):
 
         Whether it is exact is measured once per model, on a small random tree, rather than read off a list of names.
         """
-        from .tree_engine import TreeEngine, tree_mask_error
+        from .testing import tree_mask_error
+        from .tree_engine import TreeEngine
 
         with self.lock:
             if self._tree_mask_is_exact is None:
@@ -301,7 +349,7 @@ def load_transformers(
         plain = _LOADED[key]
         loaded = TransformersLM(plain.model, plain.tokenizer, name=name, prepack=False, hidden_layers=hidden_layers)
         loaded.packed_weights, loaded.lock = plain.packed_weights, plain.lock
-        loaded.recipe = _recipe(plain.model, name, prepack, {**model_kwargs, "hidden_layers": tuple(hidden_layers)})
+        _set_recipe(loaded, name, prepack, {**model_kwargs, "hidden_layers": tuple(hidden_layers)})
         _LOADED[tapping] = loaded
     return _LOADED[tapping]
 
@@ -326,7 +374,7 @@ def _load(
     if "device_map" not in model_kwargs and "quantization_config" not in model_kwargs:
         model = cast("Any", model).to(device)
     loaded = TransformersLM(model, tokenizer, name=name, prepack=prepack)
-    loaded.recipe = _recipe(model, name, prepack, model_kwargs)
+    _set_recipe(loaded, name, prepack, model_kwargs)
     return loaded
 
 
@@ -339,10 +387,9 @@ def _missing_from(source: str) -> str | None:
     return f"The folder {source!r} has no tokenizer; write it there with tokenizer.save_pretrained(folder)."
 
 
-def _recipe(model: PreTrainedModel, name: str, prepack: bool | str, options: dict[str, Any]) -> tuple[Any, ...]:
-    """Return how another process loads the same model, as ``__reduce__`` says it."""
-    dtype = str(model.dtype).removeprefix("torch.")
-    return partial(load_transformers, prepack=prepack, **options), (name, str(model.device), dtype)
+def _set_recipe(loaded: TransformersLM, name: str, prepack: bool | str, options: dict[str, Any]) -> None:
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    loaded.set_recipe(partial(load_transformers, prepack=prepack, **options), name, str(loaded.model.device), dtype)
 
 
 def resolve_device(device: str) -> torch.device:

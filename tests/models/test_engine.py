@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from qstar_decoding.envs import PrefixEngine, TabularLM, TokenTree, TransformersLM, TreeEngine
 from qstar_decoding.errors import ConfigurationError
-from qstar_decoding.models import kv_cache, tree_attention, tree_engine
+from qstar_decoding.models import base, testing, tree_attention, tree_engine
 from qstar_decoding.models.packed_weights import PackedWeights
 
 TinyLM = Callable[[str], TransformersLM]
@@ -221,7 +221,7 @@ def test_the_comparison_would_notice_a_wrong_mask(tiny_lm: TinyLM, monkeypatch: 
     tree.expand(tree.roots(prompts)[[0, 0]], np.array([0, 1]))
     with pytest.raises(AssertionError):
         assert_exact(tree, prompts)
-    assert "off by" in str(tree_engine.tree_mask_error(lm))
+    assert "off by" in str(testing.tree_mask_error(lm))
 
 
 def test_the_comparison_would_notice_a_forgotten_window(tiny_lm: TinyLM) -> None:
@@ -491,7 +491,7 @@ def test_where_a_tree_mask_is_not_exact_whole_prefixes_are_computed(
 
 
 def test_a_window_that_only_the_mask_knows_of_is_not_missed(new_tiny_lm: TinyLM) -> None:
-    problem = tree_engine.tree_mask_error(new_tiny_lm("Llama4Text"))
+    problem = testing.tree_mask_error(new_tiny_lm("Llama4Text"))
     assert problem == "its attention has a window of 16 tokens that a tree mask does not learn of"
 
 
@@ -625,7 +625,9 @@ def test_memory_that_cannot_grow_is_a_budget(
     tree.roots(prompts[:2])
     assert tree._engine._pool.capacity == 256  # type: ignore[attr-defined]
     with monkeypatch.context() as patch:
-        patch.setattr(kv_cache.KeyValuePool, "grow", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+        patch.setattr(
+            tree_attention.KeyValuePool, "grow", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no"))
+        )
         roots = tree.roots(prompts)  # 600 tokens
         tree.expand(roots, np.arange(10) % TOP_K)
     assert tree._engine._pool.capacity == 256  # type: ignore[attr-defined]
@@ -640,7 +642,7 @@ def test_memory_that_cannot_grow_is_a_budget(
 def test_the_fast_top_k_is_top_k(data: st.DataObject, n: int, k: int, width: int, columns: int) -> None:
     order = [data.draw(st.permutations(range(columns))) for _ in range(n)]
     values = torch.tensor(order, dtype=torch.float32)
-    for ours, theirs in zip(tree_engine._top(values, k, width), values.topk(k), strict=True):
+    for ours, theirs in zip(base._top(values, k, width), values.topk(k), strict=True):
         assert torch.equal(ours, theirs)
 
 
