@@ -9,6 +9,7 @@ from .language_models import PrefixEngine as PrefixEngine
 from .language_models import TabularLM as TabularLM
 from .language_models import TransformersLM as TransformersLM
 from .language_models import TreeEngine as TreeEngine
+from .language_models import check_language_model as check_language_model
 from .language_models import load_language_model as load_language_model
 from .mdp import Completion as Completion
 from .mdp import DecodingMDP as DecodingMDP

@@ -6,7 +6,16 @@ from ..models import (
     TabularLM,
     TransformersLM,
     TreeEngine,
+    check_language_model,
     load_language_model,
 )
 
-__all__ = ["LanguageModel", "PrefixEngine", "TabularLM", "TransformersLM", "TreeEngine", "load_language_model"]
+__all__ = [
+    "LanguageModel",
+    "PrefixEngine",
+    "TabularLM",
+    "TransformersLM",
+    "TreeEngine",
+    "check_language_model",
+    "load_language_model",
+]

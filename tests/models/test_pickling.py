@@ -131,9 +131,7 @@ def test_what_was_changed_in_memory_survives(loaded: TransformersLM, change: Cal
     assert there is not loaded
     assert_same(loaded, there)
     after = [*there.forward(SEQUENCES), *texts(there)]
-    assert any(
-        not np.array_equal(a, b) if isinstance(a, np.ndarray) else a != b for a, b in zip(before, after, strict=True)
-    )
+    assert not all(np.array_equal(a, b) for a, b in zip(before[:2], after[:2], strict=True)) or before[2:] != after[2:]
     # What is pickled a second time is the same again.
     assert_same(loaded, again(there))
 
