@@ -162,8 +162,10 @@ class TransformersLM(LanguageModel):
             ConfigurationError: An id is neither the model's nor the tokenizer's.
         """
         ids = [int(token) for token in token_ids]
-        if ids and not 0 <= min(ids) <= max(ids) < (size := max(self.vocab_size, len(self.tokenizer))):
-            raise ConfigurationError(f"token ids of {self.name!r} are from 0 to {size - 1}, got {ids[:20]}")
+        if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
+            size = max(self.vocab_size, len(self.tokenizer))
+            if min(ids) < 0 or max(ids) >= size:
+                raise ConfigurationError(f"token ids of {self.name!r} are from 0 to {size - 1}, got {ids[:20]}")
         if not self.tokenizer.is_fast:  # such a tokenizer fails on ids without a token
             ids = [i for i in ids if self.tokenizer.convert_ids_to_tokens(i) is not None]
         # Clean-up would make the text of a prefix differ from the beginning of the text of its continuation.

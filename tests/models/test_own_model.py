@@ -18,6 +18,8 @@ from qstar_decoding.models import LanguageModel, PrefixEngine, check_language_mo
 
 from .tokenizers_of_kinds import byte_level, language_model, sentencepiece, word_level
 
+pytestmark = pytest.mark.filterwarnings("ignore:language model .* cannot be pickled:UserWarning")
+
 FAQ = Path(__file__).parents[2] / "docs" / "faq.md"
 
 RECIPE = '''
