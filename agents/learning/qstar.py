@@ -58,6 +58,7 @@ from .q_heuristic import QHeuristic, export_sb3
 
 __all__ = ["QStar", "asymmetric_loss"]
 
+_CHANGEABLE = setting_names(QStarConfig) - {"buffer_bytes", "learning_rate", "policy_kwargs", "seed"}
 _DROPOUT = 0.4  # on the hidden state; docs/experiments.md
 # Prompts that a worker searches together. Fixed, so that the result depends on the seed, not on the number of workers.
 _SEARCHES_PER_JOB = 8
@@ -149,6 +150,12 @@ class QStar(DQN):
         if name in setting_names(QStarConfig):
             return getattr(self.config, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Change a setting while the agent exists, as a callback may do; see :class:`QStarConfig`."""
+        if name in _CHANGEABLE and "config" in vars(self):
+            super().__setattr__("config", replace(self.config, **{name: value}))
+        super().__setattr__(name, value)
 
     # -- the learning loop --------------------------------------------------------------------------------------------
 
@@ -293,11 +300,8 @@ class QStar(DQN):
         """Upload the agent to the Hugging Face hub, with a model card; see :meth:`QFunction.push_to_hub`.
 
         Args:
-            repository: ``"user/name"``; made if there is none.
+            repository, private, token, message: As there.
             training_state: See :meth:`save`; without it, Q alone is uploaded.
-            private: Whether a new repository is private; None is the account's own setting.
-            token: Instead of the one that ``hf auth login`` has stored.
-            message: Of the commit.
             description: See :meth:`save`; the card shows it.
         """
         write = partial(self.save, training_state=training_state, **description)

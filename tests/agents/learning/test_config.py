@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -109,3 +110,16 @@ def test_its_minimum_is_the_expectile_or_the_quantile_of_what_was_found(regressi
     else:  # the expectile's own equation: τ · E[(X - q)+] = (1 - τ) · E[(q - X)+]
         above, below = ((sample - value).clamp(min=0).mean().item(), (value - sample).clamp(min=0).mean().item())
         assert tau * above == pytest.approx((1 - tau) * below, rel=1e-3)
+
+
+def test_a_setting_may_change_while_the_agent_exists():
+    env = gym.make("TokenDecoding-v0", model="toy", prompts=["ab"], reward="length", top_k=3, max_new_tokens=4)
+    agent = QStar(env=env, noise=0.1, gradient_steps=2)
+    agent.noise, agent.gradient_steps = 0.0, 3
+    assert (agent.noise, agent.config.noise) == (0.0, 0.0)
+    assert (agent.gradient_steps, agent.config.gradient_steps) == (3, 3)
+    with pytest.raises(ConfigurationError, match="noise"):
+        agent.noise = -1
+    assert agent.config.noise == 0.0
+    agent.verbose = 1  # what is no setting is an attribute as ever
+    assert agent.verbose == 1
