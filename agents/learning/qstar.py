@@ -152,7 +152,7 @@ class QStar(DQN):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Change a setting while the agent exists, as a callback may do; see :class:`QStarConfig`."""
+        """Change a setting, as a callback may do; see :class:`QStarConfig`."""
         if name in _CHANGEABLE and "config" in vars(self):
             super().__setattr__("config", replace(self.config, **{name: value}))
         super().__setattr__(name, value)
@@ -270,10 +270,6 @@ class QStar(DQN):
         """Search the best completion of ``prompt`` with the learned Q; see :class:`AStarPlanner`."""
         return AStarPlanner(self.env, heuristic=QHeuristic(self), **planner_kwargs).plan(prompt, budget)
 
-    def arguments(self) -> dict[str, Any]:
-        """Return the settings as JSON values, for a checkpoint."""
-        return self.config.as_json()
-
     def save(self, path: Any, *_: Any, training_state: bool = True, **description: Any) -> None:
         """Write the agent into the folder ``path``, atomically, as safetensors and JSON.
 
@@ -300,8 +296,11 @@ class QStar(DQN):
         """Upload the agent to the Hugging Face hub, with a model card; see :meth:`QFunction.push_to_hub`.
 
         Args:
-            repository, private, token, message: As there.
+            repository: ``"user/name"``; made if there is none.
             training_state: See :meth:`save`; without it, Q alone is uploaded.
+            private: As there.
+            token: As there.
+            message: As there.
             description: See :meth:`save`; the card shows it.
         """
         write = partial(self.save, training_state=training_state, **description)
@@ -371,7 +370,7 @@ class QStar(DQN):
         experience = self.experience.state() if self.experience else {}
         save_arrays({name: np.ascontiguousarray(column) for name, column in experience.items()}, folder / EXPERIENCE)
         state = {
-            "arguments": self.arguments(),
+            "arguments": self.config.as_json(),
             "num_timesteps": self.num_timesteps,
             "total_timesteps": self._total_timesteps,
             "n_updates": self._n_updates,

@@ -449,7 +449,7 @@ def test_a_checkpoint_written_by_version_0_1_loads_searches_and_goes_on_learning
     agent = QStar.load(folder, env)
     assert (agent.num_timesteps, agent.experience.size) == (80, 45)
     written = json.loads((folder / "training_state.json").read_text())["arguments"]
-    kept = agent.arguments()
+    kept = agent.config.as_json()
     assert {name: kept[name] for name in kept if name != "policy_kwargs"} == {
         **{name: written[name] for name in written if name != "policy_kwargs"},
         "learning_rate": (0.001, 0.0001),
