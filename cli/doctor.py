@@ -1,4 +1,4 @@
-"""``qstar doctor``: is everything there that is needed, does it work, and if not, what is to be done."""
+"""Checks of ``qstar doctor``: what is installed, whether it works, and a remedy for what does not."""
 
 from __future__ import annotations
 

@@ -104,6 +104,10 @@ def load_task(name: str | Path, *, trust_remote_code: bool = False) -> Task:
     for key in ("model", "reward"):
         if not isinstance(task.env.get(key, ""), str):
             raise ConfigurationError(f"task file {path}: env.{key} is a text, got {task.env[key]!r}")
+    if not isinstance(task.env.get("model_kwargs") or {}, dict):
+        raise ConfigurationError(
+            f"task file {path}: env.model_kwargs is a mapping of arguments, got {task.env['model_kwargs']!r}"
+        )
     if trust_remote_code:
         options = {**(task.env.get("model_kwargs") or {}), "trust_remote_code": True}
         return task.model_copy(update={"env": {**task.env, "model_kwargs": options}})

@@ -144,19 +144,17 @@ class AStarPlanner(Decoder):
                 f"weight={self.weight:g} counts on costs, r_max - J, and the reward {self.mdp.reward.name!r} has no "
                 "upper bound; declare one, as with as_reward(function, upper=1.0), or use weight=1"
             )
-        if not margin >= 0:
-            raise ConfigurationError(f"margin is a number >= 0, got {margin!r}")
-        if not growth > 1:
-            raise ConfigurationError(f"growth is a number > 1, got {growth!r}")
+        self.margin = math.inf if margin == math.inf else check_number("margin", margin, low=0)
+        self.growth = math.inf if growth == math.inf else check_number("growth", growth, low=1, open_low=True)
         self.prior = check_number("prior", prior, low=0)
         if self.prior and self.order and not self.order.persistent:
             raise ConfigurationError(
                 f"search={search!r} stops when f says so, and prior={self.prior:g} would order by something else; "
                 'leave it out, or use "level", "anytime" or "capped"'
             )
-        self.margin, self.growth, self.pathmax = margin, growth, pathmax
+        self.pathmax = pathmax
         self.width = None if width is None else check_integer("width", width)
-        self.taper = None if taper is None else check_number("taper", taper, low=0)
+        self.taper = None if taper is None else check_number("taper", taper, low=0, high=100)
         self.batch_size, self.n_best = check_integer("batch_size", batch_size), check_integer("n", n)
 
     def select(self, search: Search) -> Iterator[Edges]:

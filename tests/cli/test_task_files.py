@@ -216,6 +216,29 @@ def test_a_planner_that_cannot_be_made_is_named(tmp_path, monkeypatch, planner, 
         cli.app(["decode", "ab", "--task", str(path)], standalone_mode=False)
 
 
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        *[("env", {"model_kwargs": value}) for value in ("x", 3, ["a"], True)],
+        *[("env", {"model": value}) for value in (3, ["toy"], {"name": "toy"}, None, True)],
+        *[("env", {"reward": value}) for value in (3, ["pangram"], {"pangram": 1}, None, 0.5)],
+        *[("planner", {"margin": value}) for value in ("0.1", [1], None, -1, float("nan"), True)],
+        *[("planner", {"growth": value}) for value in ("2", [2], None, 1, float("nan"))],
+        *[("planner", {"taper": value}) for value in ("2", [2], -1, 1e30, float("nan"))],
+    ],
+)
+def test_values_of_another_type_are_named(tmp_path, monkeypatch, capsys, part, change):
+    path = tmp_path / "task.yaml"
+    path.write_text(yaml.dump({**TOY, part: {**TOY[part], **change}}))
+    monkeypatch.setattr("sys.argv", ["qstar", "decode", "ab", "--task", str(path), "--budget", "6"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    said = capsys.readouterr().err
+    assert left.value.code == 2, said
+    assert said.startswith("error: ")
+    assert next(iter(change)) in said
+
+
 # -- code in data files
 
 
