@@ -49,12 +49,15 @@ def check_number(
     Raises:
         ConfigurationError: It is not a number from ``low`` (excluded if ``open_low``) to ``high``.
     """
-    good = type(value) is not bool and isinstance(value, Real) and math.isfinite(value)
-    if not good or not low <= value <= high or (open_low and value == low):
+    try:
+        number = float(value) if type(value) is not bool and isinstance(value, Real) else math.nan
+    except OverflowError:  # an integer beyond any float
+        number = math.inf
+    if not math.isfinite(number) or not low <= number <= high or (open_low and number == low):
         raise ConfigurationError(
-            f"{name} is a finite number in {'(' if open_low else '['}{low:g}, {high:g}], got {value!r}"
+            f"{name} is a finite number in {'(' if open_low else '['}{low:g}, {high:g}], got {value!r:.100}"
         )
-    return float(value)
+    return number
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:

@@ -18,8 +18,8 @@ def test_a_keyword_and_a_field_of_the_config_are_the_same(tabular_env):
     by_config = QStar(env=tabular_env(), config=QStarConfig(optimism=0.7, gradient_steps=5, seed=3))
     both = QStar(env=tabular_env(), config=QStarConfig(optimism=0.9, gradient_steps=5), optimism=0.7, seed=3)
     assert by_keyword.config == by_config.config == both.config
-    assert by_keyword.arguments() == by_config.arguments()
-    assert set(by_keyword.arguments()) == {field.name for field in dataclasses.fields(QStarConfig)}
+    assert by_keyword.config.as_json() == by_config.config.as_json()
+    assert set(by_keyword.config.as_json()) == {field.name for field in dataclasses.fields(QStarConfig)}
     assert by_keyword.optimism == 0.7
     assert by_keyword.tokens_per_search == 96
     assert by_keyword.gradient_steps == 5
