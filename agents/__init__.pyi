@@ -54,6 +54,7 @@ from .planning.sampling import SamplingDecoder as SamplingDecoder
 from .search.budget import Budget as Budget
 from .search.budget import Usage as Usage
 from .search.plan import Plan as Plan
+from .search.request import Request as Request
 from .search.state import Search as Search
 from .training import TrainingResult as TrainingResult
 from .training import held_out_figures as held_out_figures

@@ -69,6 +69,16 @@ class CombinedHeuristic(Composable):
         """See :class:`Heuristic`."""
         return self.combine(np.stack([np.asarray(term(mdp, prompts, nodes), np.float64) for term in self.terms]))
 
+    def check(self, mdp: DecodingMDP) -> None:
+        """Check that every term that can tell fits a process.
+
+        Raises:
+            CheckpointError: One was trained for another.
+        """
+        for term in self.terms:
+            if callable(check := getattr(term, "check", None)):
+                check(mdp)
+
     @property
     def lm_tokens(self) -> IntArray | int:
         """LM tokens that the terms' last calls took, int64 [n]; see :class:`LookAheadHeuristic`."""

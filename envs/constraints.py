@@ -3,11 +3,15 @@
 A constraint is given to the environment (``gym.make("TokenDecoding-v0", constraint=…)``) or to the MDP. The k
 candidates of a state are then the k likeliest *allowed* tokens, with the log-probabilities of the full softmax. All
 constraints of a list must hold. Every constraint speaks of the returned text: the completion up to its stop string.
+
+One file because every class here is an implementation of the same two methods.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
 import json
 import re
 from abc import ABC, abstractmethod
@@ -19,8 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..checks import check_integer
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, QStarError
 from ..models.base import LanguageModel
+from .prompts import Prompt
 
 __all__ = ["BannedStrings", "Constraint", "ForcedStrings", "JSONConstraint", "MinTokens", "RegexConstraint", "Rule"]
 __all__ += ["Rules", "StopStrings"]
@@ -32,11 +37,17 @@ _HALF = "\ufffd"  # the text of a character whose bytes are not complete yet
 
 
 class Constraint(ABC):
-    """A condition on completions, independent of the language model."""
+    """A condition on completions, independent of the language model.
+
+    Constraints are compared by ``==`` where a process is looked up by its settings.
+    """
 
     @abstractmethod
     def bind(self, model: LanguageModel) -> Rule:
         """Return the rule for one language model's tokens.
+
+        A constraint that differs from prompt to prompt takes a second argument, ``bind(self, model, prompt=None)``. It
+        is then called for every prompt, a :class:`~qstar_decoding.envs.Prompt`, whose ``columns`` it may read.
 
         Raises:
             ConfigurationError: These tokens cannot satisfy the constraint.
@@ -63,6 +74,16 @@ class Rule(ABC):
         """Tell whether a text that begins with ``text`` may be accepted; False where only :meth:`allowed` knows."""
         del text
         return False
+
+
+class _Equal(Constraint):
+    """A constraint that equals those of the same kind with the same values."""
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and vars(other) == vars(self)
+
+    def __hash__(self) -> int:
+        return hash((type(self), repr(vars(self))))
 
 
 class StopStrings:
@@ -111,10 +132,15 @@ class StopStrings:
 
 
 class Rules:
-    """All constraints of one process, bound to its language model and its stop strings."""
+    """All constraints of one process, bound to its language model and its stop strings.
+
+    Attributes:
+        constraints: The constraints.
+        of_prompt: Whether any of them differs from prompt to prompt.
+    """
 
     def __init__(self, constraints: Any, model: LanguageModel, stop: StopStrings) -> None:
-        """Bind a constraint, or a list of them.
+        """Bind a constraint, or a list of them; :meth:`bound_to` binds those that differ from prompt to prompt.
 
         Raises:
             ConfigurationError: Something else is among them, or the model's tokens cannot satisfy one.
@@ -126,11 +152,43 @@ class Rules:
                     "constraint is a Constraint, such as RegexConstraint(r' [A-Z].*'), or a list of them; "
                     f"got {constraint!r}"
                 )
-        self._rules = [constraint.bind(model) for constraint in given]
+        self.constraints: list[Constraint] = given
+        self._fixed: dict[int, Rule] = {}
+        for index, constraint in enumerate(given):
+            if len(inspect.signature(constraint.bind).parameters) < 2:
+                self._fixed[index] = constraint.bind(model)
+        self.of_prompt = len(self._fixed) < len(given)
+        self._rules = list(self._fixed.values())
         self._model, self._stop = model, stop
         ends = {*model.eos_token_ids, *stop.token_ids(model)}
         self._ends = np.array([token for token in ends if 0 <= token < model.vocab_size], dtype=np.int64)
         self._stops = _Finder(stop.strings, model) if stop.strings else None
+
+    def bound_to(self, prompt: Prompt) -> Rules:
+        """Return the rules of one prompt; all that does not depend on the prompt is shared.
+
+        Raises:
+            ConfigurationError: A constraint cannot be bound to this prompt.
+        """
+        bound = copy.copy(self)
+        bound._rules = [
+            self._fixed[index] if index in self._fixed else self._bind(constraint, prompt)
+            for index, constraint in enumerate(self.constraints)
+        ]
+        return bound
+
+    def _bind(self, constraint: Any, prompt: Prompt) -> Rule:
+        try:
+            rule = constraint.bind(self._model, prompt)
+        except QStarError:
+            raise  # says what is wrong by itself
+        except Exception as error:
+            raise ConfigurationError(
+                f"{constraint!r} raised {type(error).__name__} for the prompt {prompt.text[:60]!r}: {error}"
+            ) from error
+        if not isinstance(rule, Rule):
+            raise ConfigurationError(f"{constraint!r}.bind returned {rule!r}, which is no Rule")
+        return rule
 
     def allowed(self, token_ids: Sequence[int]) -> BoolArray:
         """Return which tokens may follow, bool [V], end-of-sequence tokens included."""
@@ -152,7 +210,7 @@ class Rules:
         return all(rule.accepts(text, token_ids) for rule in self._rules)
 
 
-class RegexConstraint(Constraint):
+class RegexConstraint(_Equal):
     r"""The whole completion matches a regular expression.
 
     The library outlines-core compiles it to an automaton over the model's tokens (Willard & Louf 2023). Look-around and
@@ -196,7 +254,7 @@ class JSONConstraint(RegexConstraint):
         super().__init__(pattern)
 
 
-class _Strings(Constraint):
+class _Strings(_Equal):
     def __init__(self, *strings: str) -> None:
         """Take ``strings``.
 
@@ -223,7 +281,7 @@ class ForcedStrings(_Strings):
         return _Ending(model, lambda text, ids: all(string in _fold(text) for string in wanted))
 
 
-class MinTokens(Constraint):
+class MinTokens(_Equal):
     """The completion has at least ``count`` tokens, the end-of-sequence token not counted.
 
     Likelihood alone favours the empty text.

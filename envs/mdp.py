@@ -1,9 +1,14 @@
-"""The Markov decision process of decoding: the one definition that environment, learners and planners share."""
+"""The Markov decision process of decoding: the one definition that environment, learners and planners share.
+
+One file because every method reads the same columns of one tree.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import pickle
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple, cast
@@ -12,20 +17,25 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from ..checks import check_integer, check_number
+from ..checks import check_integer, check_keywords, check_number
 from ..columns import GrowableColumns
 from ..deprecated import with_old_names
 from ..errors import ConfigurationError, ConstraintError, InternalError, PromptError
-from ..models.base import IntArray, LanguageModel, free_memory
+from ..models.base import Engine, IntArray, LanguageModel, free_memory
 from ..models.registry import load_language_model
 from ..rewards import Reward, as_reward
 from .constraints import Rules, StopStrings
 from .prompts import Prompt, columns_of
-from .token_tree import TokenTree
+from .token_tree import GrowRequest, TokenTree, grow_together
 
 __all__ = ["Completion", "DecodingMDP", "Finish", "mdp_of"]
 
 Values = npt.NDArray[np.float64]
+
+_NOTHING = np.empty(0, dtype=np.int64)
+_BOUND_RULES = 256  # prompts whose rules are kept, beside those in the tree
+# The arguments that the processes of one language model may differ in.
+_SETTINGS = ("reward", "top_k", "top_p", "max_new_tokens", "stop", "logprob_weight", "max_prefixes", "constraint")
 
 
 class Finish(IntEnum):
@@ -115,8 +125,8 @@ class DecodingMDP:
                 None for as many as fit into an eighth of the free memory.
             hidden_layers: Decoder layers, from 0, whose states are observed beside the last one's (see
                 :class:`TransformersLM`). They can be chosen for a model given by name only.
-            constraint: A :class:`~qstar_decoding.envs.constraints.Constraint` on every completion, or a list of them.
-                The actions of a state are the likeliest tokens that it allows.
+            constraint: A :class:`~qstar_decoding.envs.constraints.Constraint` on every completion, or a list of them,
+                empty for none. The actions of a state are the likeliest tokens that it allows.
             model_kwargs: Further arguments of ``from_pretrained``.
 
         Raises:
@@ -145,9 +155,11 @@ class DecodingMDP:
         if self.max_new_tokens >= self.model.context_length:
             room = f"{self.model.name!r} takes {self.model.context_length} tokens in all"
             raise ConfigurationError(f"max_new_tokens is {max_new_tokens}, which leaves no room for a prompt: {room}")
-        self._kv_budget, self.constraint = kv_budget, constraint
-        self._rules = None if constraint is None else Rules(constraint, self.model, self._stop)
-        self.tree = TokenTree(self.model, top_k, kv_budget, self._rules.allowed if self._rules else None)
+        self._kv_budget = kv_budget
+        self.constraint = None if isinstance(constraint, (list, tuple)) and not constraint else constraint
+        self._rules = None if self.constraint is None else Rules(self.constraint, self.model, self._stop)
+        self._rules_of: OrderedDict[Any, Rules] = OrderedDict()  # where they differ, by prompt
+        self.tree = self._new_tree(self.model.engine(kv_budget=kv_budget))
         if max_prefixes is None:
             max_prefixes = max(free_memory() // 8 // self.tree.node_bytes, 1)
         self.max_prefixes = check_integer("max_prefixes", max_prefixes)
@@ -164,13 +176,33 @@ class DecodingMDP:
 
         So nothing is computed yet, and nothing that others compute helps it.
         """
-        names = ("reward", "top_k", "top_p", "max_new_tokens", "stop", "logprob_weight", "max_prefixes", "constraint")
-        settings: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return self._like({}, self.model.new_engine(kv_budget=self._kv_budget))
+
+    def with_changes(self, **changes: Any) -> DecodingMDP:
+        """Return the process with other settings, and a tree of its own.
+
+        It shares the language model and its memory: prefixes that both ask for are computed once.
+
+        Args:
+            changes: ``reward``, ``top_k``, ``top_p``, ``max_new_tokens``, ``stop``, ``logprob_weight``, ``constraint``
+                or ``max_prefixes``; see the constructor.
+
+        Raises:
+            ConfigurationError: There is no such setting, or a value is out of range.
+        """
+        check_keywords("with_changes", changes, _SETTINGS)
+        return self._like(changes, self.tree.engine)
+
+    def _like(self, changes: dict[str, Any], engine: Engine) -> DecodingMDP:
+        settings = {name: getattr(self, name) for name in _SETTINGS} | changes
         process = DecodingMDP(self.model, **settings, kv_budget=self._kv_budget)
-        allowed = process._rules.allowed if process._rules else None
-        engine = self.model.new_engine(kv_budget=self._kv_budget)
-        process.tree = TokenTree(self.model, self.top_k, self._kv_budget, allowed, engine=engine)
+        if process.tree.engine is not engine:
+            process.tree = process._new_tree(engine)
         return process
+
+    def _new_tree(self, engine: Engine) -> TokenTree:
+        allowed = None if self._rules is None or self._rules.of_prompt else self._rules.allowed
+        return TokenTree(self.model, self.top_k, self._kv_budget, allowed, engine=engine)
 
     # -- states -------------------------------------------------------------------------------------------------------
 
@@ -202,11 +234,35 @@ class DecodingMDP:
 
     def roots(self, prompts: Sequence[Prompt]) -> IntArray:
         """Return the initial states of ``n`` prompts, int64 [n]."""
-        return self.tree.roots([self.encode(prompt) for prompt in prompts])
+        return self.grow(prompts, _NOTHING, _NOTHING)[0]
 
     def grow(self, prompts: Sequence[Prompt], nodes: IntArray, actions: IntArray) -> tuple[IntArray, IntArray]:
         """Return the initial states of ``m`` prompts and the successors of ``n`` edges, all in one forward."""
-        return self.tree.grow([self.encode(prompt) for prompt in prompts], nodes, actions)
+        return grow_together([self.grow_request(prompts, nodes, actions)])[0]
+
+    def grow_request(self, prompts: Sequence[Prompt], nodes: IntArray, actions: IntArray) -> GrowRequest:
+        """Return what :meth:`grow` asks of the tree, for :func:`grow_together`."""
+        rules = [self._bound_rules(prompt) for prompt in prompts] if self._rules and self._rules.of_prompt else ()
+        return GrowRequest(self.tree, [self.encode(prompt) for prompt in prompts], nodes, actions, rules)
+
+    def _bound_rules(self, prompt: Prompt) -> Rules:
+        """Return the rules of one prompt; equal prompts have the same."""
+        assert self._rules is not None
+        try:  # equal bytes are equal values; of columns that cannot be pickled, only the prompt itself is known
+            key: Any = pickle.dumps((prompt.content, prompt.columns, prompt.token_ids, prompt.template))
+        except Exception:
+            key = prompt
+        rules = self._rules_of.pop(key, None) or self._rules.bound_to(prompt)
+        self._rules_of[key] = rules
+        while len(self._rules_of) > _BOUND_RULES:
+            self._rules_of.popitem(last=False)
+        return rules
+
+    def _rules_at(self, nodes: IntArray) -> list[Rules]:
+        """Return the rules that hold at each of ``n`` states, with a constraint."""
+        assert self._rules is not None
+        own = cast("dict[int, Rules]", self.tree.rules)
+        return [own.get(root, self._rules) for root in self.tree.root[nodes].tolist()]
 
     def evict_if_full(self) -> None:
         """Evict the least recently used half of the nodes once there are more than ``max_prefixes``.
@@ -236,11 +292,12 @@ class DecodingMDP:
             return mask
         # A text that the horizon or a stop string ends must satisfy the constraint; forbidden tokens have -inf.
         ends = np.isin(self.finishes(nodes), (Finish.LENGTH, Finish.STOP)) & mask
+        rules = self._rules_at(nodes)
         for row in np.flatnonzero(ends.any(axis=1)).tolist():
             prefix, tokens = self.tree.completion_ids(int(nodes[row])), self.tree.tokens[nodes[row]].tolist()
             for action in np.flatnonzero(ends[row]).tolist():
                 ids = [*prefix, tokens[action]]
-                mask[row, action] = self._rules.accepts(self._decode(ids), self._without_end(ids))
+                mask[row, action] = rules[row].accepts(self._decode(ids), self._without_end(ids))
         return mask
 
     def token_text(self, token: int) -> str:
@@ -355,8 +412,9 @@ class DecodingMDP:
         tokens = self.tree.tokens[nodes, actions]
         ids = [(*prefix, token) for prefix, token in zip(self.tree.completions(nodes), tokens.tolist(), strict=True)]
         texts = [self._decode(sequence) for sequence in ids]
-        for text, sequence in zip(texts, ids, strict=True):
-            if self._rules is not None and not self._rules.accepts(text, self._without_end(sequence)):
+        rules = self._rules_at(nodes) if self._rules else []
+        for rule, text, sequence in zip(rules, texts, ids, strict=bool(rules)):
+            if not rule.accepts(text, self._without_end(sequence)):
                 raise InternalError(f"the completion {text!r} breaks the constraint; please report this")
         kinds = self.finishes(nodes)[np.arange(len(nodes)), actions]
         logprobs = self.tree.path_logprob[nodes] + np.maximum(self.tree.logprobs[nodes, actions], -1e6)

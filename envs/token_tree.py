@@ -28,6 +28,13 @@ class Holder(Protocol):
     node: IntArray  # -1 for none
 
 
+class TokenRules(Protocol):
+    """Rules on the completions of one prompt; see :class:`~qstar_decoding.envs.constraints.Rules`."""
+
+    def allowed(self, token_ids: Sequence[int]) -> BoolArray:
+        """Return the tokens that may follow a completion's tokens so far, bool [V]."""
+
+
 @with_old_names(hold="pin", forget="evict")
 class TokenTree:
     """A cache of prefixes: each is computed once and has a node number from then on.
@@ -49,6 +56,7 @@ class TokenTree:
         children: int64 [nodes, k], the node that each action leads to, -1 where not yet computed.
         handle: int64 [nodes], the engine's name for the prefix.
         last_used: int64 [nodes], the last call that asked for the node or continued it.
+        rules: By root, the rules of the prompts that have rules of their own.
     """
 
     hidden: FloatArray
@@ -88,7 +96,8 @@ class TokenTree:
         self.model = model
         self.top_k = check_integer("top_k", top_k, high=model.vocab_size, meaning="at most the vocabulary")
         self._engine, self._allowed = engine or model.engine(kv_budget=kv_budget), allowed
-        self._roots: dict[tuple[int, ...], int] = {}
+        self._roots: dict[_Root, int] = {}
+        self.rules: dict[int, TokenRules] = {}
         self._holders: WeakSet[Holder] = WeakSet()
         self._clock = 0
         per_action = (self.top_k,)
@@ -114,6 +123,11 @@ class TokenTree:
     def __len__(self) -> int:
         """Return the number of nodes."""
         return self._columns.size
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that computes the prefixes."""
+        return self._engine
 
     @property
     def kv_bytes(self) -> int:
@@ -175,6 +189,7 @@ class TokenTree:
         for name in ("parent", "root", "children"):
             self._columns[name][:] = new[self._columns[name]]
         self._roots = {key: int(new[root]) for key, root in self._roots.items() if new[root] != _MISSING}
+        self.rules = {int(new[root]): rules for root, rules in self.rules.items() if new[root] != _MISSING}
         for holder in self._holders:
             holder.node[:] = new[holder.node]
         self._publish()
@@ -198,24 +213,27 @@ class TokenTree:
 
     def _missing(self, requests: Sequence[GrowRequest]) -> _Missing | None:
         """Return the prompts and edges of these requests that are not yet computed, each once; None without any."""
-        prompts = [prompt for r in requests for p in r.prompts if (prompt := tuple(p)) not in self._roots]
+        roots = [key for request in requests for key in request.roots if key not in self._roots]
         nodes = np.concatenate([request.nodes for request in requests])
         actions = np.concatenate([request.actions for request in requests])
         new = self.children[nodes, actions] == _MISSING
-        if not prompts and not new.any():
+        if not roots and not new.any():
             return None
         edges = np.unique(nodes[new] * self.top_k + actions[new])
         parents, ranks = edges // self.top_k, edges % self.top_k
-        prompts, tokens = list(dict.fromkeys(prompts)), self.tokens[parents, ranks]
-        allowed: list[BoolArray | None] = [None] * (len(prompts) + len(edges))
-        if self._allowed is not None:
+        roots, tokens = list(dict.fromkeys(roots)), self.tokens[parents, ranks]
+        allowed: list[BoolArray | None] = [None] * (len(roots) + len(edges))
+        rules = [key.rules for key in roots] + [self.rules.get(root) for root in self.root[parents].tolist()]
+        if self._allowed is not None or any(one is not None for one in rules):
             written = [[*c, t] for c, t in zip(self.completions(parents), tokens.tolist(), strict=True)]
-            allowed = [self._allowed(ids) for ids in [*([] for _ in prompts), *written]]
-        return _Missing(self, prompts, parents, ranks, tokens, allowed)
+            functions = [self._allowed if one is None else one.allowed for one in rules]
+            ids = [*([] for _ in roots), *written]
+            allowed = [None if f is None else f(sequence) for f, sequence in zip(functions, ids, strict=True)]
+        return _Missing(self, roots, parents, ranks, tokens, allowed)
 
     def _add(self, missing: _Missing, handles: IntArray, outputs: Outputs) -> None:
         """Enter what was missing, with its handles and outputs, the prompts first."""
-        count, parents, ranks = len(missing.prompts), missing.parents, missing.ranks
+        count, parents, ranks = len(missing.roots), missing.parents, missing.ranks
         logprob = self.path_logprob[parents] + self.logprobs[parents, ranks]
         none, added = np.full(count, _MISSING), np.arange(len(self), len(self) + len(handles))
         values = {
@@ -242,11 +260,14 @@ class TokenTree:
             raise
         self._publish()
         self._columns["children"][parents, ranks] = added[count:]
-        self._roots.update(zip(missing.prompts, added.tolist(), strict=False))
+        for key, root in zip(missing.roots, added.tolist(), strict=False):
+            self._roots[key] = root
+            if key.rules is not None:
+                self.rules[root] = key.rules
 
     def _find(self, request: GrowRequest) -> tuple[IntArray, IntArray]:
         """Return the nodes of a request's prompts and edges, all of which exist, and note that they were used."""
-        roots = np.array([self._roots[tuple(prompt)] for prompt in request.prompts], dtype=np.int64)
+        roots = np.array([self._roots[key] for key in request.roots], dtype=np.int64)
         children = self.children[request.nodes, request.actions]
         for asked in (roots, request.nodes, children):
             self._columns["last_used"][asked] = self._clock
@@ -259,13 +280,35 @@ class TokenTree:
             setattr(self, name, view)
 
 
+class _Root(NamedTuple):
+    """A prompt's tokens and rules: prompts of equal tokens and different rules are different roots."""
+
+    tokens: tuple[int, ...]
+    rules: TokenRules | None = None
+
+
 class GrowRequest(NamedTuple):
-    """The prompts and edges that one caller asks of one tree; see :meth:`TokenTree.grow`."""
+    """The prompts and edges that one caller asks of one tree; see :meth:`TokenTree.grow`.
+
+    Attributes:
+        tree: The tree.
+        prompts: Token ids of ``m`` prompts.
+        nodes: int64 [n].
+        actions: int64 [n].
+        rules: Of each prompt, in place of the tree's own; None or empty for those.
+    """
 
     tree: TokenTree
     prompts: Sequence[Sequence[int]]
     nodes: IntArray
     actions: IntArray
+    rules: Sequence[TokenRules | None] = ()
+
+    @property
+    def roots(self) -> list[_Root]:
+        """The prompts with their rules."""
+        rules = self.rules or [None] * len(self.prompts)
+        return [_Root(tuple(ids), one) for ids, one in zip(self.prompts, rules, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -274,7 +317,7 @@ class _Missing:
 
     Attributes:
         tree: The tree.
-        prompts: Token ids of ``m`` prompts.
+        roots: ``m`` prompts.
         parents: int64 [n], the nodes of the edges.
         ranks: int64 [n], the actions of the edges.
         tokens: int64 [n], the tokens of the edges.
@@ -282,7 +325,7 @@ class _Missing:
     """
 
     tree: TokenTree
-    prompts: list[tuple[int, ...]]
+    roots: list[_Root]
     parents: IntArray
     ranks: IntArray
     tokens: IntArray
@@ -326,11 +369,11 @@ def grow_together(requests: Sequence[GrowRequest]) -> list[tuple[IntArray, IntAr
 def _compute(missing: Sequence[_Missing]) -> tuple[IntArray, Outputs]:
     """Compute, in one forward, all that trees on one engine are missing; return the handles and outputs."""
     allowed = [
-        *(mask for one in missing for mask in one.allowed[: len(one.prompts)]),
-        *(mask for one in missing for mask in one.allowed[len(one.prompts) :]),
+        *(mask for one in missing for mask in one.allowed[: len(one.roots)]),
+        *(mask for one in missing for mask in one.allowed[len(one.roots) :]),
     ]
     return missing[0].tree._engine.compute(
-        [prompt for one in missing for prompt in one.prompts],
+        [key.tokens for one in missing for key in one.roots],
         np.concatenate([one.tree.handle[one.parents] for one in missing]),
         np.concatenate([one.tokens for one in missing]),
         max(one.tree.top_k for one in missing),
@@ -340,8 +383,8 @@ def _compute(missing: Sequence[_Missing]) -> tuple[IntArray, Outputs]:
 
 def _rows_of_each(missing: Sequence[_Missing]) -> Iterator[IntArray]:
     """Yield the rows of each tree among the handles: all trees' prompts stand first, then all their edges."""
-    prompt, edge = 0, sum(len(one.prompts) for one in missing)
+    prompt, edge = 0, sum(len(one.roots) for one in missing)
     for one in missing:
-        next_prompt, next_edge = prompt + len(one.prompts), edge + len(one.tokens)
+        next_prompt, next_edge = prompt + len(one.roots), edge + len(one.tokens)
         yield np.concatenate((np.arange(prompt, next_prompt), np.arange(edge, next_edge)))
         prompt, edge = next_prompt, next_edge

@@ -67,6 +67,14 @@ class QHeuristic(Composable):
         """
         return self.q.values(mdp, prompts, nodes)
 
+    def check(self, mdp: DecodingMDP) -> None:
+        """Check that Q fits a process.
+
+        Raises:
+            CheckpointError: It was trained for another model, k or observation layout.
+        """
+        self.q.check(mdp)
+
     def __repr__(self) -> str:
         """Return the expression that makes it."""
         return f"QHeuristic({self.q!r})"
@@ -130,6 +138,10 @@ class ValueHeuristic(Composable):
         legal = np.where(mdp.action_mask(nodes), np.maximum(logprobs, _MIN_LOGPROB), _MIN_LOGPROB)
         against: Values = legal - legal.max(axis=1, keepdims=True)
         return v[:, None] + self.preference * against
+
+    def check(self, mdp: DecodingMDP) -> None:
+        """See :meth:`QHeuristic.check`."""
+        self.function.check(mdp)
 
     def __repr__(self) -> str:
         """Return the expression that makes it."""

@@ -139,11 +139,7 @@ class AStarPlanner(Decoder):
         self.order = SEARCHES[search]
         default = self.order.weight if self.order else 1.0
         self.weight = check_number("weight", default if weight is None else weight, low=0)
-        if self.weight != 1 and not math.isfinite(self.mdp.reward.upper):
-            raise ConfigurationError(
-                f"weight={self.weight:g} counts on costs, r_max - J, and the reward {self.mdp.reward.name!r} has no "
-                "upper bound; declare one, as with as_reward(function, upper=1.0), or use weight=1"
-            )
+        self.check()
         self.margin = math.inf if margin == math.inf else check_number("margin", margin, low=0)
         self.growth = math.inf if growth == math.inf else check_number("growth", growth, low=1, open_low=True)
         self.prior = check_number("prior", prior, low=0)
@@ -156,6 +152,18 @@ class AStarPlanner(Decoder):
         self.width = None if width is None else check_integer("width", width)
         self.taper = None if taper is None else check_number("taper", taper, low=0, high=100)
         self.batch_size, self.n_best = check_integer("batch_size", batch_size), check_integer("n", n)
+
+    def check(self) -> None:
+        """Check that a weight has costs to count on.
+
+        Raises:
+            ConfigurationError: There is a weight, and the reward has no upper bound.
+        """
+        if self.weight != 1 and not math.isfinite(self.mdp.reward.upper):
+            raise ConfigurationError(
+                f"weight={self.weight:g} counts on costs, r_max - J, and the reward {self.mdp.reward.name!r} has no "
+                "upper bound; declare one, as with as_reward(function, upper=1.0), or use weight=1"
+            )
 
     def select(self, search: Search) -> Iterator[Edges]:
         """Yield the edges to follow; see the module's docstring."""

@@ -8,21 +8,24 @@ rest, so every decoder is batched over prompts, and all are accounted for alike.
 from __future__ import annotations
 
 import asyncio
+import copy
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any, Self, Unpack, get_args
 
 import numpy as np
 
+from ...checks import check_integer, check_keywords
 from ...envs.mdp import Completion, mdp_of
-from ...envs.prompts import Prompt, as_prompt, load_prompts
+from ...envs.prompts import Prompt
 from ...errors import ConfigurationError
 from ..search.budget import Budget, SharedBudget
 from ..search.loop import ActiveSearch, Progress, begin, drive, drive_to_end, turn
 from ..search.plan import Plan, make_plan
-from ..search.problem import Heuristic, Problem, Scope, Score
+from ..search.problem import Heuristic, Problem, Processes, Scope, Score
+from ..search.request import CHANGES, Changes, Request, as_request, load_requests
 from ..search.state import Edges, Search, Status
 
 __all__ = ["Decoder", "Stream"]
@@ -38,6 +41,7 @@ class Decoder(ABC):
         score: What ranks finished texts.
         n_best: How many of the best texts are wanted.
         pathmax: See :class:`AStarPlanner`.
+        processes: The processes of its requests.
     """
 
     n_best = 1
@@ -80,6 +84,7 @@ class Decoder(ABC):
         if score == "q" and heuristic is None:
             raise ConfigurationError('score="q" ranks texts by the heuristic; give one, e.g. QHeuristic(agent)')
         self.mdp, self.heuristic, self.scope, self.score = mdp_of(env), heuristic, scope, score
+        self.processes, self._family = Processes(self.mdp), object()
 
     @abstractmethod
     def select(self, search: Search) -> Iterator[Edges]:
@@ -88,6 +93,43 @@ class Decoder(ABC):
     def choose(self, search: Search) -> Completion | None:
         """Return the completion that the plan proposes: the incumbent, unless a decoder knows another rule."""
         return search.best
+
+    def check(self) -> None:  # noqa: B027  most decoders work in every process
+        """Check that the decoder works in its process; called again where a request changes that.
+
+        Raises:
+            ConfigurationError: It does not.
+        """
+
+    def with_changes(self, **changes: Unpack[Changes]) -> Self:
+        """Return this decoder with other settings, on the same language model and its memory.
+
+        Args:
+            changes: See :class:`~qstar_decoding.agents.search.request.Changes`.
+
+        Raises:
+            ConfigurationError: There is no such setting, or a value is out of range.
+            CheckpointError: The heuristic was learned for another k.
+        """
+        check_keywords("a request", changes, CHANGES)
+        given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
+        if not given:
+            return self
+        changed = copy.copy(self)
+        changed.heuristic = given.pop("heuristic", self.heuristic)
+        if not (changed.heuristic is None or callable(changed.heuristic)):
+            raise ConfigurationError(f"heuristic is a callable, such as QHeuristic(agent), got {changed.heuristic!r}")
+        for name in ("n", "seed"):
+            if name in given:
+                value = check_integer(name, given.pop(name), low=1 if name == "n" else 0)
+                setattr(changed, "n_best" if name == "n" and not hasattr(self, "n") else name, value)
+        if self.processes.mdp is not self.mdp:
+            changed.processes = Processes(self.mdp)
+        changed.mdp = changed.processes.get(**given)
+        changed.check()
+        if callable(check := getattr(changed.heuristic, "check", None)):
+            check(changed.mdp)
+        return changed
 
     @property
     def problem(self) -> Problem:
@@ -100,16 +142,38 @@ class Decoder(ABC):
         Raises:
             ConfigurationError: ``shared``, and no budget of LM tokens.
         """
+        return self.start_requests([Request(prompt, budget) for prompt in prompts], shared=shared)
+
+    def start_requests(self, requests: Sequence[Request], *, shared: bool = False) -> list[ActiveSearch]:
+        """Return a new search for each request of :func:`load_requests`, with its prompt expanded.
+
+        Raises:
+            ConfigurationError: ``shared``, and no budget of LM tokens that all have; a setting is out of range.
+        """
         together = None
         if shared:
-            if budget.lm_tokens is None:
+            budget = Budget.of(requests[0].budget)
+            if budget.lm_tokens is None or any(request.budget != budget for request in requests):
                 raise ConfigurationError("a shared budget needs a number of LM tokens: plan_many(prompts, 1000, …)")
-            together, budget = SharedBudget(budget.lm_tokens), replace(budget, lm_tokens=None)
-        problem = self.problem
-        searches = [Search(problem, prompt, budget, together) for prompt in prompts]
-        begin(searches)
-        first = None if budget.seconds is None else roll_out
-        return [ActiveSearch(search, self.select, first) for search in searches]
+            together = SharedBudget(budget.lm_tokens)
+            requests = [replace(request, budget=replace(budget, lm_tokens=None)) for request in requests]
+        active = [self.new_search(request, together) for request in requests]
+        begin([one.search for one in active])
+        return active
+
+    def new_search(self, request: Request, shared: SharedBudget | None = None) -> ActiveSearch:
+        """Return the search of a request of :func:`as_request`, with nothing expanded.
+
+        Raises:
+            ConfigurationError: A setting is out of range.
+            PromptError: The prompt is too long.
+        """
+        if request.decoder is not None:
+            raise ConfigurationError(f"{type(self).__name__} is the decoder; a request with one is for a SearchEngine")
+        decoder, budget = self.with_changes(**request.changes), Budget.of(request.budget)
+        decoder.mdp.encode(request.prompt)  # too long a prompt is reported before any work
+        search = Search(decoder.problem, request.prompt, budget, shared)
+        return ActiveSearch(search, decoder.select, None if budget.seconds is None else roll_out)
 
     def run_searches(self, prompts: Sequence[Prompt], budget: Budget) -> list[Search]:
         """Search all prompts and return the searches themselves; Ctrl-C is let through."""
@@ -118,25 +182,36 @@ class Decoder(ABC):
             pass
         return [one.search for one in active]
 
-    def _run(self, prompts: Sequence[Prompt], budget: Budget, progress: Progress | None, *, shared: bool) -> list[Plan]:
-        active = self.start(prompts, budget, shared=shared)
+    def _run(self, requests: Sequence[Request], progress: Progress | None, *, shared: bool) -> list[Plan]:
+        active = self.start_requests(requests, shared=shared)
         drive_to_end(active, progress)
-        return [make_plan(one, self.choose) for one in active]
+        return [plan_of(one) for one in active]
 
-    def plan(self, prompt: Any, budget: Budget | int | None = None, *, progress: Progress | None = None) -> Plan:
+    def plan(
+        self,
+        prompt: Any,
+        budget: Budget | int | None = None,
+        *,
+        progress: Progress | None = None,
+        **changes: Unpack[Changes],
+    ) -> Plan:
         """Find the best completion of one prompt.
 
         Ctrl-C ends the search with ``stop_reason="interrupted"`` and what was found so far.
 
         Args:
-            prompt: A string, chat messages, or a dict with the key ``prompt``.
+            prompt: A string, chat messages, a dict with the key ``prompt``, or a :class:`Request`.
             budget: When to stop; an integer means LM tokens.
             progress: Called after every step.
+            changes: Settings of this call alone, such as ``reward``, ``max_new_tokens`` or ``constraint``; see
+                :class:`~qstar_decoding.agents.search.request.Changes`. They cost no new model and no new memory.
 
         Raises:
             PromptError: The prompt is empty or too long.
+            ConfigurationError: There is no such setting, or a value is out of range.
+            CheckpointError: The heuristic was learned for another k.
         """
-        return self._run([as_prompt(prompt)], Budget.of(budget), progress, shared=False)[0]
+        return self._run([as_request(prompt, budget, changes)], progress, shared=False)[0]
 
     def plan_many(
         self,
@@ -145,20 +220,23 @@ class Decoder(ABC):
         *,
         shared: bool = False,
         progress: Progress | None = None,
+        **changes: Unpack[Changes],
     ) -> list[Plan]:
         """Find the best completion of each prompt, in one batch of forwards.
 
         Args:
-            prompts: See :func:`~qstar_decoding.envs.load_prompts`.
+            prompts: See :func:`~qstar_decoding.envs.load_prompts`; requests, each with settings of its own, are taken
+                too.
             budget: Of each prompt; an integer means LM tokens.
             shared: Whether the LM tokens are for all prompts together: what one does not need is there for the others.
                 Plans of a shared budget cannot be resumed.
             progress: Called after every step of a search.
+            changes: See :meth:`plan`.
 
         Raises:
-            ConfigurationError: ``shared``, and no budget of LM tokens.
+            ConfigurationError: ``shared``, and no budget of LM tokens that all have; a setting is out of range.
         """
-        return self._run(load_prompts(prompts), Budget.of(budget), progress, shared=shared)
+        return self._run(load_requests(prompts, budget, changes), progress, shared=shared)
 
     def resume(self, plan: Plan, budget: Budget | int | None = None, *, progress: Progress | None = None) -> Plan:
         """Go on with a search that this decoder began, paying only for what is new.
@@ -181,23 +259,39 @@ class Decoder(ABC):
                 "this plan cannot be resumed: it was resumed already (go on with the newer plan), shared its budget, "
                 "or was copied from another process"
             )
-        if active.strategy != self.select:
+        decoder = decoder_of(active)
+        if decoder is None or decoder._family is not self._family:
             raise ConfigurationError("this plan is another decoder's; resume it with the one that made it")
         object.__setattr__(plan, "_active", None)
         with turn([active.search]):
-            self.mdp.evict_if_full()
+            decoder.mdp.evict_if_full()
             active.search.resume(Budget.of(budget))
-            self.mdp.tree.pin(active.search)
+            decoder.mdp.tree.pin(active.search)
         drive_to_end([active], progress)
-        return make_plan(active, self.choose)
+        return plan_of(active)
 
-    def stream(self, prompt: Any, budget: Budget | int | None = None) -> Stream:
+    def stream(self, prompt: Any, budget: Budget | int | None = None, **changes: Unpack[Changes]) -> Stream:
         """Yield each completion that is better than all before it, as soon as it is found.
 
         Works in ``for`` and in ``async for``, where the language model runs in a thread; the iterator's ``plan`` is
-        the plan so far.
+        the plan so far. The arguments are those of :meth:`plan`.
         """
-        return Stream(self, as_prompt(prompt), Budget.of(budget))
+        request = as_request(prompt, budget, changes)
+        decoder = self.with_changes(**request.changes)
+        return Stream(decoder, request.prompt, Budget.of(request.budget))
+
+
+def decoder_of(active: ActiveSearch) -> Decoder | None:
+    """Return the decoder whose strategy advances a search."""
+    owner = getattr(active.strategy, "__self__", None)
+    return owner if isinstance(owner, Decoder) else None
+
+
+def plan_of(active: ActiveSearch) -> Plan:
+    """Return the result of a search that a decoder began."""
+    decoder = decoder_of(active)
+    assert decoder is not None
+    return make_plan(active, decoder.choose)
 
 
 def roll_out(search: Search) -> Iterator[Edges]:

@@ -67,6 +67,14 @@ class ARGSDecoder(GreedyDecoder):
                 'ARGS asks the reward at every step, which score="q" rules out; use score="reward"'
             )
         self.reward_weight = check_number("reward_weight", reward_weight)
+        self.check()
+
+    def check(self) -> None:
+        """Check that the reward can score prefixes.
+
+        Raises:
+            ConfigurationError: It has no potential.
+        """
         if not self.mdp.reward.has_potential:
             raise ConfigurationError(
                 f"ARGS scores prefixes, and the reward {self.mdp.reward.name!r} has no potential that could"

@@ -15,8 +15,11 @@ from .plan import Plan as Plan
 from .plan import make_plan as make_plan
 from .problem import Heuristic as Heuristic
 from .problem import Problem as Problem
+from .problem import Processes as Processes
 from .problem import Scope as Scope
 from .problem import Score as Score
+from .request import Changes as Changes
+from .request import Request as Request
 from .snapshot import SearchTree as SearchTree
 from .state import NO_EDGES as NO_EDGES
 from .state import Edges as Edges

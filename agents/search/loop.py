@@ -66,7 +66,7 @@ def begin(searches: Sequence[Search]) -> None:
         start = time.perf_counter()
         for mdp in {id(search.mdp): search.mdp for search in searches}.values():
             mdp.evict_if_full()
-        requests = [GrowRequest(s.mdp.tree, [s.mdp.encode(s.prompt)], _NO_NODES, _NO_NODES) for s in searches]
+        requests = [search.mdp.grow_request([search.prompt], _NO_NODES, _NO_NODES) for search in searches]
         roots = [roots for roots, _ in grow_together(requests)]
         for search, nodes, (h, tokens) in zip(searches, roots, _evaluate(searches, roots), strict=True):
             search.add(nodes, h, parent_edges=None)

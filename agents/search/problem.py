@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -12,8 +15,9 @@ from ...envs.mdp import DecodingMDP, Values
 from ...envs.prompts import Prompt
 from ...errors import HeuristicError, QStarError
 from ...models.base import IntArray
+from ...rewards import Reward, as_reward
 
-__all__ = ["Heuristic", "Problem", "Scope", "Score"]
+__all__ = ["Heuristic", "Problem", "Processes", "Scope", "Score"]
 
 Scope = Literal["top-k tree", "full vocabulary"]
 Score = Literal["reward", "q"]
@@ -78,3 +82,68 @@ class Problem:
             text = self.mdp.text(int(nodes[np.isnan(h).any(axis=1).argmax()]))
             raise HeuristicError(f"{self.heuristic!r} returned NaN for an action after the text {text!r}")
         return h
+
+
+class Processes:
+    """Processes that differ from one in their settings, the recently used ones; equal settings share a token tree.
+
+    Attributes:
+        mdp: The one that they differ from.
+    """
+
+    def __init__(self, mdp: DecodingMDP, *, most: int = 64) -> None:
+        """Keep at most ``most`` processes, and no more prefixes in all of them than ``mdp`` may keep."""
+        self.mdp, self._most = mdp, most
+        self._made: OrderedDict[Any, DecodingMDP] = OrderedDict()
+        self._rewards: OrderedDict[Any, Reward] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, **changes: Any) -> DecodingMDP:
+        """Return the process with these settings; see :meth:`DecodingMDP.with_changes`.
+
+        Raises:
+            ConfigurationError: There is no such setting, or a value is out of range.
+        """
+        if not changes:
+            return self.mdp
+        key = tuple((name, _Key(changes[name])) for name in sorted(changes))
+        with self._lock:
+            made = self._made.pop(key, None)
+            if made is None:
+                if "reward" in changes:
+                    changes["reward"] = self._reward(changes["reward"])
+                made = self.mdp.with_changes(**changes)
+            self._made[key] = made
+            while len(self._made) > self._most or (len(self._made) > 1 and self._prefixes > self.mdp.max_prefixes):
+                self._made.popitem(last=False)
+            return made
+
+    def _reward(self, source: Any) -> Reward:
+        """Return a reward, made once however many processes have it: it may be a model, and caches its scores."""
+        key = _Key(source)
+        reward = self._rewards[key] = self._rewards.pop(key) if key in self._rewards else as_reward(source)
+        while len(self._rewards) > self._most:
+            self._rewards.popitem(last=False)
+        return reward
+
+    @property
+    def _prefixes(self) -> int:
+        return sum(len(mdp.tree) for mdp in self._made.values())
+
+
+class _Key:
+    """A value of a setting: equal to those of its type that are equal to it, or to itself alone if it has no hash."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = tuple(map(_Key, value)) if isinstance(value, (list, tuple)) else value
+        self._hash: int | None = None
+        with contextlib.suppress(TypeError):
+            self._hash = hash(self._value)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Key) or type(other._value) is not type(self._value):
+            return False
+        return other._value is self._value if self._hash is None else bool(other._value == self._value)
+
+    def __hash__(self) -> int:
+        return id(self._value) if self._hash is None else self._hash

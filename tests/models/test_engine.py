@@ -544,7 +544,7 @@ def test_what_is_left_after_forgetting_is_as_it_was(
     for name in ("hidden", "tokens", "logprobs", "action", "depth", "path_logprob"):
         np.testing.assert_array_equal(getattr(tree, name), before[name][kept], err_msg=name)
     # The tree goes on as if nothing had been: every node is what it was, and so is everything that is grown from it.
-    roots = [prompt for prompt in prompts if tuple(prompt) in tree._roots]
+    roots = [prompt for prompt in prompts if (tuple(prompt), None) in tree._roots]
     assert sequences(tree, roots) == [texts[node] for node in kept]
     assert_slots_add_up(tree)
     roots += [prompt for prompt in play(tree, more) if prompt not in roots]

@@ -126,7 +126,7 @@ def test_trees_come_and_go_and_the_others_stay_exact(
         prompts = play(tree, script)
         if end == "evict":
             tree.evict(2)
-            prompts = [prompt for prompt in prompts if tuple(prompt) in tree._roots]
+            prompts = [prompt for prompt in prompts if (tuple(prompt), None) in tree._roots]
         if end != "die":
             alive.append((tree, prompts))
         del tree
@@ -284,7 +284,7 @@ def test_threads_take_turns(tiny_lm: TinyLM) -> None:
     with ThreadPoolExecutor(8) as threads:
         trees = list(threads.map(grow, plans))
     for tree, (_, prompts) in zip(trees, plans, strict=True):
-        assert_exact(tree, [prompt for prompt in prompts if tuple(prompt) in tree._roots])
+        assert_exact(tree, [prompt for prompt in prompts if (tuple(prompt), None) in tree._roots])
 
 
 # ------------------------------------------------------------------------------------------------------- whole searches
