@@ -14,6 +14,7 @@ __all__ = [
     "CacheError",
     "CheckpointError",
     "ConfigurationError",
+    "EngineClosedError",
     "EpisodeError",
     "HeuristicError",
     "IllegalActionError",
@@ -21,6 +22,7 @@ __all__ = [
     "LanguageModelError",
     "PromptError",
     "QStarError",
+    "QueueFullError",
     "RewardError",
     "TrainingDivergedError",
     "UnknownNameError",
@@ -100,6 +102,14 @@ class TrainingDivergedError(QStarError, FloatingPointError):
 
 class CacheError(QStarError, OSError):
     """Raised when the model cache cannot be written."""
+
+
+class QueueFullError(QStarError, RuntimeError):
+    """Raised when a search engine has as many requests waiting as it takes; ask again later."""
+
+
+class EngineClosedError(QStarError, RuntimeError):
+    """Raised when a search engine that was closed is asked for something."""
 
 
 class InternalError(QStarError, RuntimeError):

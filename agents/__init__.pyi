@@ -38,6 +38,8 @@ from .planning.beam import BeamSearch as BeamSearch
 from .planning.beam import DiverseBeamSearch as DiverseBeamSearch
 from .planning.decoder import Decoder as Decoder
 from .planning.decoder import Stream as Stream
+from .planning.engine import SearchEngine as SearchEngine
+from .planning.engine import SearchHandle as SearchHandle
 from .planning.greedy import ARGSDecoder as ARGSDecoder
 from .planning.greedy import GreedyDecoder as GreedyDecoder
 from .planning.levin import LevinTreeSearch as LevinTreeSearch

@@ -214,7 +214,8 @@ class DecodingMDP:
         """
         is_chat = not isinstance(prompt.content, str)
         key = prompt.token_ids or (is_chat, str(prompt.content), str(prompt.template))
-        if key not in self._encoded:
+        ids = self._encoded.get(key)  # not looked up again: another thread may evict it
+        if ids is None:
             given = prompt.token_ids
             ids = self.model.encode(prompt.content, **prompt.template) if given is None else list(given)
             size, room = self.model.vocab_size, self.model.context_length - self.max_new_tokens
@@ -230,7 +231,7 @@ class DecodingMDP:
                     f"completion: at least 1, at most {room}"
                 )
             self._encoded[key] = ids
-        return self._encoded[key]
+        return ids
 
     def roots(self, prompts: Sequence[Prompt]) -> IntArray:
         """Return the initial states of ``n`` prompts, int64 [n]."""

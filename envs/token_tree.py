@@ -118,7 +118,8 @@ class TokenTree:
             minimum=1024,
         )
         self._publish()
-        self._engine.register(self)
+        with model.lock:  # the engine may be at work in another thread
+            self._engine.register(self)
 
     def __len__(self) -> int:
         """Return the number of nodes."""

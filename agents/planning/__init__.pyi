@@ -5,6 +5,8 @@ from .beam import BeamSearch as BeamSearch
 from .beam import DiverseBeamSearch as DiverseBeamSearch
 from .decoder import Decoder as Decoder
 from .decoder import Stream as Stream
+from .engine import SearchEngine as SearchEngine
+from .engine import SearchHandle as SearchHandle
 from .greedy import ARGSDecoder as ARGSDecoder
 from .greedy import GreedyDecoder as GreedyDecoder
 from .levin import LevinTreeSearch as LevinTreeSearch

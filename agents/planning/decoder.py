@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -161,8 +162,15 @@ class Decoder(ABC):
         begin([one.search for one in active])
         return active
 
-    def new_search(self, request: Request, shared: SharedBudget | None = None) -> ActiveSearch:
+    def new_search(
+        self, request: Request, shared: SharedBudget | None = None, *, started: float | None = None
+    ) -> ActiveSearch:
         """Return the search of a request of :func:`as_request`, with nothing expanded.
+
+        Args:
+            request: The request.
+            shared: See :class:`Search`.
+            started: See :class:`Search`.
 
         Raises:
             ConfigurationError: A setting is out of range.
@@ -172,7 +180,7 @@ class Decoder(ABC):
             raise ConfigurationError(f"{type(self).__name__} is the decoder; a request with one is for a SearchEngine")
         decoder, budget = self.with_changes(**request.changes), Budget.of(request.budget)
         decoder.mdp.encode(request.prompt)  # too long a prompt is reported before any work
-        search = Search(decoder.problem, request.prompt, budget, shared)
+        search = Search(decoder.problem, request.prompt, budget, shared, started=started)
         return ActiveSearch(search, decoder.select, None if budget.seconds is None else roll_out)
 
     def run_searches(self, prompts: Sequence[Prompt], budget: Budget) -> list[Search]:
@@ -311,18 +319,26 @@ def roll_out(search: Search) -> Iterator[Edges]:
 
 
 class Stream:
-    """Ever better completions of one prompt; see :meth:`Decoder.stream`."""
+    """Ever better completions of one prompt; see :meth:`Decoder.stream`.
+
+    The search ends before its next forward when the stream is closed, or when the task that waits for it is cancelled.
+    """
 
     def __init__(self, decoder: Decoder, prompt: Prompt, budget: Budget) -> None:
         """Prepare the search; nothing runs until the first completion is asked for."""
         self._decoder, self._prompt, self._budget = decoder, prompt, budget
         self._active: ActiveSearch | None = None
         self._plan: Plan | None = None
+        self._closed, self._lock = threading.Event(), threading.Lock()
         self._found = self._run()
 
     def _run(self) -> Iterator[Completion]:
+        if self._closed.is_set():
+            return
         [active] = self._decoder.start([self._prompt], self._budget)
         self._active, search, best = active, active.search, None
+        if self._closed.is_set():
+            self.close()
         for _ in drive([active]):
             if search.best is not best:
                 best = search.best
@@ -342,13 +358,24 @@ class Stream:
             self._plan = make_plan(self._active, self._decoder.choose)
         return self._plan
 
+    def close(self) -> None:
+        """End the search before its next forward, with ``stop_reason="cancelled"``; the iterator ends."""
+        self._closed.set()
+        if self._active is not None:
+            self._active.search.stop_reason = self._active.search.stop_reason or "cancelled"
+
+    async def aclose(self) -> None:
+        """Do as :meth:`close`."""
+        self.close()
+
     def __iter__(self) -> Iterator[Completion]:
         """Return the iterator itself."""
         return self
 
     def __next__(self) -> Completion:
         """Search until a better completion is found."""
-        return next(self._found)
+        with self._lock:  # several threads may take turns
+            return next(self._found)
 
     def __aiter__(self) -> AsyncIterator[Completion]:
         """Return the iterator itself."""
@@ -356,7 +383,11 @@ class Stream:
 
     async def __anext__(self) -> Completion:
         """Search, in a thread, until a better completion is found."""
-        found = await asyncio.to_thread(next, self._found, None)
+        try:
+            found = await asyncio.to_thread(next, self, None)
+        except asyncio.CancelledError:
+            self.close()  # the thread goes on until its forward is done
+            raise
         if found is None:
             raise StopAsyncIteration
         return found

@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,7 +21,10 @@ from ...models.base import IntArray
 from .problem import Problem
 from .state import NO_EDGES, Edges, Search, Status
 
-__all__ = ["ActiveSearch", "Progress", "Strategy", "begin", "drive", "drive_to_end", "score_completions", "turn"]
+__all__ = ["ActiveSearch", "Progress", "Strategy", "begin", "drive", "drive_to_end", "score_completions", "step"]
+__all__ += ["step_each", "turn"]
+
+_T = TypeVar("_T")
 
 Strategy = Callable[[Search], Iterator[Edges]]
 Progress = Callable[[Search], None]
@@ -41,23 +45,46 @@ class ActiveSearch:
         self.search, self.strategy = search, strategy
         self._steps = strategy(search) if first is None else itertools.chain(first(search), strategy(search))
         self._pending = NO_EDGES  # what it asked for last
+        self._due = NO_EDGES  # what the budget pays for of that
 
-    def next_edges(self) -> Edges | None:
+    def next_edges(self, most: int | None = None) -> Edges | None:
         """Return what the strategy follows next, as far as the budget pays for it; None when the search is over.
 
         Edges that the budget did not pay for come first when the search is resumed.
+
+        Args:
+            most: The most edges to return; the others of the step come with the next calls.
         """
-        search, pending = self.search, self._pending
-        search.stop_if_good_enough()
-        if search.is_over:
+        search, due = self.search, still_open(self.search, self._due)
+        if not len(due.rows):
+            search.stop_if_good_enough()
+            if search.is_over:
+                return None
+            left = still_open(search, self._pending)
+            wanted = left if len(left.rows) else next(self._steps, None)
+            if wanted is None:
+                search.stop_reason = search.stop_reason or ("certified" if search.is_certified else "finished")
+                return None
+            self._pending, due = wanted, search.affordable(wanted)
+            # In the order in which a whole step follows them, so that a step in parts has the same outcome.
+            last = np.argsort(search.finish[due] != Finish.NO, kind="stable")
+            due = Edges(due.rows[last], due.actions[last])
+        elif search.is_late or search.stop_reason not in ("", "budget"):  # "budget" says that this step is the last
+            search.stop_reason = search.stop_reason or "budget"
             return None
-        left = search.status[pending] == Status.OPEN
-        wanted = Edges(pending.rows[left], pending.actions[left]) if left.any() else next(self._steps, None)
-        if wanted is None:
-            search.stop_reason = search.stop_reason or ("certified" if search.is_certified else "finished")
-            return None
-        self._pending = wanted
-        return search.affordable(wanted)
+        self._due = due
+        return Edges(due.rows[:most], due.actions[:most])
+
+    @property
+    def is_between_steps(self) -> bool:
+        """Whether all edges of its last step are followed."""
+        return not len(still_open(self.search, self._due).rows)
+
+
+def still_open(search: Search, edges: Edges) -> Edges:
+    """Return those of ``edges`` that have not been followed."""
+    left = search.status[edges] == Status.OPEN
+    return Edges(edges.rows[left], edges.actions[left])
 
 
 def begin(searches: Sequence[Search]) -> None:
@@ -84,7 +111,7 @@ def drive(active: Sequence[ActiveSearch]) -> Iterator[list[Search]]:
     """
     continuing = list(active)
     while continuing:
-        asked = _step(continuing)
+        asked = step(continuing)
         continuing = [one for one, edges in zip(continuing, asked, strict=True) if edges is not None]
         for one in continuing:
             one.search.record()
@@ -128,16 +155,45 @@ def turn(searches: Sequence[Search]) -> Iterator[None]:
 # -- one step ---------------------------------------------------------------------------------------------------------
 
 
-def _step(active: Sequence[ActiveSearch]) -> list[Edges | None]:
+def step(active: Sequence[ActiveSearch]) -> list[Edges | None]:
     """Follow what each search's strategy asks for; return that, None where the search is over."""
     searches = [one.search for one in active]
     with turn(searches):
         start = time.perf_counter()
         asked = [one.next_edges() for one in active]
-        batch = [(search, edges) for search, edges in zip(searches, asked, strict=True) if edges is not None]
-        _follow([(search, edges) for search, edges in batch if len(edges.rows)])
+        _follow([(search, e) for search, e in zip(searches, asked, strict=True) if e is not None and len(e.rows)])
         _charge_seconds(searches, [0 if edges is None else len(edges.rows) for edges in asked], start)
     return asked
+
+
+def step_each(active: Sequence[ActiveSearch], most: int | None = None) -> list[Edges | Exception | None]:
+    """Do as :func:`step`, so that an error of one search is returned in its place and the others take their step.
+
+    Args:
+        active: The searches.
+        most: The most edges of each search; the others of its step come with the next calls.
+    """
+    searches = [one.search for one in active]
+    with turn(searches):
+        start = time.perf_counter()
+        asked = [_try(one.next_edges, most) for one in active]
+        batch = [(i, edges) for i, edges in enumerate(asked) if isinstance(edges, Edges) and len(edges.rows)]
+        if isinstance(_try(_follow, [(searches[i], edges) for i, edges in batch]), Exception):
+            # One by one: what the batch has followed already is not followed again.
+            for i, edges in batch:
+                left = still_open(searches[i], edges)
+                if len(left.rows) and isinstance(error := _try(_follow, [(searches[i], left)]), Exception):
+                    asked[i] = error
+        _charge_seconds(searches, [len(e.rows) if isinstance(e, Edges) else 0 for e in asked], start)
+    return asked
+
+
+def _try(function: Callable[..., _T], *args: Any) -> _T | Exception:
+    """Return what a function returns, or the error that it raises."""
+    try:
+        return function(*args)
+    except Exception as error:
+        return error
 
 
 def _follow(batch: Sequence[tuple[Search, Edges]]) -> None:

@@ -98,8 +98,16 @@ class Search:
     status: npt.NDArray[np.int8]
     child: IntArray
 
-    def __init__(self, problem: Problem, prompt: Prompt, budget: Budget, shared: SharedBudget | None = None) -> None:
-        """Start with nothing expanded."""
+    def __init__(
+        self,
+        problem: Problem,
+        prompt: Prompt,
+        budget: Budget,
+        shared: SharedBudget | None = None,
+        *,
+        started: float | None = None,
+    ) -> None:
+        """Start with nothing expanded; seconds count from ``started``, a ``time.perf_counter()``, or from now."""
         self.problem, self.prompt, self.budget, self.shared = problem, prompt, budget, shared
         self.mdp, self.scope, self.score = problem.mdp, problem.scope, problem.score
         self.is_exhausted, self.stop_reason = False, ""
@@ -131,7 +139,7 @@ class Search:
         self.lm_forwards = self.reward_calls = self.heuristic_tokens = 0
         self.busy_seconds = 0.0
         self._improved_at = 0  # LM tokens when the best text was found
-        self._started, self._seconds_before = time.perf_counter(), 0.0
+        self._started, self._seconds_before = time.perf_counter() if started is None else started, 0.0
 
     # -- what a strategy asks -----------------------------------------------------------------------------------------
 
@@ -233,6 +241,11 @@ class Search:
     def seconds(self) -> float:
         """Wall-clock time that this search has run."""
         return self._seconds_before + time.perf_counter() - self._started
+
+    @property
+    def is_late(self) -> bool:
+        """Whether its deadline has passed."""
+        return self.budget.seconds is not None and self.seconds >= self.budget.seconds
 
     @property
     def is_over(self) -> bool:
@@ -337,7 +350,7 @@ class Search:
         pops = math.inf if budget.pops is None else budget.pops - self.pops
         fits = np.cumsum(continuing) <= self.remaining_tokens
         fits &= (np.cumsum(~continuing) <= calls) & (np.arange(len(continuing)) < pops)
-        late = budget.seconds is not None and self.seconds >= budget.seconds
+        late = self.is_late
         if late or not fits.all():
             self.stop_reason = "budget"
         # Everything after the first edge that does not fit waits, so that the order of the strategy is kept.
