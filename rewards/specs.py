@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import sys
+import warnings
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
@@ -86,7 +87,9 @@ class _Parser:
 
     def parse(self) -> Terms:
         try:
-            tree = ast.parse(self.spec, mode="eval")
+            with warnings.catch_warnings():  # what Python finds odd, such as "1if", is refused below
+                warnings.simplefilter("ignore", SyntaxWarning)
+                tree = ast.parse(self.spec, mode="eval")
         except (RecursionError, MemoryError):
             raise self.error("this is too long or too deeply nested", 0) from None
         except (SyntaxError, ValueError) as error:  # a null character is a ValueError to Python 3.11.3

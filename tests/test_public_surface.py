@@ -4,6 +4,7 @@ import importlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from qstar_decoding import deprecated
@@ -89,15 +90,18 @@ def test_a_module_that_never_was_is_not_found():
 
 def test_a_strategy_under_its_old_name_still_works():
     from qstar_decoding.agents import Decoder, GreedyDecoder
+    from qstar_decoding.agents.search import Edges
     from qstar_decoding.envs import DecodingMDP, TabularLM
 
     with pytest.warns(DeprecationWarning, match="Old.search is called select"):
 
         class Old(Decoder):
             def search(self, search):
-                yield from GreedyDecoder.select(self, search)
-
-            preferences = GreedyDecoder.preferences
+                row = 0
+                while row >= 0:
+                    edge = Edges(np.array([row]), np.array([search.f[row].argmax()]))
+                    yield edge
+                    row = int(search.child[edge][0])
 
     mdp = DecodingMDP(
         TabularLM.random(4, 1, seed=0), top_k=4, reward=lambda prompts, completions, **_: [0.0] * len(completions)
