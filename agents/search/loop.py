@@ -245,13 +245,21 @@ def _evaluate(searches: Sequence[Search], nodes: Sequence[IntArray]) -> list[tup
 def _complete(work: Sequence[tuple[Search, Edges]], *, score: bool) -> list[list[Completion]]:
     """Return the completions that each search's finishing edges make: one call of each reward."""
     completions: list[list[Completion]] = [[] for _ in work]
-    for members in _grouped([search for search, _ in work], lambda problem: id(problem.mdp)):
+    searches = [search for search, _ in work]
+    for members in _grouped(searches, lambda problem: id(problem.mdp)):
         prompts = [work[i][0].prompt for i in members for _ in work[i][1].rows]
         nodes = np.concatenate([work[i][0].node[work[i][1].rows] for i in members])
         actions = np.concatenate([work[i][1].actions for i in members])
-        made = iter(work[members[0]][0].mdp.complete(prompts, nodes, actions, score=score))
+        made = iter(work[members[0]][0].mdp.complete(prompts, nodes, actions, score=False))
         for i in members:
             completions[i] = list(itertools.islice(made, len(work[i][1].rows)))
+    for members in _grouped(searches, lambda problem: id(problem.mdp.reward)) if score else ():
+        texts = [(searches[i].prompt, c.text, c.token_ids) for i in members for c in completions[i]]
+        rewards = iter(searches[members[0]].mdp.rewards(*zip(*texts, strict=True)).tolist())
+        for i in members:
+            weight = searches[i].mdp.logprob_weight
+            scored = zip(completions[i], rewards, strict=False)
+            completions[i] = [c._replace(reward=r, objective=weight * c.logprob + r) for c, r in scored]
     return completions
 
 

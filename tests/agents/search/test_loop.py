@@ -72,6 +72,26 @@ def test_one_heuristic_and_one_reward_are_called_once_a_step_for_all_searches():
     assert max(calls) > 2  # of both searches together
 
 
+def test_a_reward_is_called_once_a_step_for_all_processes_that_have_it():
+    calls = []
+
+    def reward(prompts, completions, **_):
+        calls.append(len(completions))
+        return [len(set(text)) / 6 for text in completions]
+
+    shared = as_reward(reward, lower=0, upper=1)
+    mdps = [make(shared, max_new_tokens=2, logprob_weight=w, top_k=k) for w, k in ((0.0, 3), (0.1, 4), (0.5, 6))]
+    planners = [AStarPlanner(mdp, width=10) for mdp in mdps]
+    alone = [
+        facts(AStarPlanner(make(max_new_tokens=2, logprob_weight=w, top_k=k), width=10).plan("a"))
+        for w, k in ((0.0, 3), (0.1, 4), (0.5, 6))
+    ]
+    active = [(planner, one) for planner in planners for one in planner.start(load_prompts("a"), Budget())]
+    steps = sum(1 for _ in drive([one for _, one in active]))
+    assert 0 < len(calls) <= steps + 1
+    assert [facts(make_plan(one, planner.choose)) for planner, one in active] == alone
+
+
 def test_threads_on_one_planner_get_what_they_get_alone():
     prompts = ["a", "b", "cd", "dc"]
     kinds = different_decoders()
