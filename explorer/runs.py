@@ -1,4 +1,4 @@
-"""Searches that a page watches: one thread each, all taking turns with one language model."""
+"""Searches that a page watches, all of one language model in one search engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..agents import BoundHeuristic, Decoder, Plan, Search
+from ..agents import BoundHeuristic, Decoder, Plan, Search, SearchEngine, SearchHandle
+from ..agents import Request as PlanRequest
 from ..agents.learning.q_heuristic import shipped_heuristic
 from ..agents.planning.registry import by_command, decoder_options, make_decoder
 from ..agents.search.snapshot import SearchTree
@@ -129,11 +130,14 @@ class Run:
         self.events: list[dict[str, Any]] = []
         self.is_over = False
         self._stop, self._lock = threading.Event(), threading.Lock()
+        self._handle: SearchHandle | None = None
         self._waiting: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()  # listeners
 
     def stop(self) -> None:
         """End it with what it has."""
         self._stop.set()
+        if self._handle is not None:
+            self._handle.stop()
 
     def tell(self, event: dict[str, Any], *, last: bool = False) -> None:
         """Add an event and wake all listeners; called by the searching thread."""
@@ -175,8 +179,8 @@ class Run:
             with self._lock:
                 self._waiting.discard(listener)
 
-    def work(self, mdp: DecodingMDP, task: Task, model_lock: threading.Lock) -> None:
-        """Search and report events, letting other runs take their turn after every step."""
+    def work(self, mdp: DecodingMDP, task: Task, engine: SearchEngine) -> None:
+        """Search and report events."""
         latest: Search | None = None
         told, seen, shown = 0.0, (1, 0), ""
 
@@ -191,19 +195,14 @@ class Run:
             latest = search
             if time.perf_counter() - told >= _EVERY or _text(search) != shown:
                 tell()
-            if self._stop.is_set():
-                raise KeyboardInterrupt  # the planner returns what it has
-            model_lock.release()
-            try:
-                time.sleep(0.001)  # a lock is not fair: without a pause this thread would have it again at once
-            finally:
-                model_lock.acquire()
 
         try:
-            with model_lock:
-                decoder = self._decoder(mdp, task)
-                plan = decoder.plan(self.prompt, self.request.budget, progress=progress)
-                tell()
+            asked = PlanRequest(self.prompt, self.request.budget, decoder=self._decoder(mdp, task))
+            self._handle = engine.submit(asked, progress=progress)
+            if self._stop.is_set():  # before there was a handle
+                self._handle.stop()
+            plan = self._handle.result()
+            tell()
             self.tree, self.facts = plan.tree, _facts(self.request, mdp, plan)
             self.tell({"kind": "done", **_result(plan)}, last=True)
         except QStarError as error:
@@ -229,6 +228,7 @@ class Runs:
         """Begin with none."""
         self._runs: OrderedDict[int, Run] = OrderedDict()
         self._numbers, self._lock, self._model_lock = itertools.count(1), threading.Lock(), threading.Lock()
+        self._engines: dict[int, SearchEngine] = {}  # by model, which its engine keeps
 
     def __getitem__(self, number: int) -> Run:
         """Return a run.
@@ -253,13 +253,16 @@ class Runs:
             prompt = examples(request.task).get(request.prompt) or as_prompt(request.prompt)
         with self._model_lock:  # a tree of its own for each run; the weights are shared
             mdp = task.mdp(**{name: value for name, value in changes.items() if value is not None})
+            if id(mdp.model) not in self._engines:
+                self._engines[id(mdp.model)] = SearchEngine(mdp)
+            engine = self._engines[id(mdp.model)]
         mdp.encode(prompt)  # too long a prompt is said now
         with self._lock:
             run = Run(next(self._numbers), request, prompt)
             self._runs[run.number] = run
             while len(self._runs) > _KEPT:
                 self._runs.popitem(last=False)[1].stop()
-        threading.Thread(target=run.work, args=(mdp, task, self._model_lock), daemon=True).start()
+        threading.Thread(target=run.work, args=(mdp, task, engine), daemon=True).start()
         return run
 
     def _from(self, request: Request) -> tuple[Prompt, Beginning]:

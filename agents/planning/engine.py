@@ -43,6 +43,7 @@ class _Job:
         changed: Notified when there is a better one, or the plan.
         listeners: Event loops that wait for these.
         is_abandoned: Whether nobody has the handle any more.
+        is_stopped: Whether the search is to end with what it has.
         active: The search, while it runs.
     """
 
@@ -55,6 +56,7 @@ class _Job:
     changed: threading.Condition = field(default_factory=threading.Condition)
     listeners: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = field(default_factory=set)
     is_abandoned: bool = False
+    is_stopped: bool = False
     active: ActiveSearch | None = None
 
     @property
@@ -124,6 +126,10 @@ class SearchHandle:
         cancelled = self._job.future.cancel()
         self._job.tell()
         return cancelled
+
+    def stop(self) -> None:
+        """End the search before its next forward, with a plan of what it has and ``stop_reason="interrupted"``."""
+        self._job.is_stopped = True
 
     def done(self) -> bool:
         """Return whether there is a plan or an error, or the search was cancelled."""
@@ -397,6 +403,9 @@ class SearchEngine:
         if not jobs:
             return
         self.ticks += 1
+        for job, active in jobs:
+            if job.is_stopped:
+                active.search.stop_reason = active.search.stop_reason or "interrupted"
         asked = step_each([active for _, active in jobs], max(self._tick_edges // len(jobs), 1))
         for (job, active), edges in zip(jobs, asked, strict=True):
             try:

@@ -42,8 +42,9 @@ class Plan:
         scope: What the upper bound speaks of: ``"top-k tree"`` or ``"full vocabulary"``.
         usage: What it took.
         stop_reason: ``"certified"``, ``"budget"``, ``"gap"``, ``"target"``, ``"patience"`` (see :class:`Budget`),
-            ``"interrupted"`` (Ctrl-C), ``"cancelled"`` (a stream was closed), ``"exhausted"`` (nothing left that could
-            be better in this scope, without a certificate) or ``"finished"`` (the decoder had nothing more to try).
+            ``"interrupted"`` (Ctrl-C, a handle's ``stop``), ``"cancelled"`` (a stream was closed), ``"exhausted"``
+            (nothing left that could be better in this scope, without a certificate) or ``"finished"`` (the decoder had
+            nothing more to try).
         completions: Every completion that was scored, the best first.
         trace: LB and UB after each step.
         tree: What the search saw.

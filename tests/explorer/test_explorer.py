@@ -13,7 +13,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from types import SimpleNamespace
 
 import pytest
 
@@ -23,7 +22,7 @@ uvicorn = pytest.importorskip("uvicorn")
 from qstar_decoding.agents import AStarPlanner, QHeuristic  # noqa: E402
 from qstar_decoding.envs import load_prompts  # noqa: E402
 from qstar_decoding.errors import ConfigurationError, QStarError  # noqa: E402
-from qstar_decoding.explorer.runs import LIMITS, Beginning, Request, Run, Runs  # noqa: E402
+from qstar_decoding.explorer.runs import LIMITS, Beginning, Request, Run, Runs, _text  # noqa: E402
 from qstar_decoding.explorer.server import create_app, serve  # noqa: E402
 from qstar_decoding.tasks import load_task  # noqa: E402
 
@@ -212,9 +211,13 @@ def heard(run, first=0):
 def held(monkeypatch):
     """Hold every search after its first step, until the event that is returned is set."""
     gate = threading.Event()
-    clock = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda seconds: gate.wait(60))
-    monkeypatch.setattr("qstar_decoding.explorer.runs.time", clock)
+    after_each_step(monkeypatch, lambda search: gate.wait(60))
     return gate
+
+
+def after_each_step(monkeypatch, action):
+    """Let the searching thread do something after every step, when it looks at the text."""
+    monkeypatch.setattr("qstar_decoding.explorer.runs._text", lambda search: (action(search), _text(search))[1])
 
 
 def until(condition):
@@ -547,9 +550,8 @@ def test_two_browsers_at_once(open_page):
 
 @pytest.mark.parametrize("how", ["button", "escape"])
 def test_stop(open_page, how, monkeypatch):
-    # The toy is searched before anybody could stop it, so each step is made to take half a second.
-    slow = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda seconds: time.sleep(0.5))
-    monkeypatch.setattr("qstar_decoding.explorer.runs.time", slow)
+    # The toy is searched before anybody could stop it, so each step after the first text takes half a second.
+    after_each_step(monkeypatch, lambda search: time.sleep(0.5 if search.best else 0))
     page = open_page()
     search(page, budget=5000)
     page.locator(".card figcaption:has-text('nodes')").wait_for()

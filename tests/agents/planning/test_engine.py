@@ -442,6 +442,20 @@ def test_handles_can_be_followed_without_an_event_loop():
     assert isinstance([*waiting], list)  # ends without an error
 
 
+def test_a_stopped_search_returns_what_it_has():
+    engine, found = SearchEngine(make()), threading.Event()
+    handle = engine.submit("a", progress=lambda search: found.set() if search.best else None, **ENDLESS)
+    assert found.wait(60)
+    handle.stop()
+    plan = handle.result(60)
+    assert plan.stop_reason == "interrupted"
+    assert plan.stop in ("eos", "length")
+    assert not plan.certified
+    at_once = engine.submit("a", **ENDLESS)
+    at_once.stop()
+    assert at_once.result(60).stop_reason == "interrupted"
+
+
 def test_nobody_else_has_the_handle_while_it_is_awaited():
     async def run():
         engine = SearchEngine(make())
