@@ -85,6 +85,11 @@ class _Equal(Constraint):
     def __hash__(self) -> int:
         return hash((type(self), repr(vars(self))))
 
+    def __repr__(self) -> str:
+        """Return the expression that makes it."""
+        values = [v for value in vars(self).values() for v in (value if isinstance(value, (tuple, list)) else [value])]
+        return f"{type(self).__name__}({', '.join(map(repr, values))})"
+
 
 class StopStrings:
     """Strings that end a completion where they appear."""
@@ -229,10 +234,6 @@ class RegexConstraint(_Equal):
     def bind(self, model: LanguageModel) -> Rule:
         """See :class:`Constraint`."""
         return _Automaton(self, model)
-
-    def __repr__(self) -> str:
-        """Return the expression that makes it."""
-        return f"{type(self).__name__}({self.pattern!r})"
 
 
 class JSONConstraint(RegexConstraint):

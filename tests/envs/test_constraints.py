@@ -185,3 +185,10 @@ def test_a_pattern_that_takes_most_characters_does_not_take_the_end_for_one(patt
     plan = AStarPlanner(mdp, n=99).plan("a")
     assert plan.completions
     assert all(regex.fullmatch(pattern, completion.text) for completion in plan.completions)
+
+
+@pytest.mark.parametrize(
+    "constraint", [BannedStrings("a", "b'"), ForcedStrings("x"), MinTokens(3), RegexConstraint("a+")], ids=repr
+)
+def test_a_constraint_shows_the_expression_that_makes_it(constraint):
+    assert eval(repr(constraint)) == constraint
