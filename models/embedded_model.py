@@ -24,6 +24,7 @@ from typing import Any
 from unittest import mock
 
 from ..errors import CacheError
+from ..files import locked
 
 __all__ = ["EMBEDDED_MODELS", "EmbeddedModel", "cache_folder", "embedded_model_folder", "gguf_path", "is_intact"]
 
@@ -75,8 +76,6 @@ def embedded_model_folder(name: str) -> Path | None:
     Raises:
         CacheError: The cache folder cannot be written.
     """
-    from filelock import FileLock
-
     gguf = gguf_path(EMBEDDED_MODELS[name])
     folder = cache_folder() / "models" / name
     if is_intact(folder):  # before any lock: the cache may be read-only
@@ -84,7 +83,7 @@ def embedded_model_folder(name: str) -> Path | None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Two processes started together convert once: the second waits and finds the folder.
-        with FileLock(folder.parent / f".{name}.lock"):
+        with locked(folder.parent / f".{name}.lock"):
             if is_intact(folder):
                 return folder
             if gguf is None:
