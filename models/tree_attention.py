@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from ..columns import GrowableColumns
 from .base import IntArray
+from .token_trie import TokenTable
 
-__all__ = ["NO_SLOT", "ForwardState", "KeyValuePool", "QueryBlock", "TokenTable", "group_queries", "tree_attention_in"]
+__all__ = ["ForwardState", "KeyValuePool", "QueryBlock", "group_queries", "tree_attention_in"]
 
 _IMPLEMENTATION = "qstar_tree"
 
@@ -24,9 +24,6 @@ _IMPLEMENTATION = "qstar_tree"
 # but the union grows with the group. 16 kept both the copies and the masked products small.
 _QUERIES_PER_GROUP = 16
 _PROMPT_TOKENS_PER_GROUP = 256
-
-
-NO_SLOT = -1  # the slot of a token whose keys and values are not in memory
 
 
 class KeyValuePool:
@@ -67,68 +64,6 @@ class KeyValuePool:
             new[: self.capacity] = old[: self.capacity]  # longer, if memory ran out half-way through an earlier growth
             self._layers[index] = new
         self.capacity = slots
-
-
-class TokenTable:
-    """The tokens of all prefixes as a trie, one row a token; rows keep their numbers until they are removed.
-
-    Attributes:
-        token: int64 [rows].
-        parent: int64 [rows], the row of the token before it, -1 at a prompt's first token.
-        position: int64 [rows], tokens before it; -1 for an unused row.
-        prompt_id: int64 [rows], the prompt that the row belongs to or continues.
-        branch_point: int64 [rows], its last ancestor that belongs to a prompt; a prompt's row is its own.
-        slot: int64 [rows], the place of its key and value in the pool, or NO_SLOT.
-        last_used: int64 [rows], the last batch that needed it; never older than its descendants' values.
-    """
-
-    token: IntArray
-    parent: IntArray
-    position: IntArray
-    prompt_id: IntArray
-    branch_point: IntArray
-    slot: IntArray
-    last_used: IntArray
-
-    def __init__(self) -> None:
-        """Start empty."""
-        names = ("token", "parent", "position", "prompt_id", "branch_point", "slot", "last_used")
-        self._columns = GrowableColumns(dict.fromkeys(names, ((), np.int64)), minimum=1024)
-        self._unused: list[int] = []
-        self._publish()
-
-    @property
-    def size(self) -> int:
-        """Rows, the unused ones among them included."""
-        return self._columns.size
-
-    def add(self, token: IntArray, parent: IntArray, position: IntArray, prompt_id: IntArray) -> IntArray:
-        """Add tokens that belong to prompts, without memory for their keys and values, and return their rows."""
-        count = len(token)
-        reused = self._unused[len(self._unused) - min(count, len(self._unused)) :]
-        del self._unused[len(self._unused) - len(reused) :]
-        added = self._columns.append(count - len(reused))
-        if added.stop > len(self.token):
-            self._publish()
-        rows: IntArray = np.concatenate((np.array(reused, dtype=np.int64), np.arange(added.start, added.stop)))
-        self.token[rows], self.parent[rows], self.position[rows] = token, parent, position
-        self.prompt_id[rows] = prompt_id
-        self.branch_point[rows], self.slot[rows], self.last_used[rows] = rows, NO_SLOT, 0
-        return rows
-
-    def remove(self, rows: IntArray) -> None:
-        """Make rows unused; they are taken again before the table grows."""
-        self.position[rows] = -1
-        self._unused.extend(rows.tolist())
-
-    def in_use(self) -> IntArray:
-        """Return the rows that are in use, ascending."""
-        return np.arange(self.size)[self.position[: self.size] >= 0]
-
-    def _publish(self) -> None:
-        """Make the arrays, which growing replaces, attributes."""
-        for name in self._columns:
-            setattr(self, name, self._columns[name])
 
 
 @dataclass

@@ -13,28 +13,23 @@ The model itself stays untouched: during a forward its attention implementation 
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
-from weakref import WeakSet
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import ConfigurationError, LanguageModelError
-from .base import BoolArray, FloatArray, HandleHolder, IntArray, Outputs, free_memory, top_logprobs
+from ..errors import LanguageModelError
+from .base import BoolArray, FloatArray, IntArray, Outputs, free_memory, top_logprobs
 from .packed_weights import PackedWeights
-from .tree_attention import NO_SLOT, ForwardState, KeyValuePool, TokenTable, group_queries, tree_attention_in
+from .token_trie import TrieEngine, check_kv_budget
+from .tree_attention import ForwardState, KeyValuePool, group_queries, tree_attention_in
 
 __all__ = ["TreeEngine", "TreeModel"]
 
-logger = logging.getLogger(__name__)
-
 _POSITIONS_PER_FORWARD = 1024
-_NO_ROWS = np.empty(0, dtype=np.int64)
 
 
 class TreeModel(Protocol):
@@ -59,11 +54,8 @@ class TreeModel(Protocol):
         """See :meth:`LanguageModel.forward`."""
 
 
-class TreeEngine:
-    """The fast engine: every token of every prefix is computed once, in one packed forward per call.
-
-    Handles are rows of one trie of tokens. What prompts and continuations of any holder have in common, they share.
-    """
+class TreeEngine(TrieEngine):
+    """The fast engine: every token of every prefix is computed once, in one packed forward per call."""
 
     def __init__(self, model: TreeModel, *, kv_budget: int | None = None) -> None:
         """Compute with ``model`` and keep at most ``kv_budget`` bytes of keys and values.
@@ -75,32 +67,13 @@ class TreeEngine:
         Raises:
             ConfigurationError: ``kv_budget`` is not positive.
         """
-        if kv_budget is not None and kv_budget <= 0:
-            raise ConfigurationError(f"kv_budget is a number of bytes > 0 (or None), got {kv_budget!r}")
-        self._lm = model
-        self._pool = KeyValuePool(kv_budget or min(free_memory(model.device) // 4, 4 << 30), model.kv_token_bytes)
-        self._table = TokenTable()
-        self._free: list[int] = []
-        self._row_in_slot = np.empty(0, dtype=np.int64)
-        self._trie: dict[tuple[int, int], int] = {}  # (row or -1, token) -> row
-        self._prompts: dict[int, IntArray] = {}  # by prompt id, the rows of its tokens
-        self._prompt_ids: dict[tuple[int, ...], int] = {}
-        self._next_prompt_id = 0
-        self._known: dict[int, tuple[NDArray[Any], ...]] = {}  # by row, the outputs without a mask, where asked for
-        self._holders: WeakSet[HandleHolder] = WeakSet()
-        self._registered = self._dead = 0  # holders ever, and those that were dead when unused rows were last removed
-        self._in_progress = _NO_ROWS  # what the call in progress asks for
-        self._clock = 0
-        self._positions = 1 << 30  # at most so many in a forward; fewer once memory has run out
+        check_kv_budget(kv_budget)
+        budget = kv_budget or min(free_memory(model.device) // 4, 4 << 30)
+        super().__init__(model, KeyValuePool(budget, model.kv_token_bytes))
         config = model.model.config.get_text_config()
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         self._window: int | None = window or getattr(config, "attention_chunk_size", None)
         self._windows: set[int] = set()
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of key-value memory allocated now."""
-        return self._pool.allocated_bytes
 
     @property
     def missed_window(self) -> int | None:
@@ -110,261 +83,6 @@ class TreeEngine:
         """
         seen = bool(self._windows) or not self._window or self._window >= self._lm.context_length
         return None if seen else self._window
-
-    @property
-    def kv_token_bytes(self) -> int:
-        """Bytes of key-value memory per token, over all layers; 0 before the first forward."""
-        return self.kv_bytes // max(self._pool.capacity, 1)
-
-    def register(self, holder: HandleHolder) -> None:
-        """See :meth:`Engine.register`."""
-        self._holders.add(holder)
-        self._registered += 1
-
-    def compute(
-        self,
-        prompts: Sequence[Sequence[int]],
-        parents: IntArray,
-        tokens: IntArray,
-        top_k: int,
-        allowed: Sequence[BoolArray | None] | None = None,
-    ) -> tuple[IntArray, Outputs]:
-        """See :meth:`Engine.compute`."""
-        with self._lm.lock:
-            try:
-                ends = [self._prompt_rows(tuple(prompt))[-1] for prompt in prompts]
-                rows = np.concatenate((np.array(ends, dtype=np.int64), self._child_rows(parents, tokens)))
-                self._in_progress = rows
-                return rows, self._outputs(rows, top_k, allowed)
-            except BaseException:
-                self._dead = -1  # rows that nobody has the handles of are removed when memory is next needed
-                raise
-            finally:
-                self._in_progress = _NO_ROWS
-
-    def release_unused(self) -> None:
-        """See :meth:`Engine.release_unused`."""
-        table = self._table
-        with self._lm.lock:
-            needed = np.zeros(table.size, dtype=bool)
-            self._dead = self._registered - len(self._holders)
-            frontier = np.concatenate([self._in_progress, *(holder.handle for holder in self._holders)])
-            while len(frontier):  # up to the prompts
-                frontier = np.unique(frontier[~needed[frontier]])
-                needed[frontier] = True
-                frontier = table.parent[frontier[table.branch_point[frontier] != frontier]]
-            ends = np.flatnonzero(needed & (table.branch_point[: table.size] == np.arange(table.size)))
-            ends = ends[np.argsort(table.position[ends])]  # the last one of a prompt leads to all
-            last = dict(zip(table.prompt_id[ends].tolist(), table.position[ends].tolist(), strict=True))
-            for prompt_id, position in last.items():
-                needed[self._prompts[prompt_id][: position + 1]] = True
-            rows = table.in_use()
-            self._remove(rows[~needed[rows]], needed)
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Bookkeeping
-
-    def _prompt_rows(self, prompt: tuple[int, ...]) -> IntArray:
-        """Return the rows of a prompt's tokens; those that exist already are shared."""
-        if prompt not in self._prompt_ids:
-            shared: list[int] = []
-            last = -1
-            for token in prompt:
-                if (row := self._trie.get((last, token))) is None:
-                    break
-                shared.append(last := row)
-            tokens, positions = np.array(prompt[len(shared) :], dtype=np.int64), np.arange(len(shared), len(prompt))
-            rows = self._table.add(tokens, positions, positions, np.full_like(positions, self._next_prompt_id))
-            parents = np.r_[last, rows][: len(rows)]
-            self._table.parent[rows] = parents
-            self._trie.update(zip(zip(parents.tolist(), tokens.tolist(), strict=True), rows.tolist(), strict=True))
-            self._prompt_ids[prompt] = self._next_prompt_id
-            self._prompts[self._next_prompt_id] = np.r_[np.array(shared, dtype=np.int64), rows]
-            self._next_prompt_id += 1
-        return self._prompts[self._prompt_ids[prompt]]
-
-    def _child_rows(self, parents: IntArray, tokens: IntArray) -> IntArray:
-        """Return the rows of continuations; those that exist already are shared."""
-        table, edges = self._table, list(zip(parents.tolist(), tokens.tolist(), strict=True))
-        new = [edge for edge in dict.fromkeys(edges) if edge not in self._trie]
-        if new:
-            parent, token = np.array(new, dtype=np.int64).T
-            rows = table.add(token, parent, table.position[parent] + 1, table.prompt_id[parent])
-            table.branch_point[rows] = table.branch_point[parent]
-            self._trie.update(zip(new, rows.tolist(), strict=True))
-        return np.array([self._trie[edge] for edge in edges], dtype=np.int64)
-
-    def _continuations(self, rows: IntArray) -> IntArray:
-        """Return int64 [n, T]: each row and its ancestors back to its prompt, padded with -1; prompt rows have none."""
-        table = self._table
-        depth = table.position[rows] - table.position[table.branch_point[rows]]
-        columns = np.empty((int(depth.max(initial=0)), len(rows)), dtype=np.int64)
-        for column in columns:
-            column[:] = rows
-            rows = np.maximum(table.parent[rows], 0)  # those that have arrived run idle
-        return np.where(np.arange(len(columns)) < depth[:, None], columns.T, -1)
-
-    def _ancestors(self, rows: IntArray, continuations: IntArray) -> IntArray:
-        """Return ``rows`` and all rows that lead to them, each once, sorted."""
-        table = self._table
-        ends = np.unique(table.branch_point[rows])
-        prompts = [
-            self._prompts[prompt_id][: position + 1]
-            for prompt_id, position in zip(table.prompt_id[ends].tolist(), table.position[ends].tolist(), strict=True)
-        ]
-        return np.unique(np.concatenate([continuations[continuations >= 0], *prompts]))
-
-    def _remove(self, rows: IntArray, needed: BoolArray) -> None:
-        """Remove ``rows``, all that are in use and not ``needed`` [size]."""
-        if not len(rows):
-            return
-        table = self._table
-        self._release_slots(rows)
-        edges = zip(table.parent[rows].tolist(), table.token[rows].tolist(), strict=True)
-        for row, edge in zip(rows.tolist(), edges, strict=True):
-            del self._trie[edge]
-            self._known.pop(row, None)
-        table.remove(rows)
-        self._prompt_ids = {p: i for p, i in self._prompt_ids.items() if needed[self._prompts[i]].all()}
-        alive = {*np.unique(table.prompt_id[table.in_use()]).tolist(), *self._prompt_ids.values()}
-        self._prompts = {i: self._prompts[i][needed[self._prompts[i]]] for i in alive}
-
-    def _allocate(self, rows: IntArray, keep: IntArray) -> None:
-        """Give slots to ``rows``: free ones, unused ones, new ones within the budget, the least recently used.
-
-        ``keep`` are rows whose memory must stay, ``rows`` among them.
-        """
-        pool, table = self._pool, self._table
-        if not len(rows):
-            return
-        if len(rows) > len(self._free) and self._registered - len(self._holders) != self._dead:
-            self.release_unused()
-        missing = len(rows) - len(self._free)
-        if missing > 0 and pool.capacity < pool.max_slots:
-            capacity = min(max(2 * pool.capacity, pool.capacity + missing, 256), pool.max_slots)
-            added = range(pool.capacity, capacity)
-            pool.grow(capacity)  # first, since it may run out of memory
-            self._free.extend(reversed(added))
-            self._row_in_slot = np.concatenate((self._row_in_slot, np.full(len(added), -1)))
-            missing = len(rows) - len(self._free)
-        if missing > 0:
-            resident = self._row_in_slot[self._row_in_slot >= 0]
-            old = resident[~np.isin(resident, keep)]
-            # Children before parents where both were last used together; some more than needed, so that this is rare.
-            order = np.lexsort((-table.position[old], table.last_used[old]))
-            self._release_slots(old[order[: max(missing, pool.capacity // 8)]])
-        slots = np.array([self._free.pop() for _ in rows], dtype=np.int64)
-        table.slot[rows] = slots
-        self._row_in_slot[slots] = rows
-
-    def _release_slots(self, rows: IntArray) -> None:
-        rows = rows[self._table.slot[rows] != NO_SLOT]
-        slots = self._table.slot[rows]
-        self._row_in_slot[slots] = -1
-        self._free.extend(slots.tolist())
-        self._table.slot[rows] = NO_SLOT
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Computation
-
-    def _outputs(self, rows: IntArray, top_k: int, allowed: Sequence[BoolArray | None] | None) -> Outputs:
-        """Return the outputs at ``rows``; those that another holder has asked for are known."""
-        masks = [None] * len(rows) if allowed is None else allowed
-        new = [
-            i
-            for i, (row, mask) in enumerate(zip(rows.tolist(), masks, strict=True))
-            if mask is not None or row not in self._known or len(self._known[row][1]) < top_k
-        ]
-        computed = self._run(rows[new], top_k, None if allowed is None else [allowed[i] for i in new]) if new else None
-        if computed is not None:
-            for i, *values in zip(new, *computed, strict=True):
-                if masks[i] is None:
-                    self._known[int(rows[i])] = tuple(value.copy() for value in values)
-            if len(new) == len(rows):
-                return computed
-        place = dict(zip(new, range(len(new)), strict=True))
-        parts = [
-            [column[place[i]] for column in computed] if computed is not None and i in place else self._known[row]
-            for i, row in enumerate(rows.tolist())
-        ]
-        hidden, tokens, logprobs = zip(*parts, strict=True)
-        return Outputs(np.stack(hidden), np.stack([t[:top_k] for t in tokens]), np.stack([p[:top_k] for p in logprobs]))
-
-    def _run(self, asked: IntArray, top_k: int, allowed: Sequence[BoolArray | None] | None) -> Outputs:
-        """Return the outputs at the rows ``asked``, some maybe twice; compute all they need that is not in memory."""
-        rows = np.unique(asked)
-        continuations = self._continuations(rows)
-        ancestors = self._ancestors(rows, continuations)
-        if len(ancestors) > self._pool.max_slots:
-            if len(rows) == 1:
-                raise ConfigurationError(
-                    f"kv_budget of {self._pool.budget:,} bytes holds {self._pool.max_slots} tokens, but this prompt "
-                    f"and its continuation are {len(ancestors)} tokens of {self._pool.token_bytes:,} bytes; "
-                    f"give at least {len(ancestors) * (self._pool.token_bytes or 0):,}"
-                )
-            half = len(asked) // 2
-            masks = (None, None) if allowed is None else (allowed[:half], allowed[half:])
-            return _concatenate([self._run(asked[:half], top_k, masks[0]), self._run(asked[half:], top_k, masks[1])])
-        self._clock += 1
-        table = self._table
-        table.last_used[ancestors] = self._clock
-        missing = ancestors[table.slot[ancestors] == NO_SLOT]
-        # A row asked for is computed even if it is in memory: its output is what was asked for.
-        only_rows = np.count_nonzero(table.slot[rows] == NO_SLOT) == len(missing)
-        compute = rows if only_rows else np.union1d(missing, rows)
-        try:
-            self._allocate(missing, keep=ancestors)
-        except RuntimeError as error:
-            if not _is_out_of_memory(error) or (len(rows) == 1 and len(ancestors) > self._pool.capacity):
-                raise
-            self._pool.budget = self._pool.capacity * (self._pool.token_bytes or 1)
-            logger.warning("no memory for more keys and values: going on with %d tokens", self._pool.capacity)
-            return self._run(asked, top_k, allowed)
-        try:
-            if not only_rows:
-                continuations = self._continuations(compute)
-            return self._compute(asked, compute, continuations, top_k, allowed)
-        except BaseException:
-            self._release_slots(missing)
-            raise
-
-    def _compute(
-        self,
-        asked: IntArray,
-        compute: IntArray,
-        continuations: IntArray,
-        top_k: int,
-        allowed: Sequence[BoolArray | None] | None,
-    ) -> Outputs:
-        """Process the tokens ``compute``, ancestors first, in as few forwards as memory allows."""
-        limit = min(self._positions, _POSITIONS_PER_FORWARD)
-        # Within a forward the order does not matter: a layer writes all keys and values before it reads any.
-        by_age = np.argsort(self._table.position[compute], kind="stable")
-        parts: list[Outputs] = []
-        order: list[IntArray] = []
-        start = 0
-        while start < len(compute):
-            now = by_age[start : start + limit]
-            chunk = compute[now]
-            # The outputs that this forward brings, in the order of the chunk.
-            sorter = np.argsort(chunk)
-            which = np.flatnonzero(np.isin(asked, chunk))
-            places = sorter[np.searchsorted(chunk, asked[which], sorter=sorter)]
-            by_place = np.argsort(places, kind="stable")
-            which, places = which[by_place], places[by_place]
-            masks = None if allowed is None else [allowed[i] for i in which.tolist()]
-            try:
-                parts.append(self._forward(chunk, continuations[now], places, top_k, masks))
-            except RuntimeError as error:
-                if not _is_out_of_memory(error) or len(chunk) == 1:
-                    raise
-                self._positions = limit = len(chunk) // 2
-                logger.warning("out of memory: from now on at most %d tokens at a time", limit)
-                continue
-            order.append(which)
-            start += len(chunk)
-        together, back = _concatenate(parts), np.argsort(np.concatenate(order))
-        return Outputs(together.hidden[back], together.tokens[back], together.logprobs[back])
 
     def _forward(
         self,
@@ -413,17 +131,9 @@ class TreeEngine:
             )
         return outputs
 
+    def _positions_per_forward(self) -> int:
+        return _POSITIONS_PER_FORWARD
 
-def _concatenate(parts: Sequence[Outputs]) -> Outputs:
-    if len(parts) == 1:
-        return parts[0]
-    return Outputs(
-        np.concatenate([part.hidden for part in parts]),
-        np.concatenate([part.tokens for part in parts]),
-        np.concatenate([part.logprobs for part in parts]),
-    )
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    # On CPUs PyTorch raises no more than a RuntimeError, which can mean anything.
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    def _is_out_of_memory(self, error: RuntimeError) -> bool:
+        # On CPUs PyTorch raises no more than a RuntimeError, which can mean anything.
+        return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
