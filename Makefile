@@ -85,7 +85,7 @@ $(STAMP): $(CORE)
 
 # Looked at every time, rewritten only when the list has changed.
 $(FILES): FORCE | $(BIN)/pip
-	@{ ls *.py py.typed; find agents cli envs explorer models rewards tasks -type f ! -name '*.pyc'; } | LC_ALL=C sort > $@.new
+	@{ ls *.py py.typed; find agents cli envs explorer models rewards serve tasks -type f ! -name '*.pyc'; } | LC_ALL=C sort > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
 define CHECK_VERSION

@@ -9,7 +9,7 @@ import typer
 
 from .. import __version__
 from ..errors import QStarError
-from . import decode, evaluate, listings, pages, train
+from . import decode, evaluate, listings, serve, train
 from .console import err, fail, out, replace_unprintable
 
 __all__ = ["app", "main"]
@@ -79,7 +79,8 @@ for _command in (
     decode.demo,
     evaluate.evaluate,
     evaluate.plot,
-    pages.explore,
+    serve.explore,
+    serve.serve,
     listings.tasks,
     listings.decoders,
     listings.models,

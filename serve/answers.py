@@ -1,0 +1,173 @@
+"""Answers in OpenAI's shapes: whole ones, and the chunks of a stream, of chats and of completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from .. import __version__
+from ..models.base import LanguageModel
+from .generation import End, Event, Improvement, Piece, Usage
+from .sampling import Token
+
+__all__ = ["Answer", "ChatAnswer", "CompletionAnswer"]
+
+
+class Answer:
+    """The answer to one request: whole, or as chunks. Both are made of the same events.
+
+    Attributes:
+        usage: What the request uses.
+    """
+
+    kind = chunk_kind = prefix = ""
+
+    def __init__(self, model: str, lm: LanguageModel, *, with_usage: bool) -> None:
+        """Begin an answer.
+
+        Args:
+            model: The name by which the request asked.
+            lm: The language model, which knows the texts of tokens.
+            with_usage: Whether a stream ends with what was used.
+        """
+        self._lm, self._with_usage, self.usage = lm, with_usage, Usage()
+        fingerprint = f"qstar-decoding-{__version__}-{lm.name}"
+        self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._tail = {"system_fingerprint": fingerprint}
+        self._special = {token: text for text, token in lm.special_tokens.items()}
+        self._texts: dict[int, list[str]] = {}
+        self._tokens: dict[int, list[tuple[Token, int]]] = {}
+        self._ends: dict[int, End] = {}
+
+    def take(self, event: Event) -> None:
+        """Note an event for the whole answer."""
+        if isinstance(event, Piece):
+            self._texts.setdefault(event.choice, []).append(event.text)
+            self._tokens.setdefault(event.choice, []).extend(event.tokens)
+        elif isinstance(event, End):
+            self._ends[event.choice] = event
+
+    def whole(self, *, logprobs: bool) -> dict[str, Any]:
+        """Return the whole answer."""
+        choices = []
+        for choice in sorted(self._ends):
+            end, tokens = self._ends[choice], self._tokens.get(choice, [])
+            shown = self.logprobs(tokens) if logprobs else None
+            content = self.content("".join(self._texts.get(choice, [])))
+            choices.append(self._choice(choice, content, shown, end))
+        return {"object": self.kind, **self._head, "choices": choices, "usage": self._used(), **self._tail}
+
+    def opening(self, choices: int) -> list[dict[str, Any]]:
+        """Return the chunks that a stream begins with."""
+        return []
+
+    def chunk(self, event: Piece | End | Improvement, *, logprobs: bool) -> dict[str, Any]:
+        """Return the chunk of one event."""
+        if isinstance(event, Improvement):
+            return self._chunk([], {"qstar": {"improvement": event.report}})
+        if isinstance(event, Piece):
+            shown = self.logprobs(event.tokens) if logprobs else None
+            return self._chunk([self._choice(event.choice, self.delta(event.text), shown, None)])
+        return self._chunk([self._choice(event.choice, self.delta(""), None, event)])
+
+    def closing(self) -> list[dict[str, Any]]:
+        """Return the chunks that a stream ends with."""
+        if not self._with_usage:
+            return []
+        return [{"object": self.chunk_kind, **self._head, "choices": [], "usage": self._used(), **self._tail}]
+
+    def content(self, text: str) -> dict[str, Any]:
+        """Return the field of a choice that has the whole text."""
+        raise NotImplementedError
+
+    def delta(self, text: str) -> dict[str, Any]:
+        """Return the field of a chunk's choice that has a piece of the text."""
+        raise NotImplementedError
+
+    def logprobs(self, tokens: Sequence[tuple[Token, int]]) -> dict[str, Any]:
+        """Return tokens with their log-probabilities."""
+        raise NotImplementedError
+
+    def token_text(self, token: int) -> str:
+        """Return a token's text; of a special token, which has none, its name."""
+        return self._special.get(token) or self._lm.decode_continuation([token])
+
+    def _choice(
+        self, choice: int, content: dict[str, Any], logprobs: dict[str, Any] | None, end: End | None
+    ) -> dict[str, Any]:
+        made = {"index": choice, **content, "logprobs": logprobs, "finish_reason": end.finish if end else None}
+        return {**made, "qstar": end.report} if end is not None and end.report is not None else made
+
+    def _chunk(self, choices: list[dict[str, Any]], further: dict[str, Any] | None = None) -> dict[str, Any]:
+        usage: dict[str, Any] = {"usage": None} if self._with_usage else {}
+        return {"object": self.chunk_kind, **self._head, "choices": choices, **usage, **self._tail, **(further or {})}
+
+    def _used(self) -> dict[str, Any]:
+        usage = self.usage
+        total = usage.prompt + usage.completion
+        used = {"prompt_tokens": usage.prompt, "completion_tokens": usage.completion, "total_tokens": total}
+        return used if usage.search is None else {**used, "search": usage.search}
+
+
+class ChatAnswer(Answer):
+    """The answer of ``/v1/chat/completions``."""
+
+    kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
+    def opening(self, choices: int) -> list[dict[str, Any]]:
+        """See :meth:`Answer.opening`: each choice tells its role."""
+        role = {"delta": {"role": "assistant", "content": "", "refusal": None}}
+        return [self._chunk([self._choice(choice, role, None, None)]) for choice in range(choices)]
+
+    def content(self, text: str) -> dict[str, Any]:
+        """See :meth:`Answer.content`."""
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def delta(self, text: str) -> dict[str, Any]:
+        """See :meth:`Answer.delta`."""
+        return {"delta": {"content": text} if text else {}}
+
+    def logprobs(self, tokens: Sequence[tuple[Token, int]]) -> dict[str, Any]:
+        """See :meth:`Answer.logprobs`."""
+        content = [
+            {**self._entry(token.id, token.logprob), "top_logprobs": [self._entry(*other) for other in token.top or ()]}
+            for token, _ in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
+        text = self.token_text(token)
+        # Of a part of a character there is no text, and so no way back to its bytes.
+        return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+
+
+class CompletionAnswer(Answer):
+    """The answer of ``/v1/completions``."""
+
+    kind = chunk_kind = "text_completion"
+    prefix = "cmpl"
+
+    def content(self, text: str) -> dict[str, Any]:
+        """See :meth:`Answer.content`."""
+        return {"text": text}
+
+    delta = content
+
+    def logprobs(self, tokens: Sequence[tuple[Token, int]]) -> dict[str, Any]:
+        """See :meth:`Answer.logprobs`."""
+        return {
+            "tokens": [self.token_text(token.id) for token, _ in tokens],
+            "token_logprobs": [token.logprob for token, _ in tokens],
+            "top_logprobs": [None if token.top is None else self._likeliest(token) for token, _ in tokens],
+            "text_offset": [place for _, place in tokens],
+        }
+
+    def _likeliest(self, token: Token) -> dict[str, float]:
+        likeliest: dict[str, float] = {}
+        for other, logprob in token.top or ():
+            likeliest.setdefault(self.token_text(other), logprob)  # of parts of characters, the likeliest stands
+        if token.logprob is not None:  # OpenAI lists the token itself too
+            likeliest.setdefault(self.token_text(token.id), token.logprob)
+        return likeliest

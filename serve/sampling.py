@@ -1,0 +1,393 @@
+"""Sampler: one thread that draws tokens for any number of requests, from the distribution over the whole vocabulary.
+
+Searches look at the k likeliest tokens only. Plain sampling, as OpenAI defines it, draws from all of them. So it has a
+loop of its own, which takes turns with the searches on the same language model and the same memory of prefixes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..envs.constraints import Constraint, Rules, StopStrings
+from ..errors import ConstraintError, InternalError
+from ..models.base import BoolArray, Engine, FloatArray, IntArray, LanguageModel
+
+__all__ = ["Drawing", "Drawn", "Sampler", "Step", "Token", "score"]
+
+_SCORED = 64  # positions of a text that are scored in one forward
+_COMPILED = 32  # sets of rules that are kept
+
+
+class Token(NamedTuple):
+    """One token of a text.
+
+    Attributes:
+        id: The token.
+        logprob: log π of it given all before, nats, over the whole vocabulary; None for the first of a text.
+        top: The likeliest tokens at its place and their log π, the likeliest first; None for the first of a text.
+    """
+
+    id: int
+    logprob: float | None
+    top: list[tuple[int, float]] | None
+
+
+class Step(NamedTuple):
+    """One token drawn for one choice.
+
+    Attributes:
+        choice: The number of the choice.
+        token: The token.
+        text: The text so far, as far as no later token can change it; at the end all of it.
+        finish: ``"stop"`` or ``"length"``; empty while the text goes on.
+    """
+
+    choice: int
+    token: Token
+    text: str
+    finish: str
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """The settings of one text to draw.
+
+    Attributes:
+        prompt: Token ids.
+        most: The most tokens.
+        temperature: Of the softmax; 0 takes the likeliest token.
+        top_p: The share of the smallest set of tokens that is drawn from.
+        seed: Of the draws.
+        stop: Strings that end the text.
+        bias: By token, what is added to its logit.
+        presence: What a token loses once it stands in the text.
+        frequency: What a token loses for every time that it stands in the text.
+        constraints: Conditions on the text.
+        top: How many of the likeliest tokens are reported for each token.
+    """
+
+    prompt: tuple[int, ...]
+    most: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: tuple[int, ...] = (0,)
+    stop: tuple[str, ...] = ()
+    bias: Mapping[int, float] = field(default_factory=dict)
+    presence: float = 0.0
+    frequency: float = 0.0
+    constraints: tuple[Constraint, ...] = ()
+    top: int = 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the likeliest token is taken as it is, so that no others need be known."""
+        return self.temperature == 0 and not (self.bias or self.presence or self.frequency)
+
+
+class Drawn:
+    """Texts that a sampler draws: ``async for`` gives their tokens as they come.
+
+    Closing the iterator, or cancelling the task that reads it, ends them before the next forward.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, count: int) -> None:
+        """Wait for the tokens of ``count`` texts in an event loop."""
+        self.is_cancelled = False
+        self._loop, self._left = loop, count
+        self._queue: asyncio.Queue[Step | Exception] = asyncio.Queue()
+
+    def cancel(self) -> None:
+        """End the texts."""
+        self.is_cancelled = True
+
+    def put(self, event: Step | Exception) -> None:
+        """Hand over a token or an error; called by the sampler's thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+        except RuntimeError:  # the loop is closed
+            self.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[Step]:
+        """Yield the tokens of all texts, each text's in order.
+
+        Raises:
+            QStarError: A text could not be drawn.
+        """
+        try:
+            while self._left:
+                event = await self._queue.get()
+                if isinstance(event, Exception):
+                    raise event
+                self._left -= bool(event.finish)
+                yield event
+        finally:
+            self.cancel()
+
+
+@dataclass(eq=False)
+class _Job:
+    choice: int
+    drawing: Drawing
+    out: Drawn
+    rules: Rules | None
+    stop: StopStrings
+    ends: frozenset[int]
+    rng: np.random.Generator
+    ids: list[int] = field(default_factory=list)
+    counts: Counter[int] = field(default_factory=Counter)
+    handle: int = -1
+
+
+class Sampler:
+    """Draws texts of one language model, all that are asked for in one forward a token.
+
+    Attributes:
+        handle: The prefixes that its texts have reached, int64 [texts]; the engine keeps these.
+    """
+
+    def __init__(self, model: LanguageModel, engine: Engine, *, max_live: int = 32) -> None:
+        """Draw on a language model.
+
+        Args:
+            model: The model.
+            engine: Its engine, shared with the searches.
+            max_live: The most texts that advance together; others wait.
+        """
+        self.model, self._engine, self._max_live = model, engine, max_live
+        self._live: list[_Job] = []
+        self._waiting: deque[_Job] = deque()
+        self._lock = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._compiled: OrderedDict[object, Rules] = OrderedDict()
+        self._compiling = threading.Lock()
+        self._every = np.ones(model.vocab_size, dtype=bool)
+        with model.lock:
+            engine.register(self)
+
+    @property
+    def handle(self) -> IntArray:
+        """See the class."""
+        return np.array([job.handle for job in self._live if job.handle >= 0], dtype=np.int64)
+
+    @property
+    def live(self) -> int:
+        """Texts that are drawn now."""
+        return len(self._live)
+
+    @property
+    def waiting(self) -> int:
+        """Texts that wait now."""
+        return len(self._waiting)
+
+    def compile(self, drawings: Sequence[Drawing]) -> None:
+        """Bind the constraints to the model's tokens, which takes time, so that :meth:`submit` takes none.
+
+        Raises:
+            ConfigurationError: The model's tokens cannot satisfy one.
+        """
+        for drawing in drawings:
+            self._rules(drawing, StopStrings(drawing.stop))
+
+    def submit(self, drawings: Sequence[Drawing], loop: asyncio.AbstractEventLoop) -> Drawn:
+        """Begin to draw texts, and return at once.
+
+        Raises:
+            ConfigurationError: See :meth:`compile`.
+        """
+        out, jobs = Drawn(loop, len(drawings)), []
+        for choice, drawing in enumerate(drawings):
+            stop = StopStrings(drawing.stop)
+            rules = self._rules(drawing, stop)
+            ends = frozenset({*self.model.eos_token_ids, *stop.token_ids(self.model)})
+            jobs.append(_Job(choice, drawing, out, rules, stop, ends, np.random.default_rng(drawing.seed)))
+        with self._lock:
+            self._waiting.extend(jobs)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="qstar sampler", daemon=True)
+                self._thread.start()
+        return out
+
+    def _rules(self, drawing: Drawing, stop: StopStrings) -> Rules | None:
+        if not drawing.constraints:
+            return None
+        key = drawing.constraints, drawing.stop
+        with self._compiling:
+            rules = self._compiled.pop(key, None) or Rules(list(drawing.constraints), self.model, stop)
+            self._compiled[key] = rules
+            while len(self._compiled) > _COMPILED:
+                self._compiled.popitem(last=False)
+        return rules
+
+    def _run(self) -> None:
+        try:
+            while self._admit():
+                self._advance(self._live)
+        except BaseException as error:  # a fault of this package: nobody must wait for ever
+            with self._lock:
+                jobs, self._live, self._thread = [*self._live, *self._waiting], [], None
+                self._waiting.clear()
+            for job in jobs:
+                job.out.put(error if isinstance(error, Exception) else InternalError(repr(error)))
+            raise
+
+    def _admit(self) -> bool:
+        """Begin the texts that there is room for; return False, and end the thread, if nothing is left to do."""
+        with self._lock:
+            self._live = [job for job in self._live if not job.out.is_cancelled]
+            while self._waiting and len(self._live) < self._max_live:
+                job = self._waiting.popleft()
+                if not job.out.is_cancelled:
+                    self._live.append(job)
+            if not self._live:
+                self._thread = None
+            return bool(self._live)
+
+    def _advance(self, jobs: Sequence[_Job]) -> None:
+        """Draw the next token of each text; an error is told to the one text that it is about."""
+        try:
+            self._step(jobs)
+        except Exception as error:
+            if len(jobs) == 1:
+                self._end(jobs[0])
+                jobs[0].out.put(error)
+            else:
+                for job in jobs:
+                    self._advance([job])
+
+    def _step(self, jobs: Sequence[_Job]) -> None:
+        jobs = sorted(jobs, key=lambda job: job.handle >= 0)  # prompts come first
+        going = [job for job in jobs if job.handle >= 0]
+        sizes = [max(job.drawing.top, 1) if job.drawing.is_plain else self.model.vocab_size for job in jobs]
+        # A mask that allows everything keeps the engine from remembering outputs as wide as the vocabulary.
+        allowed: list[BoolArray | None] = [job.rules.allowed(job.ids) if job.rules else self._every for job in jobs]
+        with self.model.lock:
+            handles, outputs = self._engine.compute(
+                [job.drawing.prompt for job in jobs if job.handle < 0],
+                np.array([job.handle for job in going], dtype=np.int64),
+                np.array([job.ids[-1] for job in going], dtype=np.int64),
+                min(max(sizes), self.model.vocab_size),
+                allowed,
+            )
+            for job, handle in zip(jobs, handles.tolist(), strict=True):
+                job.handle = handle
+        for job, tokens, logprobs in zip(jobs, outputs.tokens, outputs.logprobs, strict=True):
+            try:
+                self._take(job, tokens, logprobs)
+            except Exception as error:  # it has not spoiled the others
+                self._end(job)
+                job.out.put(error)
+
+    def _take(self, job: _Job, tokens: IntArray, logprobs: FloatArray) -> None:
+        drawing = job.drawing
+        if logprobs[0] == -np.inf:
+            text = self.model.decode_continuation(job.ids)
+            raise ConstraintError(f"the constraint leaves nothing to write after {text!r}; allow more")
+        place = _draw(drawing, job.rng, job.counts, tokens, logprobs.astype(np.float64))
+        token = int(tokens[place])
+        # What the rules forbid has no place among the alternatives.
+        seen = [(int(t), _finite(p)) for t, p in zip(tokens[: drawing.top], logprobs, strict=False) if p > -np.inf]
+        job.ids.append(token)
+        job.counts[token] += 1
+        text, finish = self.model.decode_continuation(job.ids), ""
+        if token in job.ends:
+            text, finish = self.model.decode_continuation(job.ids[:-1]), "stop"
+        elif (cut := job.stop.cut(text)) is not None:
+            text, finish = cut, "stop"
+        elif len(job.ids) >= drawing.most:
+            finish = "length"
+        if finish:
+            self._end(job)
+        else:
+            text = job.stop.settled(text)
+        job.out.put(Step(job.choice, Token(token, _finite(logprobs[place]), seen), text, finish))
+
+    def _end(self, job: _Job) -> None:
+        with self._lock:
+            self._live = [other for other in self._live if other is not job]
+
+
+def _draw(
+    drawing: Drawing,
+    rng: np.random.Generator,
+    counts: Mapping[int, int],
+    tokens: IntArray,
+    logprobs: npt.NDArray[np.float64],
+) -> int:
+    """Return the place of the token that is drawn, among tokens [k] with their log-probabilities [k]."""
+    logits = logprobs.copy()
+    changes = Counter(drawing.bias)
+    for token, count in counts.items() if drawing.presence or drawing.frequency else ():
+        changes[token] -= drawing.presence + count * drawing.frequency  # type: ignore[assignment]
+    if changes:
+        place = np.empty(len(tokens), dtype=np.int64)
+        place[tokens] = np.arange(len(tokens))
+        logits[place[list(changes)]] += np.array(list(changes.values()))
+    if drawing.temperature == 0:
+        return int(logits.argmax())
+    logits = (logits - logits.max()) / drawing.temperature
+    order = np.argsort(-logits, kind="stable")
+    mass = np.exp(logits[order]).cumsum()
+    # The smallest set with the share top_p of all mass, and at least one token.
+    last = int(np.searchsorted(mass, drawing.top_p * mass[-1]))
+    last = min(last, int(np.searchsorted(mass, mass[-1])))
+    return int(order[min(int(np.searchsorted(mass, rng.random() * mass[last], side="right")), last)])
+
+
+def score(
+    model: LanguageModel,
+    engine: Engine,
+    ids: Sequence[int],
+    start: int,
+    top: int,
+    is_cancelled: Callable[[], bool] = lambda: False,
+) -> list[Token]:
+    """Return the tokens of a text from ``start`` on, with their log-probabilities given all before them.
+
+    Args:
+        model: The language model.
+        engine: Its engine.
+        ids: The text, prompt included.
+        start: The first token that is asked for.
+        top: How many of the likeliest tokens are reported at each place.
+        is_cancelled: Asked before every forward; True ends it with what there is.
+    """
+    found = [Token(int(ids[0]), None, None)] if start == 0 and ids else []
+    every = np.ones(model.vocab_size, dtype=bool)
+    nothing = np.empty(0, dtype=np.int64)
+    for first in range(max(start, 1), len(ids), _SCORED):
+        if is_cancelled():
+            break
+        places = range(min(first + _SCORED, len(ids)) - 1, first - 1, -1)  # the longest first: the others are parts
+        prefixes = [tuple(ids[:place]) for place in places]
+        alone = []
+        for place in places:
+            alone.append(mask := np.zeros(model.vocab_size, dtype=bool))
+            mask[ids[place]] = True
+        # Every prefix is asked for twice: which tokens are likeliest there, and how likely its own next token is.
+        asked = [*prefixes, *prefixes] if top else prefixes
+        masks: list[BoolArray | None] = [*alone, *([every] * len(prefixes) if top else [])]
+        with model.lock:
+            _, outputs = engine.compute(asked, nothing, nothing, max(top, 1), masks)
+        rows = []
+        for row, place in enumerate(places):
+            likeliest = []
+            if top:
+                other = row + len(prefixes)
+                pairs = zip(outputs.tokens[other].tolist(), outputs.logprobs[other].tolist(), strict=True)
+                likeliest = [(token, _finite(logprob)) for token, logprob in pairs]
+            rows.append(Token(int(ids[place]), _finite(outputs.logprobs[row, 0]), likeliest))
+        found += reversed(rows)
+    return found
+
+
+def _finite(logprob: float) -> float:
+    """Return a log-probability as OpenAI writes that of what is impossible: a number."""
+    return max(float(logprob), -9999.0)
