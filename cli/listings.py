@@ -65,13 +65,22 @@ def models(as_json: JsonOption = False) -> None:
     """List the language models known by name, and the Q-functions that come along; hub ids and folders work too."""
     from ..agents import pretrained_names
     from ..agents.learning.q_function import QFunction
-    from ..models.embedded_model import EMBEDDED_MODELS, cache_folder, gguf_path, is_intact
+    from ..models.embedded_model import EMBEDDED_MODELS, cache_folder, is_intact, wheel_files
 
     known = []
     for name, model in EMBEDDED_MODELS.items():
         folder = cache_folder() / "models" / name
-        state = "ready" if is_intact(folder) else "in its wheel" if gguf_path(model) else "on the hub"
-        known.append({"name": name, "hub_id": model.hub_id, "state": state, "folder": str(folder)})
+        state = "ready" if is_intact(folder) else "in its wheel" if wheel_files(model) else "on the hub"
+        known.append(
+            {
+                "name": name,
+                "hub_id": model.hub_id,
+                "state": state,
+                "install": f"pip install {model.install}",
+                "terms": model.terms,
+                "folder": str(folder),
+            }
+        )
     learned = []
     for name in pretrained_names():
         q = QFunction.from_pretrained(name)
@@ -80,10 +89,13 @@ def models(as_json: JsonOption = False) -> None:
     if as_json:
         say_json({"language_models": known, "q_functions": learned})
         return
-    table = Table("language model", "hub id", "state")
+    table = Table("language model", "hub id", "state", "installed by")
     for row in known:
-        table.add_row(row["name"], row["hub_id"], row["state"])
+        table.add_row(row["name"], row["hub_id"], row["state"], row["install"])
     out.print(table)
+    for row in known:
+        if row["terms"]:
+            out.print(f"{row['name']}: {row['terms']}", soft_wrap=True)
     table = Table("Q-function", "of the model", "k", "made by")
     for row in learned:
         table.add_row(row["name"], row["model"], str(row["top_k"]), row.get("command", ""))

