@@ -82,6 +82,9 @@ def decode(
     top_k: Annotated[int | None, typer.Option(help="Candidate tokens per step.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="The horizon, in tokens.")] = None,
     logprob_weight: Annotated[float | None, typer.Option(help="α, the weight of fluency.")] = None,
+    grammar: Annotated[
+        Path | None, typer.Option(help="File of a grammar, Lark or GBNF, that the completion keeps to.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of decoders that draw.")] = 0,
     tree: Annotated[Path | None, typer.Option(help="HTML page to write the searched tree into.")] = None,
     as_json: JsonOption = False,
@@ -111,7 +114,9 @@ def decode(
     """
     from ..agents.planning.registry import decoder_options, make_decoder
     from ..agents.search.budget import Budget
+    from ..envs import GrammarConstraint
     from ..envs.prompts import as_prompt
+    from ..files import read_text
     from ..tasks import load_task
 
     chosen = by_command(decoder)
@@ -128,6 +133,7 @@ def decode(
     text = read_stdin().strip() if prompt == "-" else prompt
     limits, start = Budget.of(budget), None if text is None else as_prompt(text)
     spec = load_task(task, trust_remote_code=trust)
+    constraint: dict[str, Any] = {} if grammar is None else {"constraint": GrammarConstraint(read_text(grammar))}
     changes = {
         "model": model,
         "reward": reward,
@@ -135,7 +141,7 @@ def decode(
         "max_new_tokens": max_new_tokens,
         "logprob_weight": logprob_weight,
     }
-    new_mdp = partial(spec.mdp, **{key: value for key, value in changes.items() if value is not None})
+    new_mdp = partial(spec.mdp, **{key: value for key, value in changes.items() if value is not None}, **constraint)
     with status("loading the language model"):
         quiet()
         mdp = new_mdp()
@@ -149,7 +155,7 @@ def decode(
         learned = getattr(heuristic, "q", None)
         settings = {
             "task": spec.model_dump(mode="json", include={"env", "planner"}),
-            "changes": changes,
+            "changes": changes | {name: repr(value) for name, value in constraint.items()},
             "decoder": [decoder, budget, n, seed, learned and learned.fingerprint()],
         }
         if start_workers is None:

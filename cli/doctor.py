@@ -25,7 +25,7 @@ _NEEDED = 700_000_000
 _MADE_ANEW = "the next use makes it anew (about 20 s), the self-test too; where it happens again, look at the disk"
 # What each extra is for, by a module that only it brings.
 _EXTRAS = {
-    "constraints": ("outlines_core", "regular expressions and JSON schemas as constraints"),
+    "constraints": ("llguidance", "regular expressions, JSON schemas and grammars as constraints"),
     "evaluate": ("afinn", "gold rewards"),
     "explore": ("uvicorn", "qstar explore"),
     "lm-eval": ("lm_eval", "lm-evaluation-harness"),

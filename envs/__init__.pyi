@@ -1,6 +1,7 @@
 from .constraints import BannedStrings as BannedStrings
 from .constraints import Constraint as Constraint
 from .constraints import ForcedStrings as ForcedStrings
+from .constraints import GrammarConstraint as GrammarConstraint
 from .constraints import JSONConstraint as JSONConstraint
 from .constraints import MinTokens as MinTokens
 from .constraints import RegexConstraint as RegexConstraint

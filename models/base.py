@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -168,6 +169,11 @@ class LanguageModel(ABC):
         whole = self.decode([*lead, *token_ids])
         return whole[len(text) :] if whole.startswith(text) else self.decode(token_ids)
 
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes that a token adds to a text; none where they are a part of a character and not known."""
+        text = self.decode_continuation([token])
+        return b"" if "\ufffd" in text else text.encode()
+
     @abstractmethod
     def forward(self, sequences: Sequence[Sequence[int]]) -> tuple[FloatArray, FloatArray]:
         """Process whole sequences with no cache: the slow, obvious reference.
@@ -219,6 +225,19 @@ class LanguageModel(ABC):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return the model itself; models are shared, never copied."""
         return self
+
+
+def bytes_of_piece(piece: str) -> bytes:
+    """Return the bytes of an entry of a vocabulary of byte fallback, such as ``<0xE2>``, or of byte-level BPE.
+
+    Byte-level BPE writes a byte as the character of its number if that is printable; the others follow from 256 on.
+    """
+    if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+        return bytes.fromhex(piece[3:5])
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    by_character = {**{chr(byte): byte for byte in printable}, **{chr(256 + i): byte for i, byte in enumerate(others)}}
+    return bytes(by_character[character] for character in piece if character in by_character)
 
 
 def _find_lead(model: LanguageModel) -> tuple[list[int], str]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .packed_weights import PackedWeights
-from .base import Engine, FloatArray, LanguageModel, Message, PrefixEngine, free_memory
+from .base import Engine, FloatArray, LanguageModel, Message, PrefixEngine, bytes_of_piece, free_memory
 from .embedded_model import EMBEDDED_MODELS, embedded_model_folder
 
 __all__ = ["TransformersLM", "load_transformers", "resolve_device", "resolve_dtype"]
@@ -170,6 +170,14 @@ class TransformersLM(LanguageModel):
             ids = [i for i in ids if self.tokenizer.convert_ids_to_tokens(i) is not None]
         # Clean-up would make the text of a prefix differ from the beginning of the text of its continuation.
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def token_bytes(self, token: int) -> bytes:
+        """See :meth:`LanguageModel.token_bytes`; tokenizers of byte-level BPE and of byte fallback are known."""
+        if found := super().token_bytes(token):
+            return found
+        known = bytes_of_piece(str(self.tokenizer.convert_ids_to_tokens(token)))
+        # A tokenizer of another kind may use the same characters for themselves.
+        return known if known.decode(errors="replace") == self.decode_continuation([token]) else b""
 
     @property
     def special_tokens(self) -> dict[str, int]:  # type: ignore[override]

@@ -285,3 +285,16 @@ def test_texts_are_not_folded_where_nobody_watches(tmp_path):
 def test_the_installed_command_runs():
     command = [sys.executable, "-m", "qstar_decoding.cli", "decode", "--help"]
     assert "budget" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_grammar_from_a_file_is_kept(tmp_path, task_file):
+    grammar = tmp_path / "verdict.lark"
+    grammar.write_text('start: " " ("great" | "dull") (" and " ("great" | "dull"))* "."')
+    out = qstar("decode", "The movie was", "--task", task_file, "--grammar", grammar, "--q", "none", "--json")
+    text = json.loads(out.stdout)["text"]
+    assert re.fullmatch(r" (great|dull)( and (great|dull))*\.", text)
+    grammar.write_text("start: missing")
+    with pytest.raises(ConfigurationError, match="cannot be followed"):
+        qstar("decode", "The movie was", "--task", task_file, "--grammar", grammar)
+    with pytest.raises(ConfigurationError, match="there-is-none"):
+        qstar("decode", "The movie was", "--task", task_file, "--grammar", tmp_path / "there-is-none")

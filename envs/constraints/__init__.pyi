@@ -1,0 +1,11 @@
+from .base import Constraint as Constraint
+from .base import Rule as Rule
+from .grammars import GrammarConstraint as GrammarConstraint
+from .grammars import JSONConstraint as JSONConstraint
+from .grammars import RegexConstraint as RegexConstraint
+from .rules import Rules as Rules
+from .strings import BannedStrings as BannedStrings
+from .strings import ForcedStrings as ForcedStrings
+from .strings import MinTokens as MinTokens
+from .strings import StopStrings as StopStrings
+from .strings import token_texts as token_texts
