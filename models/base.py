@@ -172,7 +172,12 @@ class LanguageModel(ABC):
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes that a token adds to a text; none where they are a part of a character and not known."""
         text = self.decode_continuation([token])
-        return b"" if "\ufffd" in text else text.encode()
+        return self._piece_bytes(token) if "\ufffd" in text else text.encode()
+
+    def _piece_bytes(self, token: int) -> bytes:
+        """Return the bytes of a token whose text is not whole; none where they are not known."""
+        del token
+        return b""
 
     @abstractmethod
     def forward(self, sequences: Sequence[Sequence[int]]) -> tuple[FloatArray, FloatArray]:

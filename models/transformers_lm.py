@@ -171,12 +171,10 @@ class TransformersLM(LanguageModel):
         # Clean-up would make the text of a prefix differ from the beginning of the text of its continuation.
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def token_bytes(self, token: int) -> bytes:
-        """See :meth:`LanguageModel.token_bytes`; tokenizers of byte-level BPE and of byte fallback are known."""
-        if found := super().token_bytes(token):
-            return found
+    def _piece_bytes(self, token: int) -> bytes:
+        """Return the bytes of a part of a character, of byte-level BPE or byte fallback; none of another kind."""
+        # A tokenizer of another kind may use the characters of byte-level BPE for themselves.
         known = bytes_of_piece(str(self.tokenizer.convert_ids_to_tokens(token)))
-        # A tokenizer of another kind may use the same characters for themselves.
         return known if known.decode(errors="replace") == self.decode_continuation([token]) else b""
 
     @property
