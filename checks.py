@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import os
 import tempfile
 from collections.abc import Iterable
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from .errors import ConfigurationError
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 __all__ = [
+    "CheckedKeywords",
     "check_choice",
     "check_integer",
     "check_keywords",
@@ -83,6 +85,15 @@ def check_keywords(owner: str, given: Iterable[str], known: Iterable[str]) -> No
             near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(sorted(known))}"
             raise ConfigurationError(f"{owner} has no argument {name!r}; {hint}")
+
+
+class CheckedKeywords:
+    """A base of dataclasses: a misspelt field is a :class:`ConfigurationError` that names the nearest right one."""
+
+    def __new__(cls, *args: Any, **given: Any) -> Self:
+        """Check the names of the fields that are given; ``__init__`` does the rest."""
+        check_keywords(cls.__name__, given, inspect.signature(cls.__init__).parameters.keys() - {"self"})
+        return super().__new__(cls)
 
 
 def check_writable(folder: Path) -> Path:

@@ -14,6 +14,7 @@ __all__ = [
     "CacheError",
     "CheckpointError",
     "ConfigurationError",
+    "DeadlineError",
     "EngineClosedError",
     "EpisodeError",
     "HeuristicError",
@@ -106,6 +107,10 @@ class CacheError(QStarError, OSError):
 
 class QueueFullError(QStarError, RuntimeError):
     """Raised when a search engine has as many requests waiting as it takes; ask again later."""
+
+
+class DeadlineError(QStarError, TimeoutError):
+    """Raised when the deadline of a request passes while it waits for other searches; nothing was computed for it."""
 
 
 class EngineClosedError(QStarError, RuntimeError):

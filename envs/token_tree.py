@@ -117,9 +117,8 @@ class TokenTree:
             },
             minimum=1024,
         )
+        self._is_registered = False  # with the engine: once there is a node, and in turn with other threads
         self._publish()
-        with model.lock:  # the engine may be at work in another thread
-            self._engine.register(self)
 
     def __len__(self) -> int:
         """Return the number of nodes."""
@@ -251,6 +250,9 @@ class TokenTree:
             "handle": handles,
             "last_used": self._clock,
         }
+        if not self._is_registered:
+            self._engine.register(self)
+            self._is_registered = True
         size = len(self)
         try:
             rows = self._columns.append(len(handles))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import LanguageModelError
+from ..locks import FairLock
 
 if TYPE_CHECKING:
     import torch
@@ -141,7 +141,7 @@ class LanguageModel(ABC):
         """Make the lock and the list of engines, so that subclasses need not call ``super().__init__``."""
         del args, kwargs
         model = super().__new__(cls)
-        model.lock, model._engines = threading.RLock(), WeakValueDictionary()
+        model.lock, model._engines = FairLock(), WeakValueDictionary()
         return model
 
     @abstractmethod
@@ -198,11 +198,13 @@ class LanguageModel(ABC):
         Args:
             kv_budget: Bytes of key-value memory; None for a sensible default.
         """
-        with self.lock:
-            key = kv_budget, self.weights_version()
-            engine = self._engines.get(key)
-            if engine is None:
-                engine = self._engines[key] = self.new_engine(kv_budget=kv_budget)
+        key = kv_budget, self.weights_version()
+        engine = self._engines.get(key)
+        if engine is None:
+            with self.lock:  # only now, so that nobody waits for a forward to get an engine that is there
+                engine = self._engines.get(key)
+                if engine is None:
+                    engine = self._engines[key] = self.new_engine(kv_budget=kv_budget)
         return engine
 
     def weights_version(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import os
 import threading
 import time
@@ -14,19 +15,26 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-from ...checks import check_integer
+import numpy as np
+
+from ...checks import check_integer, check_keywords
 from ...envs.mdp import Completion, DecodingMDP, mdp_of
-from ...errors import ConfigurationError, EngineClosedError, InternalError, QueueFullError
-from ...models.base import LanguageModel
+from ...errors import ConfigurationError, DeadlineError, EngineClosedError, InternalError, QueueFullError
+from ...models.base import Engine, IntArray, LanguageModel
 from ..search.budget import Budget
-from ..search.loop import ActiveSearch, Progress, begin, step_each
+from ..search.loop import ActiveSearch, Progress, begin, step_each, turn
 from ..search.plan import Plan
 from ..search.request import Changes, Request, as_request
+from ..search.state import Search
 from .astar import AStarPlanner
 from .decoder import Decoder, plan_of
 from .registry import make_decoder
 
 __all__ = ["SearchEngine", "SearchHandle"]
+
+_MOST_PREFIXES = 1 << 14  # of all requests together, beside those of the live searches
+_RECENT = 128  # requests whose prompts stay in memory
+_HASTE = 8  # by which ticks are smaller while a search with a deadline has no text
 
 
 @dataclass(eq=False)
@@ -63,6 +71,16 @@ class _Job:
     def is_unwanted(self) -> bool:
         return self.is_abandoned or self.future.cancelled()
 
+    @property
+    def is_late(self) -> bool:
+        seconds = Budget.of(self.request.budget).seconds
+        return seconds is not None and time.perf_counter() - self.submitted >= seconds
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether it has a deadline and no text yet."""
+        return self.active is not None and self.active.search.budget.seconds is not None and not self.found
+
     def begin(self) -> ActiveSearch:
         """Return a new search; a second call forgets the first one."""
         self.active = self.decoder.new_search(self.request, started=self.submitted)
@@ -87,6 +105,29 @@ class _Job:
             else:
                 self.future.set_result(outcome)
         self.tell()
+
+
+class _RecentTexts:
+    """Keeps the prompts and the best texts of the last searches in a language model's memory; see :class:`Engine`.
+
+    Attributes:
+        handle: int64 [n], their last prefixes.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._pairs = engine, deque[IntArray](maxlen=_RECENT)
+        self.handle: IntArray = np.empty(0, dtype=np.int64)
+        engine.register(self)
+
+    def add(self, search: Search) -> None:
+        """Enter a search in place of the oldest one."""
+        tree = search.mdp.tree
+        if tree.engine is not self._engine or not search.size:
+            return
+        with turn([search]):
+            best = [row for (row, _), completion in search.completions.items() if completion is search.best]
+            self._pairs.append(tree.handle[search.node[[0, *best]]])
+            self.handle = np.unique(np.concatenate(self._pairs))
 
 
 class SearchHandle:
@@ -225,7 +266,10 @@ class SearchEngine:
             max_waiting: The most requests that wait.
             tick_edges: The most edges that all searches together follow in a tick. Each may follow an equal share, and
                 at least one; a larger step takes several ticks. So a long search does not hold up a short one.
-            settings: Of the process where ``source`` is a language model; see :class:`DecodingMDP`.
+            settings: Of the process where ``source`` is a language model; see :class:`DecodingMDP`. ``max_prefixes``
+                is 16,384 by default, for all requests together. The prompts and texts of the last 128 requests are
+                kept beyond it, so that the next turn of a chat computes its new tokens only, as far as ``kv_budget``
+                goes.
 
         Raises:
             ConfigurationError: An argument is out of range, or there are settings for an existing process.
@@ -234,7 +278,10 @@ class SearchEngine:
         self._max_waiting = check_integer("max_waiting", max_waiting)
         self._tick_edges = check_integer("tick_edges", tick_edges)
         is_model = isinstance(source, (str, os.PathLike, LanguageModel))
-        if settings and not is_model:
+        if is_model:
+            check_keywords("SearchEngine", settings, inspect.signature(DecodingMDP).parameters.keys() - {"model"})
+            settings.setdefault("max_prefixes", _MOST_PREFIXES)
+        elif settings:
             raise ConfigurationError(
                 f"{', '.join(sorted(settings))}: a {type(source).__name__} has its settings; "
                 "give them with a language model, or with the requests"
@@ -244,6 +291,7 @@ class SearchEngine:
         else:
             self.decoder = AStarPlanner(DecodingMDP(source, **settings) if is_model else mdp_of(source))
         self.mdp, self.ticks = self.decoder.mdp, 0
+        self._recent = _RecentTexts(self.mdp.tree.engine)
         self._named: dict[str, Decoder] = {}
         self._waiting: deque[_Job] = deque()
         self._live: list[_Job] = []
@@ -261,7 +309,11 @@ class SearchEngine:
     ) -> SearchHandle:
         """Take a request and return at once.
 
-        Seconds of its budget count from now, the time that it waits included.
+        Seconds of its budget count from now, the time that it waits included. A request whose deadline passes while
+        it waits fails with a :class:`DeadlineError`, and nothing is computed for it.
+
+        This returns without waiting for a forward. A reward that is named for the first time is loaded, and a
+        constraint prepared, before it returns; in an event loop, ``asyncio.to_thread`` keeps that from blocking it.
 
         Args:
             request: A :class:`Request`, or its prompt; see :meth:`Decoder.plan`.
@@ -354,7 +406,6 @@ class SearchEngine:
         try:
             while self._admit():
                 self._tick()
-                time.sleep(1e-5)  # a lock is not fair: threads that wait for the language model have their turn now
         except BaseException as error:  # a fault of this package: nobody must wait for ever
             with self._lock:
                 jobs, self._live, self._thread = [*self._live, *self._waiting], [], None
@@ -371,6 +422,10 @@ class SearchEngine:
             if unwanted:
                 self._live = [job for job in self._live if job not in unwanted]
                 self._waiting = deque(job for job in self._waiting if job not in unwanted)
+            late = [job for job in self._waiting if job.is_late]
+            if late:
+                self._waiting = deque(job for job in self._waiting if job not in late)
+            others = len(self._live) + len(self._waiting)
             room = self._max_live - len(self._live)
             new = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
             self._live += new
@@ -382,6 +437,13 @@ class SearchEngine:
             job.future.cancel()
             job.active = None
             job.tell()
+        for job in late:
+            job.finish(
+                DeadlineError(
+                    f"the {Budget.of(job.request.budget).seconds:g} seconds of the request passed while it waited, "
+                    f"with {others} other requests there; give it more seconds, or the engine a larger max_live"
+                )
+            )
         self._begin(new)
         return not is_idle
 
@@ -406,7 +468,8 @@ class SearchEngine:
         for job, active in jobs:
             if job.is_stopped:
                 active.search.stop_reason = active.search.stop_reason or "interrupted"
-        asked = step_each([active for _, active in jobs], max(self._tick_edges // len(jobs), 1))
+        edges = self._tick_edges // (_HASTE if any(job.is_urgent for job, _ in jobs) else 1)
+        asked = step_each([active for _, active in jobs], max(edges // len(jobs), 1))
         for (job, active), edges in zip(jobs, asked, strict=True):
             try:
                 if isinstance(edges, Exception):
@@ -415,6 +478,7 @@ class SearchEngine:
                 if search.best is not None and (not job.found or search.best is not job.found[-1]):
                     job.tell(search.best)
                 if edges is None:
+                    self._recent.add(search)
                     self._end(job, plan_of(active))
                 elif active.is_between_steps:
                     search.record()

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NamedTuple, Protocol
 
+from ...checks import CheckedKeywords
 from ...errors import ConfigurationError
 
 __all__ = ["Budget", "SharedBudget", "TracePoint", "Usage"]
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(CheckedKeywords):
     """When a search must stop; None is without limit.
 
     Attributes:

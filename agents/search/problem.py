@@ -96,7 +96,7 @@ class Processes:
         self.mdp, self._most = mdp, most
         self._made: OrderedDict[Any, DecodingMDP] = OrderedDict()
         self._rewards: OrderedDict[Any, Reward] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock, self._making = threading.Lock(), threading.Lock()
 
     def get(self, **changes: Any) -> DecodingMDP:
         """Return the process with these settings; see :meth:`DecodingMDP.with_changes`.
@@ -107,14 +107,26 @@ class Processes:
         if not changes:
             return self.mdp
         key = tuple((name, _Key(changes[name])) for name in sorted(changes))
+        if (made := self._kept(key)) is not None:
+            return made
+        with self._making:  # which can take long, and holds up nobody whose process is there
+            if (made := self._kept(key)) is not None:
+                return made
+            if "reward" in changes:
+                changes["reward"] = self._reward(changes["reward"])
+            made = self.mdp.with_changes(**changes)
+            with self._lock:
+                self._made[key] = made
+        return made
+
+    def _kept(self, key: Any) -> DecodingMDP | None:
+        """Return a process that is there, noting that it was used; drop the processes that are too many."""
         with self._lock:
-            made = self._made.pop(key, None)
-            if made is None:
-                if "reward" in changes:
-                    changes["reward"] = self._reward(changes["reward"])
-                made = self.mdp.with_changes(**changes)
-            self._made[key] = made
-            while len(self._made) > self._most or (len(self._made) > 1 and self._prefixes > self.mdp.max_prefixes):
+            if (made := self._made.pop(key, None)) is not None:
+                self._made[key] = made
+            # Room for one more, which comes next where this one is not there.
+            most = self._most - (made is None)
+            while len(self._made) > most or (len(self._made) > 1 and self._prefixes > self.mdp.max_prefixes):
                 self._made.popitem(last=False)
             return made
 

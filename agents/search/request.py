@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, TypedDict
 
-from ...checks import check_keywords
+from ...checks import CheckedKeywords, check_keywords
 from ...envs.prompts import as_prompt, load_prompts
 from .budget import Budget
 from .problem import Heuristic
@@ -45,7 +45,7 @@ CHANGES = tuple(Changes.__annotations__)
 
 
 @dataclass(frozen=True)
-class Request:
+class Request(CheckedKeywords):
     """A prompt and how it is to be completed.
 
     None leaves a setting as the planner has it; see :class:`Changes`.

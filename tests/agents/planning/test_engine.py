@@ -24,6 +24,7 @@ from qstar_decoding.envs import Constraint, DecodingMDP, ForcedStrings, RegexCon
 from qstar_decoding.errors import (
     ConfigurationError,
     ConstraintError,
+    DeadlineError,
     EngineClosedError,
     HeuristicError,
     PromptError,
@@ -297,14 +298,55 @@ def test_a_full_queue_says_so_and_a_cancelled_request_leaves_it():
 def test_a_deadline_returns_the_best_finished_text():
     engine = SearchEngine(make(), max_live=4)
     handles = [engine.submit("abcd"[i % 4], Budget(seconds=0.5), top_k=6, max_new_tokens=40) for i in range(8)]
-    plans = [handle.result(60) for handle in handles]
-    for plan in plans[:4]:
+    plans = [handle.result(60) for handle in handles[:4]]
+    for plan in plans:
         assert plan.stop in ("eos", "length", "stop")
         assert plan.stop_reason in ("budget", "certified", "exhausted")
-    # Seconds count from the moment of submission: what waited has less left, or nothing.
+    # Seconds count from the moment of submission: for those that waited there are none left.
     assert all(plan.trace[-1].seconds >= 0.5 for plan in plans if plan.stop_reason == "budget")
-    late = [engine.submit("a", Budget(seconds=1e-9)).result(60)]
-    assert late[0].stop_reason == "budget"
+    for handle in handles[4:]:
+        with pytest.raises(DeadlineError, match=r"the 0\.5 seconds of the request passed while it waited"):
+            handle.result(60)
+
+
+def test_nothing_is_computed_for_a_request_whose_deadline_passes_while_it_waits():
+    model = Counting.random(6, 2, seed=3)
+    engine = SearchEngine(make(model), max_live=1)
+    late = engine.submit("a", Budget(seconds=1e-9))
+    with pytest.raises(TimeoutError, match="larger max_live"):
+        late.result(60)
+    assert late.done()
+    assert not late.cancelled()
+    assert [*engine.submit("b", Budget(lm_tokens=20))][-1].stop == "length"
+    busy = engine.submit("c", **ENDLESS)
+    waiting = [engine.submit("d", Budget(seconds=0.05)), engine.submit("d", 20)]
+    with pytest.raises(DeadlineError):  # while the other search goes on
+        waiting[0].result(60)
+    assert not busy.done()
+    busy.cancel()
+    assert facts(waiting[1].result(60)) == facts(AStarPlanner(make()).plan("d", 20))
+
+
+def test_ticks_are_small_while_a_search_with_a_deadline_has_no_text():
+    sizes, urgent = [], threading.Event()
+
+    class Sized(TabularLM):
+        def forward(self, sequences):
+            sizes.append((urgent.is_set(), len(sequences)))
+            return super().forward(sequences)
+
+    engine = SearchEngine(AStarPlanner(make(Sized.random(6, 2, seed=3)), width=500), tick_edges=160)
+    long = engine.submit("a", **{**ENDLESS, "max_new_tokens": 100})
+    while not sizes or max(sizes)[1] < 100:
+        time.sleep(0.001)
+    quick = engine.submit("b", Budget(seconds=60, lm_tokens=40), top_k=4, max_new_tokens=30)
+    next(iter(quick))  # its first text, of up to 30 ticks
+    urgent.set()
+    long.cancel()
+    quick.result(60)
+    last = [size for is_after, size in sizes if not is_after]
+    assert min(last[-12:]) <= 160 // 8 + 1
+    assert quick.best.stop in ("eos", "length")
 
 
 def test_a_short_request_is_not_held_up_by_long_ones():
@@ -518,6 +560,11 @@ def test_what_is_wrong_with_a_request_is_said_when_it_is_submitted():
         ),
         (lambda: SearchEngine(make(), top_k=3), ConfigurationError, "top_k: a DecodingMDP has its settings"),
         (lambda: SearchEngine(make(), max_live=0), ConfigurationError, "max_live"),
+        (
+            lambda: SearchEngine("toy", rewardd="length"),
+            ConfigurationError,
+            "SearchEngine has .* did you mean 'reward'",
+        ),
         (lambda: SearchEngine(3), ConfigurationError, "TokenDecoding environment or a DecodingMDP"),
     ):
         with pytest.raises(error, match=message):
@@ -548,6 +595,105 @@ def test_requests_of_one_engine_compute_a_shared_beginning_once(tiny_lm):
     # 20 tokens of the header, and of each request its last word and one token of its text.
     assert sum(computed) - 20 <= 2 * len(several)
     assert all(plan.usage.prompt_tokens == 21 for plan in plans)
+
+
+SECOND_TURNS = [
+    {},
+    {"top_k": 6},
+    {"max_new_tokens": 2, "reward": vowels},
+    {"constraint": ForcedStrings("w7")},
+    {"stop": "w9", "logprob_weight": 0.5, "decoder": "beam"},
+]
+
+
+@pytest.mark.parametrize("through", ["engine", "plan"])
+def test_a_second_turn_computes_its_new_tokens_only(new_tiny_lm, through):
+    lm = new_tiny_lm("Llama")
+    engine = SearchEngine(lm, reward="length", top_k=4, max_new_tokens=3, max_prefixes=60)
+    planner = AStarPlanner(engine.mdp)
+    kind, computed = type(engine.mdp.tree.engine), []
+    forward = kind._forward
+
+    def counting(self, rows, *args):
+        computed.append(len(rows))
+        return forward(self, rows, *args)
+
+    def ask(prompt, budget, **changes):
+        if through == "engine" or "decoder" in changes:
+            return engine.submit(Request(prompt, budget, **changes)).result(60)
+        return planner.plan(prompt, budget, **changes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "_forward", counting)
+        chat = " ".join(f"w{i}" for i in range(2, 32))
+        plan = ask(chat, 4)
+        assert sum(computed) >= 30
+        for turn, changes in enumerate(SECOND_TURNS):
+            if through == "engine":  # other settings, and so many prefixes that those of the first turn are evicted
+                handles = [engine.submit(f"w{turn} w{i}", 12, logprob_weight=i / 100) for i in range(70)]
+                assert all(handle.result(60).completions for handle in handles)
+            computed.clear()
+            written = " ".join(lm.decode([token]) for token in plan.token_ids if token > 1)
+            ask(f"{chat} {written} w3{turn} w4", 4, **changes)
+            # The new words, the last of the text (which ended it, and was not processed), and the search itself.
+            assert sum(computed) <= 2 + 1 + 4
+
+
+def test_a_second_turn_is_right_where_memory_was_short(tiny_lm):
+    lm = tiny_lm("Llama")
+    alone = {"reward": "length", "top_k": 4, "max_new_tokens": 3}
+    token_bytes = 2 * 2 * 2 * 8 * 4  # keys and values of 2 layers with 2 heads of 8 float32
+    engine = SearchEngine(lm, kv_budget=50 * token_bytes, **alone)
+    chat = " ".join(f"w{i}" for i in range(2, 32))
+    first = engine.submit(chat, 6).result(60)
+    for i in range(12):
+        engine.submit(f"w{i + 2} w{i + 3} " * 8, 6).result(60)
+    assert engine.mdp.tree.kv_bytes <= 50 * token_bytes
+    for prompt in (chat, f"{chat} w9"):
+        plan, other = engine.submit(prompt, 6).result(60), AStarPlanner(DecodingMDP(lm, **alone)).plan(prompt, 6)
+        assert plan.token_ids == other.token_ids
+        assert plan.objective == pytest.approx(other.objective, abs=1e-5)
+    assert first.usage.prompt_tokens == 30
+
+
+def test_memory_of_an_engine_is_bounded():
+    engine, rng = SearchEngine(LM, reward=spread, top_k=4, max_new_tokens=5, max_prefixes=300), np.random.default_rng(0)
+    prefixes, known = [], []
+    for _ in range(20):
+        handles = [
+            engine.submit("".join(rng.choice(list("abcd"), size=8)), 30, logprob_weight=float(rng.integers(4)))
+            for _ in range(20)
+        ]
+        assert all(handle.result(60).completions for handle in handles)
+        processes = [engine.mdp, *engine.decoder.processes._made.values()]
+        prefixes.append(sum(len(mdp.tree) for mdp in processes))
+        known.append(sum(len(mdp._encoded) + len(mdp._texts) for mdp in processes))
+    assert max(prefixes) <= 2 * 300 + 20 * 31  # of the process, of those made of it, and of what is live
+    assert max(known) <= 2 * max(prefixes)
+    assert len(engine._recent.handle) <= 2 * 128
+    assert SearchEngine("toy").mdp.max_prefixes == 1 << 14
+
+
+def test_submitting_does_not_wait_for_a_forward():
+    model = Counting.random(6, 2, seed=3)
+    engine = SearchEngine(make(model))
+    busy = engine.submit("a", **ENDLESS)
+    while not engine.ticks:
+        time.sleep(0.001)
+    model.gate = threading.Semaphore(0)
+    while model.lock._owner is None:  # the engine's thread is in a forward, and stays there
+        time.sleep(0.001)
+    time.sleep(0.01)
+    before = model.tokens
+    handles = [
+        engine.submit("b", 10, **changes)
+        for changes in ({}, {"top_k": 2}, {"constraint": ForcedStrings("d")}, {"max_new_tokens": 3, "reward": vowels})
+    ]
+    assert model.tokens == before
+    assert engine.waiting == 4
+    busy.cancel()
+    model.gate.release(10**6)
+    assert all(handle.result(60).completions for handle in handles)
 
 
 def test_the_embedded_model_serves_requests_of_several_threads(lm):

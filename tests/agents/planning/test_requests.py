@@ -1,6 +1,9 @@
 """Requests: every setting may differ from call to call, on one model, one memory, and one tree for equal settings."""
 
+import copy
+import dataclasses
 import math
+import pickle
 
 import pytest
 
@@ -8,6 +11,7 @@ from qstar_decoding.agents import (
     AStarPlanner,
     BeamSearch,
     BoundHeuristic,
+    Budget,
     MajorityVote,
     Request,
     SamplingDecoder,
@@ -170,6 +174,36 @@ def test_what_cannot_be_asked_for_is_said_before_any_work(changes, error, messag
     if next(iter(changes)) not in ("rewrd", "max_tokens", "qqqq"):
         with pytest.raises(error, match=message):
             planner.plan_many([Request("b"), Request("a", 10, **changes)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "nearest"),
+    [
+        (Request, "rewrd", "reward"),
+        (Request, "max_tokens", "max_new_tokens"),
+        (Request, "budgett", "budget"),
+        (Request, "promt", "prompt"),
+        (Budget, "lm_token", "lm_tokens"),
+        (Budget, "secs", "seconds"),
+        (Budget, "patient", "patience"),
+    ],
+)
+def test_a_misspelt_field_is_named_with_the_nearest_right_one(kind, name, nearest):
+    given = ["a"] if kind is Request and name != "promt" else []
+    with pytest.raises(ConfigurationError) as caught:
+        kind(*given, **{name: 3})
+    assert str(caught.value) == f"{kind.__name__} has no argument {name!r}; did you mean {nearest!r}?"
+
+
+def test_requests_and_budgets_are_plain_values():
+    request = Request("a", Budget(lm_tokens=3, seconds=2.0), reward="length", top_k=3)
+    for other in (copy.deepcopy(request), pickle.loads(pickle.dumps(request)), dataclasses.replace(request, top_k=3)):
+        assert other == request
+    assert dataclasses.replace(request.budget, seconds=1).seconds == 1
+    with pytest.raises(ConfigurationError, match="Request has no argument 'topk'"):
+        dataclasses.replace(request, topk=4)
+    with pytest.raises(TypeError, match="positional"):
+        Request("a", 3, "length")
 
 
 def test_requests_that_do_not_fit_the_planner():
