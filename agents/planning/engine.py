@@ -468,8 +468,8 @@ class SearchEngine:
         for job, active in jobs:
             if job.is_stopped:
                 active.search.stop_reason = active.search.stop_reason or "interrupted"
-        edges = self._tick_edges // (_HASTE if any(job.is_urgent for job, _ in jobs) else 1)
-        asked = step_each([active for _, active in jobs], max(edges // len(jobs), 1))
+        most = self._tick_edges // (_HASTE if any(job.is_urgent for job, _ in jobs) else 1)
+        asked = step_each([active for _, active in jobs], max(most // len(jobs), 1))
         for (job, active), edges in zip(jobs, asked, strict=True):
             try:
                 if isinstance(edges, Exception):
