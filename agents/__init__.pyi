@@ -39,7 +39,6 @@ from .planning.beam import DiverseBeamSearch as DiverseBeamSearch
 from .planning.decoder import Decoder as Decoder
 from .planning.decoder import Stream as Stream
 from .planning.engine import SearchEngine as SearchEngine
-from .planning.engine import SearchHandle as SearchHandle
 from .planning.greedy import ARGSDecoder as ARGSDecoder
 from .planning.greedy import GreedyDecoder as GreedyDecoder
 from .planning.levin import LevinTreeSearch as LevinTreeSearch
@@ -55,6 +54,7 @@ from .planning.sampling import MajorityVote as MajorityVote
 from .planning.sampling import SamplingDecoder as SamplingDecoder
 from .search.budget import Budget as Budget
 from .search.budget import Usage as Usage
+from .search.handle import SearchHandle as SearchHandle
 from .search.plan import Plan as Plan
 from .search.request import Request as Request
 from .search.state import Search as Search

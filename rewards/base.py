@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -27,6 +28,7 @@ __all__ = ["Counters", "OnError", "Reward"]
 logger = logging.getLogger(__name__)
 
 _NOT_PICKLED = ("_scores", "_potentials", "_warned", "counters")
+_CACHES = threading.Lock()  # several threads may ask one reward; held for no scoring
 
 
 @dataclass
@@ -353,7 +355,8 @@ class Reward(ABC):
     def _cached(self, spec: CallSpec, texts: TextBatch, cache: OrderedDict[Hashable, float]) -> FloatArray:
         """Score the texts that `cache` lacks, each distinct one once; `cache` changes only if all goes well."""
         keys = texts.keys(with_token_ids=self.reads_token_ids)
-        values = {key: cache[key] for key in keys if key in cache}
+        with _CACHES:
+            values = {key: cache[key] for key in keys if key in cache}
         first_rows: dict[Hashable, int] = {}
         for row, key in enumerate(keys):
             if key not in values:
@@ -365,11 +368,12 @@ class Reward(ABC):
             self.counters.seconds += time.perf_counter() - start
             self.counters.scored += len(first_rows)
             values.update(zip(first_rows, scores, strict=True))
-        for key, value in values.items():
-            cache[key] = value
-            cache.move_to_end(key)
-        while len(cache) > self.cache_size:
-            cache.popitem(last=False)
+        with _CACHES:
+            for key, value in values.items():
+                cache[key] = value
+                cache.move_to_end(key)
+            while len(cache) > self.cache_size:
+                cache.popitem(last=False)
         return np.array([values[key] for key in keys], dtype=np.float64)
 
     def _checked_penalty(self, penalty: float | None) -> float | None:

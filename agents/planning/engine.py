@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
+import functools
 import inspect
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Generator, Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, Unpack
 
 import numpy as np
 
 from ...checks import check_integer, check_keywords
-from ...envs.mdp import Completion, DecodingMDP, mdp_of
+from ...envs.mdp import DecodingMDP, mdp_of
 from ...errors import ConfigurationError, DeadlineError, EngineClosedError, InternalError, QueueFullError
 from ...models.base import Engine, IntArray, LanguageModel
 from ..search.budget import Budget
-from ..search.loop import ActiveSearch, Progress, begin, step_each, turn
+from ..search.handle import Job, SearchHandle
+from ..search.loop import Progress, step_each, turn
 from ..search.plan import Plan
 from ..search.request import Changes, Request, as_request
-from ..search.state import Search
+from ..search.slow_rewards import SlowRewards
+from ..search.state import NO_EDGES, Search
 from .astar import AStarPlanner
 from .decoder import Decoder, plan_of
 from .registry import make_decoder
@@ -35,76 +33,6 @@ __all__ = ["SearchEngine", "SearchHandle"]
 _MOST_PREFIXES = 1 << 14  # of all requests together, beside those of the live searches
 _RECENT = 128  # requests whose prompts stay in memory
 _HASTE = 8  # by which ticks are smaller while a search with a deadline has no text
-
-
-@dataclass(eq=False)
-class _Job:
-    """A request on its way.
-
-    Attributes:
-        request: Of a prompt and a budget only; the decoder has its other settings.
-        decoder: The decoder with these settings.
-        submitted: When, by ``time.perf_counter()``.
-        progress: Called after every step.
-        future: The plan to be. A cancelled future ends the search.
-        found: Ever better completions.
-        changed: Notified when there is a better one, or the plan.
-        listeners: Event loops that wait for these.
-        is_abandoned: Whether nobody has the handle any more.
-        is_stopped: Whether the search is to end with what it has.
-        active: The search, while it runs.
-    """
-
-    request: Request
-    decoder: Decoder
-    submitted: float
-    progress: Progress | None
-    future: Future[Plan] = field(default_factory=Future)
-    found: list[Completion] = field(default_factory=list)
-    changed: threading.Condition = field(default_factory=threading.Condition)
-    listeners: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = field(default_factory=set)
-    is_abandoned: bool = False
-    is_stopped: bool = False
-    active: ActiveSearch | None = None
-
-    @property
-    def is_unwanted(self) -> bool:
-        return self.is_abandoned or self.future.cancelled()
-
-    @property
-    def is_late(self) -> bool:
-        seconds = Budget.of(self.request.budget).seconds
-        return seconds is not None and time.perf_counter() - self.submitted >= seconds
-
-    @property
-    def is_urgent(self) -> bool:
-        """Whether it has a deadline and no text yet."""
-        return self.active is not None and self.active.search.budget.seconds is not None and not self.found
-
-    def begin(self) -> ActiveSearch:
-        """Return a new search; a second call forgets the first one."""
-        self.active = self.decoder.new_search(self.request, started=self.submitted)
-        return self.active
-
-    def tell(self, completion: Completion | None = None) -> None:
-        """Wake all that wait, after entering a completion if there is one."""
-        with self.changed:
-            if completion is not None:
-                self.found.append(completion)
-            self.changed.notify_all()
-            for loop, event in self.listeners:
-                with contextlib.suppress(RuntimeError):  # the loop is closed
-                    loop.call_soon_threadsafe(event.set)
-
-    def finish(self, outcome: Plan | Exception) -> None:
-        """Enter the plan or the error; a cancelled future stays cancelled."""
-        self.active = None
-        if self.future.set_running_or_notify_cancel():
-            if isinstance(outcome, Exception):
-                self.future.set_exception(outcome)
-            else:
-                self.future.set_result(outcome)
-        self.tell()
 
 
 class _RecentTexts:
@@ -130,117 +58,15 @@ class _RecentTexts:
             self.handle = np.unique(np.concatenate(self._pairs))
 
 
-class SearchHandle:
-    """A search that an engine runs.
-
-    ``await handle`` and :meth:`result` give the plan. ``async for`` and ``for`` give ever better completions. The
-    search ends before its next forward when it is cancelled, when a task that waits for it is cancelled, and when
-    nobody has the handle any more.
-
-    Attributes:
-        request: The request.
-    """
-
-    def __init__(self, request: Request, job: _Job) -> None:
-        """Watch a job."""
-        self.request, self._job = request, job
-
-    def result(self, timeout: float | None = None) -> Plan:
-        """Wait for the plan.
-
-        Args:
-            timeout: In seconds; the search goes on after it. :class:`Budget` sets a deadline for the search itself.
-
-        Raises:
-            TimeoutError: The plan is not there in time.
-            concurrent.futures.CancelledError: The search was cancelled.
-            QStarError: The request failed.
-        """
-        try:
-            return self._job.future.result(timeout)
-        except KeyboardInterrupt:
-            self.cancel()
-            raise
-
-    def cancel(self) -> bool:
-        """End the search before its next forward; return False if the plan was there already."""
-        cancelled = self._job.future.cancel()
-        self._job.tell()
-        return cancelled
-
-    def stop(self) -> None:
-        """End the search before its next forward, with a plan of what it has and ``stop_reason="interrupted"``."""
-        self._job.is_stopped = True
-
-    def done(self) -> bool:
-        """Return whether there is a plan or an error, or the search was cancelled."""
-        return self._job.future.done()
-
-    def cancelled(self) -> bool:
-        """Return whether the search was cancelled."""
-        return self._job.future.cancelled()
-
-    @property
-    def best(self) -> Completion | None:
-        """The best completion so far; it stays where a search is cancelled."""
-        found = self._job.found
-        return found[-1] if found else None
-
-    def __await__(self) -> Generator[Any, None, Plan]:
-        """Wait for the plan in an event loop; cancelling the task cancels the search."""
-        return (yield from asyncio.wrap_future(self._job.future).__await__())  # a generator, which keeps the handle
-
-    def __iter__(self) -> Iterator[Completion]:
-        """Yield each completion that is better than all before it, as soon as it is found."""
-        job, index = self._job, 0
-        while True:
-            with job.changed:
-                while index == len(job.found) and not job.future.done():
-                    job.changed.wait()
-            while index < len(job.found):
-                yield job.found[index]
-                index += 1
-            if job.future.done() and index == len(job.found):
-                break
-        if not job.future.cancelled():
-            job.future.result()
-
-    async def __aiter__(self) -> AsyncIterator[Completion]:
-        """Yield each completion that is better than all before it; no thread waits."""
-        job, index, event = self._job, 0, asyncio.Event()
-        listener = asyncio.get_running_loop(), event
-        with job.changed:
-            job.listeners.add(listener)
-        try:
-            while True:
-                event.clear()
-                is_done = job.future.done()  # before the last look at what was found
-                while index < len(job.found):
-                    yield job.found[index]
-                    index += 1
-                if is_done:
-                    break
-                await event.wait()
-        except asyncio.CancelledError:
-            self.cancel()
-            raise
-        finally:
-            with job.changed:
-                job.listeners.discard(listener)
-        if not job.future.cancelled():
-            job.future.result()
-
-    def __del__(self) -> None:
-        """Let the engine drop the search."""
-        self._job.is_abandoned = True
-
-
 class SearchEngine:
     """Many searches on one language model, from any number of threads and event loops.
 
     One thread advances all live searches together. Each of its ticks asks the language model, the heuristics and the
     rewards once for all of them. A new request joins at the next tick. Each result equals that of the same request
     made alone, unless its budget has a deadline.
+
+    A reward whose last call took 10 ms or more is asked in a thread of its own, while the other searches go on; a
+    search waits for its own reward only. One thread at a time asks a reward.
 
     Attributes:
         decoder: Serves the requests that name none.
@@ -291,10 +117,11 @@ class SearchEngine:
         else:
             self.decoder = AStarPlanner(DecodingMDP(source, **settings) if is_model else mdp_of(source))
         self.mdp, self.ticks = self.decoder.mdp, 0
-        self._recent = _RecentTexts(self.mdp.tree.engine)
+        self._recent, self._woken = _RecentTexts(self.mdp.tree.engine), threading.Event()
+        self._rewards = SlowRewards(self._woken.set)
         self._named: dict[str, Decoder] = {}
-        self._waiting: deque[_Job] = deque()
-        self._live: list[_Job] = []
+        self._waiting: deque[Job] = deque()
+        self._live: list[Job] = []
         self._lock = threading.Condition()
         self._thread: threading.Thread | None = None
         self._is_closed = False
@@ -330,7 +157,9 @@ class SearchEngine:
         submitted, request = time.perf_counter(), as_request(request, budget, changes)
         decoder = self._decoder_of(request).with_changes(**request.changes)
         decoder.mdp.encode(request.prompt)  # too long a prompt is reported now
-        job = _Job(Request(request.prompt, request.budget), decoder, submitted, progress)
+        budget = Budget.of(request.budget)
+        start = functools.partial(decoder.new_search, Request(request.prompt, budget), started=submitted)
+        job = Job(start, budget, submitted, progress)
         with self._lock:
             if self._is_closed:
                 raise EngineClosedError("the search engine was closed; make a new one")
@@ -342,6 +171,7 @@ class SearchEngine:
                     f"max_live={self._max_live} and max_waiting={self._max_waiting} allow; ask again later"
                 )
             self._waiting.append(job)
+            self._woken.set()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="qstar search engine", daemon=True)
                 self._thread.start()
@@ -440,54 +270,59 @@ class SearchEngine:
         for job in late:
             job.finish(
                 DeadlineError(
-                    f"the {Budget.of(job.request.budget).seconds:g} seconds of the request passed while it waited, "
+                    f"the {job.budget.seconds:g} seconds of the request passed while it waited, "
                     f"with {others} other requests there; give it more seconds, or the engine a larger max_live"
                 )
             )
-        self._begin(new)
+        for job in new:
+            try:
+                job.active = job.start()
+            except Exception as error:
+                self._end(job, error)
         return not is_idle
-
-    def _begin(self, jobs: Sequence[_Job]) -> None:
-        if not jobs:
-            return
-        try:
-            begin([job.begin().search for job in jobs])
-        except Exception as error:
-            if len(jobs) == 1:
-                self._end(jobs[0], error)
-            else:  # one of them is at fault
-                for job in jobs:
-                    self._begin([job])
 
     def _tick(self) -> None:
         """Let every live search take a step, or as much of it as its share of the tick allows."""
-        jobs = [(job, job.active) for job in self._live if job.active is not None]
-        if not jobs:
+        self._woken.clear()
+        self._enter_rewards()
+        jobs = [(job, job.active) for job in self._live if job.active is not None and job.active.awaited is None]
+        if not jobs:  # all wait for slow rewards
+            self._woken.wait(0.01)  # no longer, for a cancel wakes nobody
             return
         self.ticks += 1
         for job, active in jobs:
             if job.is_stopped:
                 active.search.stop_reason = active.search.stop_reason or "interrupted"
         most = self._tick_edges // (_HASTE if any(job.is_urgent for job, _ in jobs) else 1)
-        asked = step_each([active for _, active in jobs], max(most // len(jobs), 1))
+        asked = step_each([active for _, active in jobs], max(most // len(jobs), 1), self._rewards)
         for (job, active), edges in zip(jobs, asked, strict=True):
             try:
                 if isinstance(edges, Exception):
                     raise edges
-                search = active.search
-                if search.best is not None and (not job.found or search.best is not job.found[-1]):
-                    job.tell(search.best)
                 if edges is None:
-                    self._recent.add(search)
+                    job.tell_better(active.search)
+                    self._recent.add(active.search)
                     self._end(job, plan_of(active))
-                elif active.is_between_steps:
-                    search.record()
-                    if job.progress is not None:
-                        job.progress(search)
+                elif edges is NO_EDGES:  # it has begun
+                    active.search.record()
+                else:
+                    job.report(active)
             except Exception as error:
                 self._end(job, error)
 
-    def _end(self, job: _Job, outcome: Plan | Exception) -> None:
+    def _enter_rewards(self) -> None:
+        """Let the searches go on whose slow rewards have answered."""
+        for job in self._live:
+            active = job.active
+            if active is not None and active.awaited is not None and active.awaited.rewards.done():
+                try:
+                    with turn([active.search]):
+                        active.enter_rewards()
+                    job.report(active)
+                except Exception as error:
+                    self._end(job, error)
+
+    def _end(self, job: Job, outcome: Plan | Exception) -> None:
         with self._lock:
             self._live = [other for other in self._live if other is not job]
         job.finish(outcome)

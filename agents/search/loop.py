@@ -11,14 +11,17 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from concurrent.futures import Future
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from ...envs.mdp import Completion, Finish, Values
-from ...envs.token_tree import GrowRequest, grow_together
+from ...envs.mdp import Completion, DecodingMDP, Finish, Values
+from ...envs.prompts import Prompt
+from ...envs.token_tree import grow_together
 from ...models.base import IntArray
 from .problem import Problem
+from .slow_rewards import SlowRewards
 from .state import NO_EDGES, Edges, Search, Status
 
 __all__ = ["ActiveSearch", "Progress", "Strategy", "begin", "drive", "drive_to_end", "score_completions", "step"]
@@ -28,8 +31,17 @@ _T = TypeVar("_T")
 
 Strategy = Callable[[Search], Iterator[Edges]]
 Progress = Callable[[Search], None]
+Ask = Callable[[DecodingMDP, Sequence[Prompt], Sequence[Completion]], Values]
 
 _NO_NODES = np.empty(0, dtype=np.int64)
+
+
+class Awaited(NamedTuple):
+    """Completions that wait for a slow reward."""
+
+    edges: Edges
+    completions: list[Completion]
+    rewards: Future[Values]
 
 
 class ActiveSearch:
@@ -38,6 +50,7 @@ class ActiveSearch:
     Attributes:
         search: The state.
         strategy: Yields the edges to follow.
+        awaited: The end of its last step, while a slow reward is asked for it in a thread.
     """
 
     def __init__(self, search: Search, strategy: Strategy, first: Strategy | None = None) -> None:
@@ -46,6 +59,7 @@ class ActiveSearch:
         self._steps = strategy(search) if first is None else itertools.chain(first(search), strategy(search))
         self._pending = NO_EDGES  # what it asked for last
         self._due = NO_EDGES  # what the budget pays for of that
+        self.awaited: Awaited | None = None
 
     def next_edges(self, most: int | None = None) -> Edges | None:
         """Return what the strategy follows next, as far as the budget pays for it; None when the search is over.
@@ -75,6 +89,12 @@ class ActiveSearch:
         self._due = due
         return Edges(due.rows[:most], due.actions[:most])
 
+    def enter_rewards(self) -> None:
+        """Enter the completions that waited for a slow reward, once it has answered; raise what it has raised."""
+        assert self.awaited is not None
+        (edges, completions, rewards), self.awaited = self.awaited, None
+        self.search.finish_edges(edges, _scored(self.search, completions, rewards.result()))
+
     @property
     def is_between_steps(self) -> bool:
         """Whether all edges of its last step are followed."""
@@ -91,14 +111,8 @@ def begin(searches: Sequence[Search]) -> None:
     """Expand the prompts of new searches, in one forward of each language model."""
     with turn(searches):
         start = time.perf_counter()
-        for mdp in {id(search.mdp): search.mdp for search in searches}.values():
-            mdp.evict_if_full()
-        requests = [search.mdp.grow_request([search.prompt], _NO_NODES, _NO_NODES) for search in searches]
-        roots = [roots for roots, _ in grow_together(requests)]
-        for search, nodes, (h, tokens) in zip(searches, roots, _evaluate(searches, roots), strict=True):
-            search.add(nodes, h, parent_edges=None)
-            search.charge(tokens)
-            search.mdp.tree.pin(search)
+        _make_room(searches)
+        _expand([], searches)
         _charge_seconds(searches, [1] * len(searches), start)
     for search in searches:
         search.record()
@@ -138,7 +152,7 @@ def score_completions(searches: Sequence[Search]) -> None:
         if search.completions:
             rows, actions = np.array(list(search.completions), dtype=np.int64).T
             work.append((search, Edges(rows, actions)))
-    for (search, edges), completions in zip(work, _complete(work, score=True), strict=True):
+    for (search, edges), completions in zip(work, _complete(work, _ask), strict=True):
         search.completions.update(zip(zip(*(e.tolist() for e in edges), strict=True), completions, strict=True))
 
 
@@ -166,26 +180,44 @@ def step(active: Sequence[ActiveSearch]) -> list[Edges | None]:
     return asked
 
 
-def step_each(active: Sequence[ActiveSearch], most: int | None = None) -> list[Edges | Exception | None]:
+def step_each(
+    active: Sequence[ActiveSearch], most: int | None = None, rewards: SlowRewards | None = None
+) -> list[Edges | Exception | None]:
     """Do as :func:`step`, so that an error of one search is returned in its place and the others take their step.
+
+    New searches have their prompts expanded, in the same forward, and follow no edges.
 
     Args:
         active: The searches.
         most: The most edges of each search; the others of its step come with the next calls.
+        rewards: Asks slow rewards in threads. A search that waits for one has it in ``awaited``, and takes no step
+            before :meth:`ActiveSearch.enter_rewards`.
     """
     searches = [one.search for one in active]
     with turn(searches):
         start = time.perf_counter()
-        asked = [_try(one.next_edges, most) for one in active]
+        new = [search for search in searches if not search.size]
+        _make_room(new)
+        asked = [_try(one.next_edges, most) if one.search.size else NO_EDGES for one in active]
         batch = [(i, edges) for i, edges in enumerate(asked) if isinstance(edges, Edges) and len(edges.rows)]
-        if isinstance(_try(_follow, [(searches[i], edges) for i, edges in batch]), Exception):
+        work = [(active[i], edges) for i, edges in batch]
+        if (work or new) and isinstance(_try(_follow_some, work, new, rewards), Exception):
             # One by one: what the batch has followed already is not followed again.
+            for i, search in enumerate(searches):
+                if not search.size and isinstance(error := _try(_expand, [], [search]), Exception):
+                    asked[i] = error
             for i, edges in batch:
-                left = still_open(searches[i], edges)
+                left = NO_EDGES if active[i].awaited else still_open(searches[i], edges)
                 if len(left.rows) and isinstance(error := _try(_follow, [(searches[i], left)]), Exception):
                     asked[i] = error
-        _charge_seconds(searches, [len(e.rows) if isinstance(e, Edges) else 0 for e in asked], start)
+        _charge_seconds(searches, [max(len(e.rows), 1) if isinstance(e, Edges) else 0 for e in asked], start)
     return asked
+
+
+def _make_room(searches: Sequence[Search]) -> None:
+    """Evict nodes from the full trees of searches that have not begun."""
+    for mdp in {id(search.mdp): search.mdp for search in searches}.values():
+        mdp.evict_if_full()
 
 
 def _try(function: Callable[..., _T], *args: Any) -> _T | Exception:
@@ -196,8 +228,31 @@ def _try(function: Callable[..., _T], *args: Any) -> _T | Exception:
         return error
 
 
-def _follow(batch: Sequence[tuple[Search, Edges]]) -> None:
-    """Follow every search's edges: expand those that go on, score those that finish."""
+def _follow_some(
+    batch: Sequence[tuple[ActiveSearch, Edges]], new: Sequence[Search], rewards: SlowRewards | None
+) -> None:
+    """Expand new searches' prompts and follow the others' edges, except those that end a text for a slow reward."""
+    work, slow = [], []
+    for one, edges in batch:
+        search = one.search
+        if rewards is not None and search.score == "reward" and rewards.are_slow(search.mdp.reward):
+            finishes = search.finish[edges] != Finish.NO
+            if finishes.any():
+                slow.append((one, Edges(edges.rows[finishes], edges.actions[finishes])))
+                edges = Edges(edges.rows[~finishes], edges.actions[~finishes])
+        work.append((search, edges))
+    _follow(work, new, rewards)
+    completions = _complete([(one.search, edges) for one, edges in slow], None)
+    for (one, edges), made in zip(slow, completions, strict=True):
+        assert rewards is not None
+        search = one.search
+        one.awaited = Awaited(edges, made, rewards.ask_later(search.mdp, [search.prompt] * len(made), made))
+
+
+def _follow(
+    batch: Sequence[tuple[Search, Edges]], new: Sequence[Search] = (), rewards: SlowRewards | None = None
+) -> None:
+    """Follow every search's edges: expand those that go on, and new searches' prompts; score those that finish."""
     continuing: list[tuple[Search, Edges]] = []
     finishing: list[tuple[Search, Edges]] = []
     for search, edges in batch:
@@ -205,26 +260,32 @@ def _follow(batch: Sequence[tuple[Search, Edges]]) -> None:
         for selected, work in ((~finishes, continuing), (finishes, finishing)):
             if selected.any():
                 work.append((search, Edges(edges.rows[selected], edges.actions[selected])))
-    if continuing:
-        _expand(continuing)
+    if continuing or new:
+        _expand(continuing, new)
     for by_reward in (True, False):
         work = [(search, edges) for search, edges in finishing if (search.score == "reward") == by_reward]
-        for (search, edges), completions in zip(work, _complete(work, score=by_reward), strict=True):
+        ask = (rewards.ask if rewards else _ask) if by_reward else None
+        for (search, edges), completions in zip(work, _complete(work, ask), strict=True):
             if not by_reward:
                 f = search.f[edges].tolist()
                 completions = [c._replace(objective=value) for c, value in zip(completions, f, strict=True)]
             search.finish_edges(edges, completions)
 
 
-def _expand(work: Sequence[tuple[Search, Edges]]) -> None:
-    """Expand edges that go on: one forward of each language model, one call of each heuristic."""
-    requests = [GrowRequest(s.mdp.tree, [], s.node[edges.rows], edges.actions) for s, edges in work]
-    children = [children for _, children in grow_together(requests)]
-    estimates = _evaluate([search for search, _ in work], children)
-    for (search, edges), nodes, (h, tokens) in zip(work, children, estimates, strict=True):
-        search.add(nodes, h, parent_edges=edges)
+def _expand(work: Sequence[tuple[Search, Edges]], new: Sequence[Search] = ()) -> None:
+    """Expand edges that go on, and the prompts of new searches: one forward a model, one call of each heuristic."""
+    requests = [search.mdp.grow_request([], search.node[edges.rows], edges.actions) for search, edges in work]
+    grown = grow_together(requests + [s.mdp.grow_request([s.prompt], _NO_NODES, _NO_NODES) for s in new])
+    nodes = [children for _, children in grown[: len(work)]] + [roots for roots, _ in grown[len(work) :]]
+    searches: list[tuple[Search, Edges | None]] = [*work, *((search, None) for search in new)]
+    estimates = _evaluate([search for search, _ in searches], nodes)
+    for (search, edges), expanded, (h, tokens) in zip(searches, nodes, estimates, strict=True):
+        search.add(expanded, h, parent_edges=edges)
         search.charge(tokens)
-        search.lm_forwards += 1
+        if edges is None:
+            search.mdp.tree.pin(search)
+        else:
+            search.lm_forwards += 1
 
 
 def _evaluate(searches: Sequence[Search], nodes: Sequence[IntArray]) -> list[tuple[Values, int]]:
@@ -242,8 +303,12 @@ def _evaluate(searches: Sequence[Search], nodes: Sequence[IntArray]) -> list[tup
     return estimates
 
 
-def _complete(work: Sequence[tuple[Search, Edges]], *, score: bool) -> list[list[Completion]]:
-    """Return the completions that each search's finishing edges make: one call of each reward."""
+def _ask(mdp: DecodingMDP, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Values:
+    return mdp.rewards(prompts, [c.text for c in completions], [c.token_ids for c in completions])
+
+
+def _complete(work: Sequence[tuple[Search, Edges]], ask: Ask | None) -> list[list[Completion]]:
+    """Return the completions that each search's finishing edges make, scored if there is ``ask``, once a reward."""
     completions: list[list[Completion]] = [[] for _ in work]
     searches = [search for search, _ in work]
     for members in _grouped(searches, lambda problem: id(problem.mdp)):
@@ -253,14 +318,22 @@ def _complete(work: Sequence[tuple[Search, Edges]], *, score: bool) -> list[list
         made = iter(work[members[0]][0].mdp.complete(prompts, nodes, actions, score=False))
         for i in members:
             completions[i] = list(itertools.islice(made, len(work[i][1].rows)))
-    for members in _grouped(searches, lambda problem: id(problem.mdp.reward)) if score else ():
-        texts = [(searches[i].prompt, c.text, c.token_ids) for i in members for c in completions[i]]
-        rewards = iter(searches[members[0]].mdp.rewards(*zip(*texts, strict=True)).tolist())
-        for i in members:
-            weight = searches[i].mdp.logprob_weight
-            scored = zip(completions[i], rewards, strict=False)
-            completions[i] = [c._replace(reward=r, objective=weight * c.logprob + r) for c, r in scored]
+    for members in _grouped(searches, lambda problem: id(problem.mdp.reward)) if ask else ():
+        assert ask is not None
+        texts = [(searches[i].prompt, c) for i in members for c in completions[i]]
+        values = ask(searches[members[0]].mdp, *zip(*texts, strict=True))
+        ends = list(itertools.accumulate(len(completions[i]) for i in members))
+        for i, end in zip(members, ends, strict=True):
+            completions[i] = _scored(searches[i], completions[i], values[end - len(completions[i]) : end])
     return completions
+
+
+def _scored(search: Search, completions: Sequence[Completion], rewards: Values) -> list[Completion]:
+    weight = search.mdp.logprob_weight
+    return [
+        c._replace(reward=r, objective=weight * c.logprob + r)
+        for c, r in zip(completions, rewards.tolist(), strict=True)
+    ]
 
 
 def _grouped(searches: Sequence[Search], key: Callable[[Problem], object]) -> list[list[int]]:

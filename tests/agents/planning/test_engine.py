@@ -20,6 +20,7 @@ from qstar_decoding.agents import (
     ZeroHeuristic,
     make_decoder,
 )
+from qstar_decoding.agents.search import slow_rewards
 from qstar_decoding.envs import Constraint, DecodingMDP, ForcedStrings, RegexConstraint, TabularLM, TokenDecodingEnv
 from qstar_decoding.errors import (
     ConfigurationError,
@@ -393,6 +394,86 @@ def test_large_steps_are_split_when_others_wait():
     assert [len(plan.trace) for plan in plans] == [len(whole.plan(p, 900, **changes).trace) for p in ("a", "b", "c")]
     look = {"heuristic": LookAheadHeuristic(2), "top_k": 6}
     assert facts(engine.submit("a", 300, **look).result(60)) == facts(whole.plan("a", 300, **look))
+
+
+def test_results_are_the_same_when_every_reward_is_asked_in_a_thread(wanted, monkeypatch):
+    monkeypatch.setattr(slow_rewards, "SLOW", 0.0)
+    asked = set()
+
+    def ask(self, *args):
+        asked.add(threading.current_thread().name)
+        return plain(self, *args)
+
+    plain = slow_rewards.SlowRewards.ask
+    monkeypatch.setattr(slow_rewards.SlowRewards, "ask", ask)
+    for tick_edges in (256, 5):
+        engine = SearchEngine(make(), max_live=8, tick_edges=tick_edges)
+        with ThreadPoolExecutor(8) as pool:
+            found = [*pool.map(lambda request, e=engine: outcome(lambda: e.submit(request).result(60)), REQUESTS)]
+        assert found == wanted
+    assert asked == {"qstar reward"}
+    planner = AStarPlanner(make(), width=300)  # and so are the steps that the trace tells of
+    plan = SearchEngine(planner, tick_edges=20).submit("a", 300, top_k=6).result(60)
+    assert [p[:1] + p[2:] for p in plan.trace] == [p[:1] + p[2:] for p in planner.plan("a", 300, top_k=6).trace]
+
+
+class Gated:
+    """A reward that waits for leave, as one that asks a service."""
+
+    def __init__(self):
+        self.gate, self.asked, self.together, self.at_once = threading.Semaphore(0), 0, [], 0
+
+    def __call__(self, prompts, completions, **_):
+        self.at_once += 1
+        assert self.at_once == 1
+        self.asked += 1
+        self.together.append(len(completions))
+        self.gate.acquire(timeout=60)
+        self.at_once -= 1
+        return [len(set(text)) / 6 for text in completions]
+
+
+def test_other_searches_go_on_while_a_slow_reward_is_asked(monkeypatch):
+    judge = Gated()
+    reward = as_reward(judge, lower=0, upper=1)
+    engine = SearchEngine(make(), max_live=16)
+    engine._rewards._seconds[reward] = 1.0  # as after a call that took a second
+    slow = [engine.submit(Request(p, 40, decoder="beam", reward=reward)) for p in ("a", "b", "c")]
+    while not judge.asked:
+        time.sleep(0.001)
+    wanted = facts(AStarPlanner(make()).plan("d", 40))
+    assert [facts(engine.submit("d", 40).result(60)) for _ in range(3)] == [wanted] * 3
+    assert not any(handle.done() for handle in slow)
+    while sum(job.active.awaited is not None for job in engine._live) < 3:
+        time.sleep(0.001)
+    assert slow[2].cancel()  # one that waits for the reward
+    late = engine.submit("c", 40)
+    assert facts(late.result(60)) == facts(AStarPlanner(make()).plan("c", 40))
+    judge.gate.release(10**6)
+    for handle, prompt in zip(slow[:2], "ab", strict=True):
+        assert facts(handle.result(60)) == facts(make_decoder("beam", make()).plan(prompt, 40))
+    assert max(judge.together) > judge.together[0]  # what had to wait was asked together
+    engine.close()
+    assert not engine._rewards._waiting
+
+
+def test_a_slow_reward_that_raises_fails_the_requests_that_need_it(wanted):
+    def broken(prompt, text):
+        if prompt == "b":
+            raise ZeroDivisionError("broken")
+        return len(set(text)) / 6
+
+    reward = as_reward(broken, lower=0, upper=1)
+    engine = SearchEngine(make(), max_live=16)
+    engine._rewards._seconds[reward] = 1.0
+    handles = [engine.submit(p, 40, reward=reward) for p in "abcb"]
+    for handle, prompt in zip(handles, "abcb", strict=True):
+        if prompt == "b":
+            with pytest.raises(RewardError, match="broken"):
+                handle.result(60)
+        else:
+            assert facts(handle.result(60)) == facts(AStarPlanner(make()).plan(prompt, 40))
+    assert outcome(engine.submit(REQUESTS[0]).result) == wanted[0]
 
 
 class Refusing(Constraint):
