@@ -36,7 +36,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     ),
     "agents.experience": ("agents.learning.experience", "agents.search.backup"),
     "agents.hub": ("agents.learning.hub",),
-    "agents.masked_dqn": ("agents.learning.masked_dqn",),
+    "agents.masked_dqn": ("agents.learning.dqn.masked_dqn",),
     "agents.plots": ("agents.evaluation.plots", "agents.evaluation.curves"),
     "agents.policies": ("agents.learning.policies",),
     "agents.q_function": (
@@ -45,7 +45,7 @@ MOVED: dict[str, tuple[str, ...]] = {
         "agents.learning.checkpoints",
     ),
     "agents.qstar": ("agents.learning.qstar", "agents.learning.experience", "agents.learning.config"),
-    "agents.replay": ("agents.learning.replay",),
+    "agents.replay": ("agents.learning.dqn.replay",),
     "agents.report": ("agents.evaluation.report",),
     "agents.results": ("agents.evaluation.results",),
     "agents.search_tree": ("agents.search.snapshot",),

@@ -21,9 +21,11 @@ from .heuristics import maximum as maximum
 from .heuristics import mean as mean
 from .learning.checkpoints import pretrained_names as pretrained_names
 from .learning.config import QStarConfig as QStarConfig
+from .learning.dqn.masked_dqn import MaskableDQN as MaskableDQN
+from .learning.dqn.masked_dqn import MaskableQRDQN as MaskableQRDQN
+from .learning.dqn.replay import MaskedReplayBuffer as MaskedReplayBuffer
 from .learning.experience import Searcher as Searcher
-from .learning.masked_dqn import MaskableDQN as MaskableDQN
-from .learning.masked_dqn import MaskableQRDQN as MaskableQRDQN
+from .learning.online import OnlineLearner as OnlineLearner
 from .learning.policies import TokenQNetwork as TokenQNetwork
 from .learning.policies import TokenQPolicy as TokenQPolicy
 from .learning.policies import TokenQuantilePolicy as TokenQuantilePolicy
@@ -31,7 +33,6 @@ from .learning.q_function import QFunction as QFunction
 from .learning.q_heuristic import QHeuristic as QHeuristic
 from .learning.q_heuristic import ValueHeuristic as ValueHeuristic
 from .learning.qstar import QStar as QStar
-from .learning.replay import MaskedReplayBuffer as MaskedReplayBuffer
 from .planning.astar import SEARCHES as SEARCHES
 from .planning.astar import AStarPlanner as AStarPlanner
 from .planning.beam import BeamSearch as BeamSearch

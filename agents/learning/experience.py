@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from ...columns import GrowableColumns
 from ...envs import Completion, DecodingMDP, Observer, Prompt
@@ -18,10 +20,10 @@ from ..search.backup import backup, best_found
 from ..search.budget import Budget
 from ..search.loop import score_completions
 from ..search.state import Edges, IntArray, Search, Status, Values
-from .config import CollectConfig
+from .config import CollectConfig, Regression
 from .q_function import QFunction
 
-__all__ = ["Collected", "SearchExperience", "Searcher", "Transitions", "collect", "extract_targets"]
+__all__ = ["Collected", "SearchExperience", "Searcher", "Transitions", "asymmetric_loss", "collect", "extract_targets"]
 
 Transitions = dict[str, npt.NDArray[Any]]
 
@@ -208,6 +210,28 @@ def _keys(prompt: Prompt, completions: Sequence[Sequence[int]]) -> npt.NDArray[n
         state.update(np.asarray(completion, dtype=np.int64).tobytes())
         keys.append(int.from_bytes(state.digest(), "little"))
     return np.array(keys, dtype=np.uint64)
+
+
+def asymmetric_loss(
+    errors: Tensor, found: Tensor, *, optimism: float, estimate_weight: float, regression: Regression = "expectile"
+) -> Tensor:
+    """Return the loss of each error u = target - Q, of the errors' shape.
+
+    Where the target was found: |τ - 1[u < 0]| · u², an expectile (IQL: Kostrikov, Nair & Levine 2022, eq. 5), or
+    |τ - 1[u < 0]| · |u|, a quantile (Koenker & Bassett 1978). Where it is Q's own estimate at the border of a search:
+    w · 1[u < 0] · u² (or |u|). An estimate may lower Q, never raise it: a Q that raises itself soon prefers untried
+    edges to the best ones found.
+
+    Args:
+        errors: float, u; 0 where there is no target.
+        found: bool, broadcast to the errors.
+        optimism: τ in (0, 1).
+        estimate_weight: w >= 0.
+        regression: ``"expectile"`` or ``"quantile"``.
+    """
+    down = torch.where(found, 1 - optimism, estimate_weight)
+    weight = torch.where(errors > 0, optimism * found, down)
+    return weight * (errors.square() if regression == "expectile" else errors.abs())
 
 
 class Collected(NamedTuple):

@@ -20,7 +20,6 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, RolloutReturn, TrainFreq
 from stable_baselines3.common.vec_env import VecEnv
-from torch import Tensor
 
 from ...envs import DecodingMDP, Observer, Prompt
 from ...envs.mdp import mdp_of
@@ -44,19 +43,19 @@ from .config import (
     RUNTIME,
     CollectConfig,
     QStarConfig,
-    Regression,
     SavedTraining,
     check_env,
     check_policy,
     setting_names,
 )
-from .experience import Batch, Collected, SearchExperience, collect
+from .experience import Batch, Collected, SearchExperience, Transitions, asymmetric_loss, collect
 from .hub import push_folder
+from .online import OnlineLearner
 from .policies import TokenQPolicy, TokenScorer
 from .q_function import QFunction, QSpec, read_q_function
 from .q_heuristic import QHeuristic, export_sb3
 
-__all__ = ["QStar", "asymmetric_loss"]
+__all__ = ["QStar"]
 
 _CHANGEABLE = setting_names(QStarConfig) - {"buffer_bytes", "learning_rate", "policy_kwargs", "seed"}
 _DROPOUT = 0.4  # on the hidden state; docs/experiments.md
@@ -174,10 +173,8 @@ class QStar(DQN):
         callback.on_rollout_start()
         prompts = self._next_prompts(env.get_attr("prompts")[0])
         mdp = mdp_of(env)
-        if self.experience is None:
-            self.experience = SearchExperience(mdp, self._observer(mdp), self.config.buffer_bytes)
         rounds = self._search(mdp, prompts)
-        targets = sum(self.experience.add(states) for found in rounds for states in found.states)
+        targets = self.add([states for found in rounds for states in found.states])
         tokens = sum(found.tokens for found in rounds)
         self._episode_num += sum(found.texts for found in rounds)
         best = [completion for found in rounds for completion in found.best]
@@ -252,6 +249,13 @@ class QStar(DQN):
             self.experience.prioritize(batch.rows, wrong.cpu().numpy())
         return loss.item(), float(errors.detach().sum() / count)
 
+    def add(self, searches: Sequence[Transitions]) -> int:
+        """Add the states of searches to the experience; return the number of their targets."""
+        if self.experience is None:
+            mdp = mdp_of(self.env)
+            self.experience = SearchExperience(mdp, Observer(mdp, self._candidate_dims), self.config.buffer_bytes)
+        return sum(self.experience.add(states) for states in searches)
+
     def _on_step(self) -> None:
         """Do nothing: there is no target network to update."""
 
@@ -269,6 +273,10 @@ class QStar(DQN):
     def plan(self, prompt: Any, budget: Budget | int | None = None, **planner_kwargs: Any) -> Plan:
         """Search the best completion of ``prompt`` with the learned Q; see :class:`AStarPlanner`."""
         return AStarPlanner(self.env, heuristic=QHeuristic(self), **planner_kwargs).plan(prompt, budget)
+
+    def online(self, **settings: Any) -> OnlineLearner:
+        """Return a learner that lets this agent learn from a planner's searches; see :class:`OnlineLearner`."""
+        return OnlineLearner(self, **settings)
 
     def save(self, path: Any, *_: Any, training_state: bool = True, **description: Any) -> None:
         """Write the agent into the folder ``path``, atomically, as safetensors and JSON.
@@ -361,9 +369,6 @@ class QStar(DQN):
     def _candidate_dims(self) -> int:
         return int(self.q_net.scorer_kwargs["candidate_dims"])  # type: ignore[index]
 
-    def _observer(self, mdp: DecodingMDP) -> Observer:
-        return Observer(mdp, self._candidate_dims)
-
     def _write_training(self, folder: Path) -> None:
         optimizer, steps = flatten_optimizer(self.policy.optimizer)
         save_file(optimizer, folder / OPTIMIZER)
@@ -386,8 +391,8 @@ class QStar(DQN):
     def _restore(self, training: SavedTraining) -> None:
         state = training.state
         if training.experience:
-            mdp = mdp_of(self.env)
-            self.experience = SearchExperience(mdp, self._observer(mdp), self.config.buffer_bytes)
+            self.add([])
+            assert self.experience is not None
             self.experience.restore(training.experience, state.position)
         restore_optimizer(self.policy.optimizer, training.optimizer, state.optimizer_steps)
         self.num_timesteps, self._total_timesteps = state.num_timesteps, state.total_timesteps
@@ -424,25 +429,3 @@ class QStar(DQN):
         chosen = list(dict.fromkeys(self._queue[:count]))
         del self._queue[:count]
         return [prompts[i] for i in chosen]
-
-
-def asymmetric_loss(
-    errors: Tensor, found: Tensor, *, optimism: float, estimate_weight: float, regression: Regression = "expectile"
-) -> Tensor:
-    """Return the loss of each error u = target - Q, of the errors' shape.
-
-    Where the target was found: |τ - 1[u < 0]| · u², an expectile (IQL: Kostrikov, Nair & Levine 2022, eq. 5), or
-    |τ - 1[u < 0]| · |u|, a quantile (Koenker & Bassett 1978). Where it is Q's own estimate at the border of a search:
-    w · 1[u < 0] · u² (or |u|). An estimate may lower Q, never raise it: a Q that raises itself soon prefers untried
-    edges to the best ones found.
-
-    Args:
-        errors: float, u; 0 where there is no target.
-        found: bool, broadcast to the errors.
-        optimism: τ in (0, 1).
-        estimate_weight: w >= 0.
-        regression: ``"expectile"`` or ``"quantile"``.
-    """
-    down = torch.where(found, 1 - optimism, estimate_weight)
-    weight = torch.where(errors > 0, optimism * found, down)
-    return weight * (errors.square() if regression == "expectile" else errors.abs())

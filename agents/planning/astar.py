@@ -98,6 +98,7 @@ class AStarPlanner(Decoder):
         pathmax: bool = False,
         scope: Scope = "top-k tree",
         score: Score = "reward",
+        learn: Any = None,
     ) -> None:
         """Plan in the MDP of ``env``.
 
@@ -126,6 +127,8 @@ class AStarPlanner(Decoder):
                 minimum): no continuation is better than the best one. A text must then look good at every step.
             scope: See :class:`Decoder`.
             score: See :class:`Decoder`.
+            learn: A :class:`QStar` agent, or an :class:`OnlineLearner` made of one: its Q learns from every search,
+                and later searches use it as soon as it does them good. None for a planner that does not learn.
 
         Raises:
             ConfigurationError: An argument is out of range, or a weight is given and the reward has no upper bound.
@@ -152,6 +155,13 @@ class AStarPlanner(Decoder):
         self.width = None if width is None else check_integer("width", width)
         self.taper = None if taper is None else check_number("taper", taper, low=0, high=100)
         self.batch_size, self.n_best = check_integer("batch_size", batch_size), check_integer("n", n)
+        self.learner = learn.online() if callable(getattr(learn, "online", None)) else learn
+        if self.learner is not None and not callable(getattr(self.learner, "finish", None)):
+            raise ConfigurationError(f"learn is a QStar agent or an OnlineLearner, got {type(learn).__name__}")
+        if self.learner is not None and not self.learner.fits(self.mdp):
+            raise ConfigurationError(
+                "learn is an agent of another process; make it and the planner with the same environment"
+            )
 
     def check(self) -> None:
         """Check that a weight has costs to count on.

@@ -14,12 +14,12 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Self, Unpack, get_args
+from typing import Any, Protocol, Self, Unpack, get_args
 
 import numpy as np
 
 from ...checks import check_integer, check_keywords
-from ...envs.mdp import Completion, mdp_of
+from ...envs.mdp import Completion, DecodingMDP, mdp_of
 from ...envs.prompts import Prompt
 from ...errors import ConfigurationError
 from ..search.budget import Budget, SharedBudget
@@ -29,7 +29,29 @@ from ..search.problem import Heuristic, Problem, Processes, Scope, Score
 from ..search.request import CHANGES, Changes, Request, as_request, load_requests
 from ..search.state import Edges, Search, Status
 
-__all__ = ["Decoder", "Stream"]
+__all__ = ["Decoder", "Learner", "Stream"]
+
+
+class Learner(Protocol):
+    """Chooses the heuristics of searches and learns from their results; see :class:`OnlineLearner`.
+
+    Attributes:
+        group: How many prompts of ``plan_many`` are searched together.
+    """
+
+    group: int
+
+    def fits(self, mdp: DecodingMDP) -> bool:
+        """Return whether searches in ``mdp`` are its business."""
+
+    def choose(self, given: Heuristic | None) -> tuple[str, Heuristic]:
+        """Return the name of the next search's heuristic, and the heuristic; ``given`` is the decoder's own."""
+
+    def begin(self, search: Search, name: str) -> None:
+        """Take note of a search that begins with the heuristic of this name."""
+
+    def finish(self, searches: Sequence[Search]) -> None:
+        """Learn from searches that ended."""
 
 
 class Decoder(ABC):
@@ -43,8 +65,10 @@ class Decoder(ABC):
         n_best: How many of the best texts are wanted.
         pathmax: See :class:`AStarPlanner`.
         processes: The processes of its requests.
+        learner: Learns from its searches; None for a decoder that does not learn.
     """
 
+    learner: Learner | None = None
     n_best = 1
     pathmax = False
 
@@ -118,6 +142,8 @@ class Decoder(ABC):
             return self
         changed = copy.copy(self)
         changed.heuristic = given.pop("heuristic", self.heuristic)
+        if "heuristic" in changes:
+            changed.learner = None if changes["heuristic"] is not None else self.learner
         if not (changed.heuristic is None or callable(changed.heuristic)):
             raise ConfigurationError(f"heuristic is a callable, such as QHeuristic(agent), got {changed.heuristic!r}")
         for name in ("n", "seed"):
@@ -180,7 +206,13 @@ class Decoder(ABC):
             raise ConfigurationError(f"{type(self).__name__} is the decoder; a request with one is for a SearchEngine")
         decoder, budget = self.with_changes(**request.changes), Budget.of(request.budget)
         decoder.mdp.encode(request.prompt)  # too long a prompt is reported before any work
+        name, learner = "", decoder.learner
+        if learner is not None and learner.fits(decoder.mdp):
+            decoder = copy.copy(decoder)
+            name, decoder.heuristic = learner.choose(decoder.heuristic)
         search = Search(decoder.problem, request.prompt, budget, shared, started=started)
+        if learner is not None and name:
+            learner.begin(search, name)
         return ActiveSearch(search, decoder.select, None if budget.seconds is None else roll_out)
 
     def run_searches(self, prompts: Sequence[Prompt], budget: Budget) -> list[Search]:
@@ -191,9 +223,20 @@ class Decoder(ABC):
         return [one.search for one in active]
 
     def _run(self, requests: Sequence[Request], progress: Progress | None, *, shared: bool) -> list[Plan]:
-        active = self.start_requests(requests, shared=shared)
-        drive_to_end(active, progress)
-        return [plan_of(one) for one in active]
+        if shared and self.learner is not None:
+            raise ConfigurationError(
+                "prompts that share a budget are searched together; give shared or learn, not both"
+            )
+        group = len(requests) if self.learner is None else self.learner.group
+        plans: list[Plan] = []
+        for start in range(0, len(requests), max(group, 1)):
+            active = self.start_requests(requests[start : start + group], shared=shared)
+            if plans and plans[-1].stop_reason == "interrupted":
+                for one in active:
+                    one.search.stop_reason = "interrupted"
+            drive_to_end(active, progress)
+            plans += _plans_of(active)
+        return plans
 
     def plan(
         self,
@@ -297,9 +340,22 @@ def decoder_of(active: ActiveSearch) -> Decoder | None:
 
 def plan_of(active: ActiveSearch) -> Plan:
     """Return the result of a search that a decoder began."""
-    decoder = decoder_of(active)
-    assert decoder is not None
-    return make_plan(active, decoder.choose)
+    return _plans_of([active])[0]
+
+
+def _plans_of(active: Sequence[ActiveSearch]) -> list[Plan]:
+    """Return the results of searches that one decoder began, after it has learned from them."""
+    _learn_from(active)
+    return [make_plan(one, decoder.choose) for one in active if (decoder := decoder_of(one)) is not None]
+
+
+def _learn_from(active: Sequence[ActiveSearch]) -> None:
+    """Let the decoder that began these searches learn from those that ended, while their prefixes are still there."""
+    decoder = decoder_of(active[0]) if active else None
+    if decoder is not None and decoder.learner is not None:
+        searches = [one.search for one in active if one.search.is_over]
+        with turn(searches):
+            decoder.learner.finish(searches)
 
 
 def roll_out(search: Search) -> Iterator[Edges]:
@@ -344,6 +400,7 @@ class Stream:
                 best = search.best
                 assert best is not None
                 yield best
+        _learn_from([active])
 
     @property
     def plan(self) -> Plan:

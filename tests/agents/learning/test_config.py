@@ -9,7 +9,7 @@ import torch
 
 from qstar_decoding.agents import QStar, QStarConfig, TokenQPolicy
 from qstar_decoding.agents.learning.config import CollectConfig
-from qstar_decoding.agents.learning.qstar import asymmetric_loss
+from qstar_decoding.agents.learning.experience import asymmetric_loss
 from qstar_decoding.errors import ConfigurationError
 
 

@@ -22,8 +22,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 from torch.nn import functional
 
-from ...errors import ConfigurationError, TrainingDivergedError
-from .policies import TokenQPolicy, TokenQuantilePolicy
+from ....errors import ConfigurationError, TrainingDivergedError
+from ..policies import TokenQPolicy, TokenQuantilePolicy
 from .replay import Array, BoolArray, MaskedReplayBuffer, MaskedReplaySamples, Observations, as_action_masks
 
 __all__ = ["MaskableDQN", "MaskableQRDQN"]

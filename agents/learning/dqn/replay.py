@@ -17,8 +17,8 @@ from stable_baselines3.common.preprocessing import get_obs_shape
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
-from ...checks import check_integer, check_number
-from ...errors import ConfigurationError
+from ....checks import check_integer, check_number
+from ....errors import ConfigurationError
 
 __all__ = ["MaskedReplayBuffer", "MaskedReplaySamples", "as_action_masks"]
 

@@ -1,0 +1,1 @@
+"""Q-learning of stable-baselines3 and sb3-contrib with invalid actions, and its replay buffer."""

@@ -1,0 +1,264 @@
+"""Learning while decoding: a Q that learns from a planner's own searches, and a guard that chooses the heuristic."""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from stable_baselines3.common.logger import Logger
+
+from ...checks import check_integer, check_number
+from ...envs import DecodingMDP, Observer
+from ...envs.mdp import mdp_of
+from ...errors import ConfigurationError
+from ..heuristics import BoundHeuristic, Heuristic
+from ..search.loop import score_completions
+from ..search.state import Search
+from .experience import extract_targets
+from .q_function import QFunction
+from .q_heuristic import QHeuristic
+
+__all__ = ["OnlineLearner", "Use"]
+
+# How much of an arm's evidence is left after a search by any arm. Q improves, so that old results mislead; with .98 the
+# last fifty searches count most.
+_MEMORY = 0.98
+_TRIALS = 3  # searches by each arm before they are compared
+
+
+class Use(NamedTuple):
+    """How often a heuristic was used, and with what result.
+
+    Attributes:
+        searches: Finished searches that it ordered.
+        objective: Their mean J; NaN where no text was finished.
+        recent: Their mean J, the late ones counting most; what the guard compares.
+    """
+
+    searches: int
+    objective: float
+    recent: float
+
+
+@dataclass
+class _Arm:
+    """One of the heuristics that the guard chooses from, and its results.
+
+    Attributes:
+        heuristic: The heuristic.
+        weight: Number of searches, the old ones discounted.
+        total: Sum of their J, discounted alike.
+        searches: Number of searches.
+        objectives: Sum of their J.
+    """
+
+    heuristic: Heuristic
+    weight: float = 0.0
+    total: float = 0.0
+    searches: int = 0
+    objectives: float = 0.0
+
+
+@dataclass
+class _Spread:
+    """A running mean and variance of J over all searches, discounted like the arms."""
+
+    weight: float = 0.0
+    total: float = 0.0
+    squares: float = 0.0
+
+    def add(self, value: float) -> None:
+        self.weight, self.total = self.weight * _MEMORY + 1, self.total * _MEMORY + value
+        self.squares = self.squares * _MEMORY + value**2
+
+    @property
+    def deviation(self) -> float:
+        if self.weight < 2:
+            return 1.0
+        mean = self.total / self.weight
+        return math.sqrt(max(self.squares / self.weight - mean**2, 0.0)) + 1e-6
+
+
+class OnlineLearner:
+    """A Q that learns from the searches of a planner while they go on, and the choice of the heuristic for each.
+
+    A search is experience: the best returns found below its edges are targets for Q, as in :class:`QStar`'s training.
+    A planner with ``learn=`` hands over every search that ends. Q then takes some gradient steps, and becomes a new
+    version. A search keeps the version that it began with.
+
+    The guard chooses the heuristic of each new search among these:
+
+    - ``"bound"``: no Q, :class:`BoundHeuristic`;
+    - ``"given"``: the planner's own heuristic, such as a Q that was trained for another reward;
+    - ``"learned"``: the newest version of Q.
+
+    It compares their J on the prompts so far by Thompson sampling (Thompson 1933; with discounted evidence: Raj &
+    Kalyani 2017, arXiv 1707.09727): it draws each one's mean J from what is known of it, and takes the largest. So a Q
+    that does harm is soon used seldom, and tried again when it may have improved.
+
+    No LM token is used for learning. With ``share=None`` the outcome depends on seeds and prompts alone.
+
+    Attributes:
+        agent: The agent whose Q learns.
+        version: Of Q; 0 before the first gradient step of this learner.
+        seconds: Time spent learning, in seconds.
+    """
+
+    def __init__(
+        self,
+        agent: Any,
+        *,
+        gradient_steps: int = 16,
+        group: int = 8,
+        share: float | None = None,
+        guard: bool = True,
+        seed: int = 0,
+    ) -> None:
+        """Learn with an agent.
+
+        Args:
+            agent: A :class:`QStar`, untrained or trained; its environment's reward, α and k are what it can learn from.
+            gradient_steps: Gradient steps for each search that ends.
+            group: How many prompts ``plan_many`` searches together; Q learns after each group.
+            share: The largest share of the time, searches included, that learning may take, from 0 to 1. Steps beyond
+                it are put off. None is without limit.
+            guard: Whether to choose among heuristics; else the newest Q is always used, once there is one.
+            seed: Of the guard's draws.
+
+        Raises:
+            ConfigurationError: An argument is out of range, or there is no agent with an environment.
+        """
+        if not callable(getattr(agent, "q_function", None)) or getattr(agent, "env", None) is None:
+            raise ConfigurationError(
+                f"learning needs a QStar agent with an environment, QStar(env=env); got {type(agent).__name__}"
+            )
+        self.agent, self.mdp = agent, mdp_of(agent.env)
+        self.gradient_steps = check_integer("gradient_steps", gradient_steps, low=0)
+        self.group, self.guard = check_integer("group", group), guard
+        self.share = None if share is None else check_number("share", share, low=0, high=1)
+        self.version, self.seconds = 0, 0.0
+        self._rng = np.random.default_rng(check_integer("seed", seed, low=0))
+        self._lock = threading.Lock()
+        self._searching_seconds, self._steps_due = 0.0, 0
+        self._spread = _Spread()
+        self._arms: dict[str, _Arm] = {"bound": _Arm(BoundHeuristic())}
+        self._running: WeakKeyDictionary[Search, str] = WeakKeyDictionary()  # the heuristics of searches that run
+        if not hasattr(agent, "_logger"):
+            agent.set_logger(Logger(None, []))
+        if agent._n_updates:
+            self._arms["learned"] = _Arm(self._snapshot())
+
+    # -- what a planner asks ------------------------------------------------------------------------------------------
+
+    def fits(self, mdp: DecodingMDP) -> bool:
+        """Return whether searches in ``mdp`` teach this Q, and may use it: same model, k, reward, α and constraint."""
+        own = self.mdp
+        same = ("model", "reward", "constraint")
+        return all(getattr(mdp, name) is getattr(own, name) for name in same) and (
+            (mdp.top_k, mdp.logprob_weight) == (own.top_k, own.logprob_weight)
+        )
+
+    def choose(self, given: Heuristic | None) -> tuple[str, Heuristic]:
+        """Return the heuristic of the next search, and its name.
+
+        Args:
+            given: The planner's own heuristic.
+        """
+        with self._lock:
+            is_own = isinstance(given, QHeuristic) and given.q.network is self.agent.q_net
+            if given is not None and not isinstance(given, BoundHeuristic) and not is_own and "given" not in self._arms:
+                self._arms["given"] = _Arm(given)
+            name = self._drawn() if self.guard else "learned" if "learned" in self._arms else "bound"
+            return name, self._arms[name].heuristic
+
+    def begin(self, search: Search, name: str) -> None:
+        """Enter a search that was begun with the heuristic of this name."""
+        with self._lock:
+            self._running[search] = name
+
+    def finish(self, searches: Sequence[Search]) -> None:
+        """Learn from searches that ended; those that were not entered by :meth:`begin` are left out."""
+        with self._lock:
+            known = [search for search in searches if search in self._running]
+            for search in known:
+                self._enter(self._running.pop(search), search)
+            self._searching_seconds += sum(search.busy_seconds for search in known)
+            if known:
+                self._learn(known)
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def uses(self) -> dict[str, Use]:
+        """Return, by name, how often each heuristic was used and with what result."""
+        with self._lock:
+            return {
+                name: Use(
+                    arm.searches,
+                    arm.objectives / arm.searches if arm.searches else math.nan,
+                    arm.total / arm.weight if arm.weight else math.nan,
+                )
+                for name, arm in self._arms.items()
+            }
+
+    def save(self, folder: str | Path, **description: Any) -> None:
+        """Write the agent with all that it needs to go on learning; see :meth:`QStar.save`."""
+        with self._lock:
+            self.agent.save(folder, version=self.version, **description)
+
+    def _drawn(self) -> str:
+        """Draw an arm by Thompson sampling."""
+        running = list(self._running.values())
+        for name, arm in self._arms.items():  # the searches that run count as tried, so that a group is not all one
+            if arm.searches + running.count(name) < _TRIALS:
+                return name
+        draws = {
+            name: self._rng.normal(arm.total / arm.weight, self._spread.deviation / math.sqrt(arm.weight))
+            for name, arm in self._arms.items()
+            if arm.weight
+        }
+        return max(draws, key=lambda name: draws[name]) if draws else "bound"
+
+    def _enter(self, name: str, search: Search) -> None:
+        if search.best is None or not math.isfinite(search.best.objective):
+            return
+        objective = search.best.objective
+        for arm in self._arms.values():
+            arm.weight, arm.total = arm.weight * _MEMORY, arm.total * _MEMORY
+        arm = self._arms[name]
+        arm.weight, arm.total = arm.weight + 1, arm.total + objective
+        arm.searches, arm.objectives = arm.searches + 1, arm.objectives + objective
+        self._spread.add(objective)
+
+    def _learn(self, searches: Sequence[Search]) -> None:
+        start = time.perf_counter()
+        score_completions([search for search in searches if search.score == "q"])
+        q = self.agent.q_function()
+        for search in searches:
+            values = q.values(search.mdp, [search.prompt] * search.size, search.node[: search.size])
+            self.agent.add([extract_targets(search, Observer(search.mdp, q.candidate_dims), values)])
+            self.agent.num_timesteps += search.lm_tokens
+        self._steps_due += self.gradient_steps * len(searches)
+        steps = self._steps_due
+        if self.share is not None and self.share < 1:
+            allowed = self.share / (1 - self.share) * self._searching_seconds - self.seconds
+            steps = 0 if allowed <= 0 else steps
+        if steps and self.agent.experience is not None and self.agent.experience.size > 1:
+            self.agent.train(steps, self.agent.batch_size)
+            self._steps_due -= steps
+            self.version += 1
+            learned = self._arms.setdefault("learned", _Arm(BoundHeuristic()))
+            learned.heuristic = self._snapshot()
+        self.seconds += time.perf_counter() - start
+
+    def _snapshot(self) -> QHeuristic:
+        """Return the newest Q, which later learning does not change."""
+        q = self.agent.q_function()
+        return QHeuristic(QFunction(copy.deepcopy(q.network), q.spec, q.shaped, q.candidate_dims))
