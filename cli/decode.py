@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import sys
@@ -33,7 +34,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..agents import Decoder, Plan
+    from ..agents import Decoder, OnlineLearner, Plan
     from ..agents.distributed.jobs import Workers
     from ..envs import Completion, DecodingMDP, Prompt
     from ..tasks import Task
@@ -68,6 +69,10 @@ def decode(
     n: Annotated[int, typer.Option("--n", min=1, help="Number of the best texts to show.")] = 1,
     q: Annotated[
         str | None, typer.Option("--q", help="Folder of a trained Q, or 'none'; default: the one shipped for the task.")
+    ] = None,
+    learn: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a Q that learns from every search; made if there is none, else gone on with."),
     ] = None,
     reward: Annotated[
         str | None,
@@ -120,6 +125,8 @@ def decode(
     from ..tasks import load_task
 
     chosen = by_command(decoder)
+    if learn is not None and (decoder != "astar" or ray is not None):
+        raise ConfigurationError("--learn is for --decoder astar in this process; leave --ray out")
     if tree is not None:
         check_writable(tree.parent)
     if (prompt is None) == (source is None):
@@ -145,36 +152,43 @@ def decode(
     with status("loading the language model"):
         quiet()
         mdp = new_mdp()
-    heuristic = _heuristic(mdp, spec, q, adapted=reward is not None) if chosen.uses == "q" else None
+    heuristic = _heuristic(mdp, spec, q, adapted=reward is not None and learn is None) if chosen.uses == "q" else None
     options = decoder_options(decoder, spec.planner, heuristic, seed)
-    planner = make_decoder(decoder, mdp, **options)
-    if source is not None:
+    learned = getattr(heuristic, "q", None)
+    settings = {
+        "task": spec.model_dump(mode="json", include={"env", "planner"}),
+        "changes": changes | {name: repr(value) for name, value in constraint.items()},
+        "decoder": [decoder, budget, n, seed, learned and learned.fingerprint()],
+        **({} if learn is None else {"learn": True}),
+    }
+    if source is not None and start_workers is not None:
         from ..agents.distributed.batch import BatchDecoder
-        from ..agents.distributed.jobs import InProcess
 
-        learned = getattr(heuristic, "q", None)
-        settings = {
-            "task": spec.model_dump(mode="json", include={"env", "planner"}),
-            "changes": changes | {name: repr(value) for name, value in constraint.items()},
-            "decoder": [decoder, budget, n, seed, learned and learned.fingerprint()],
-        }
-        if start_workers is None:
-            here = InProcess(BatchDecoder(planner, decoder, limits, n))
-            _decode_lines(lines, broken, here, results, settings, keep_going)
-            return
         with start_workers(partial(BatchDecoder.make, new_mdp, decoder, options, limits, n)) as pool:
             _decode_lines(lines, broken, pool, results, settings, keep_going)
         return
-    with follow(limits.lm_tokens) as show:
-        plan = planner.plan(start, limits, progress=show)
-    if tree is not None:
-        plan.tree.to_html(tree)
-    if as_json:
-        from ..agents.distributed.batch import plan_record
+    with contextlib.ExitStack() as stack:
+        if learn is not None:
+            options["learn"] = learner = stack.enter_context(_learner(learn, mdp, spec, seed))
+            mdp = learner.mdp
+        planner = make_decoder(decoder, mdp, **options)
+        if source is not None:
+            from ..agents.distributed.batch import BatchDecoder
+            from ..agents.distributed.jobs import InProcess
 
-        say_json(plan_record(plan, n, decoder))
-    else:
-        _say_plan(plan, n, mdp, budget)
+            here = InProcess(BatchDecoder(planner, decoder, limits, n))
+            _decode_lines(lines, broken, here, results, settings, keep_going)
+            return
+        with follow(limits.lm_tokens) as show:
+            plan = planner.plan(start, limits, progress=show)
+        if tree is not None:
+            plan.tree.to_html(tree)
+        if as_json:
+            from ..agents.distributed.batch import plan_record
+
+            say_json(plan_record(plan, n, decoder))
+        else:
+            _say_plan(plan, n, mdp, budget)
     raise typer.Exit(130 if plan.stop_reason == "interrupted" else 0)
 
 
@@ -238,6 +252,28 @@ def demo(
         picture = screen.export_svg(title=f"qstar demo --task {spec.name} --budget {budget}")
         # Without rich's web font the picture fetches nothing, and shows in the reader's own monospace font.
         svg.write_text(re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _learner(folder: Path, mdp: DecodingMDP, task: Task, seed: int) -> Iterator[OnlineLearner]:
+    """Let a Q learn in a folder while the context lasts, and say at the end which heuristics were used."""
+    import gymnasium as gym
+
+    from ..agents import OnlineLearner, QStar
+
+    same = {"model": mdp.model, "reward": mdp.reward, "constraint": mdp.constraint}
+    sizes = {name: getattr(mdp, name) for name in ("top_k", "max_new_tokens", "logprob_weight")}
+    env = gym.make("TokenDecoding-v0", prompts=task.prompts.of("train"), **{**task.env, **same, **sizes})
+
+    def agent(saved: Path | None) -> QStar:
+        return QStar(env=env, **{**task.training, "seed": seed}) if saved is None else QStar.load(saved, env)
+
+    with OnlineLearner.open(folder, agent, seed=seed) as learner:
+        try:
+            yield learner
+        finally:
+            uses = ", ".join(f"{name} {use.searches} (J {use.objective:.3f})" for name, use in learner.uses().items())
+            err.print(f"heuristics used: {uses}; Q learned for {learner.seconds:.0f} s: {folder}", soft_wrap=True)
 
 
 def _heuristic(mdp: DecodingMDP, task: Task, q: str | None, *, adapted: bool = False) -> Any:

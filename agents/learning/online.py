@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from stable_baselines3.common.logger import Logger
 
-from ...checks import check_integer, check_number
+from ...checks import check_integer, check_number, check_writable
 from ...envs import DecodingMDP, Observer
 from ...envs.mdp import mdp_of
 from ...errors import ConfigurationError
+from ...files import locked
 from ..heuristics import BoundHeuristic, Heuristic
 from ..search.loop import score_completions
 from ..search.state import Search
+from .checkpoints import find_checkpoint
 from .experience import extract_targets
 from .q_function import QFunction
 from .q_heuristic import QHeuristic
@@ -108,7 +111,7 @@ class OnlineLearner:
 
     Attributes:
         agent: The agent whose Q learns.
-        version: Of Q; 0 before the first gradient step of this learner.
+        version: Of Q; 0 until this learner has learned for the first time.
         seconds: Time spent learning, in seconds.
     """
 
@@ -121,6 +124,8 @@ class OnlineLearner:
         share: float | None = None,
         guard: bool = True,
         seed: int = 0,
+        folder: str | Path | None = None,
+        save_every: float = 60.0,
     ) -> None:
         """Learn with an agent.
 
@@ -132,6 +137,8 @@ class OnlineLearner:
                 it are put off. None is without limit.
             guard: Whether to choose among heuristics; else the newest Q is always used, once there is one.
             seed: Of the guard's draws.
+            folder: Where the agent is saved from time to time, with all that it needs to go on; None for nowhere.
+            save_every: Least time between two of these, in seconds.
 
         Raises:
             ConfigurationError: An argument is out of range, or there is no agent with an environment.
@@ -144,6 +151,9 @@ class OnlineLearner:
         self.gradient_steps = check_integer("gradient_steps", gradient_steps, low=0)
         self.group, self.guard = check_integer("group", group), guard
         self.share = None if share is None else check_number("share", share, low=0, high=1)
+        self.folder = None if folder is None else Path(folder)
+        self.save_every = check_number("save_every", save_every, low=0)
+        self._saved = time.monotonic()
         self.version, self.seconds = 0, 0.0
         self._rng = np.random.default_rng(check_integer("seed", seed, low=0))
         self._lock = threading.Lock()
@@ -155,6 +165,30 @@ class OnlineLearner:
             agent.set_logger(Logger(None, []))
         if agent._n_updates:
             self._arms["learned"] = _Arm(self._snapshot())
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, folder: str | Path, agent: Callable[[Path | None], Any], **settings: Any) -> Iterator[Self]:
+        """Go on with the agent saved in a folder, or begin with a new one there; it is saved at the end too.
+
+        Args:
+            folder: The folder; made if there is none.
+            agent: Returns the agent saved in a folder, or a new one, given None.
+            settings: See the constructor.
+
+        Raises:
+            CheckpointError: The folder holds something else, is damaged, or belongs to another environment.
+            ConfigurationError: Another process learns there, or see the constructor.
+        """
+        folder = Path(folder)
+        check_writable(folder.parent)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder.parent / f".{folder.name}.lock", wait=False):
+            learner = cls(agent(folder if find_checkpoint(folder) else None), folder=folder, **settings)
+            try:
+                yield learner
+            finally:
+                learner.save(folder)
 
     # -- what a planner asks ------------------------------------------------------------------------------------------
 
@@ -193,6 +227,8 @@ class OnlineLearner:
             self._searching_seconds += sum(search.busy_seconds for search in known)
             if known:
                 self._learn(known)
+                if self.folder is not None and time.monotonic() - self._saved >= self.save_every:
+                    self._save(self.folder)
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -211,7 +247,11 @@ class OnlineLearner:
     def save(self, folder: str | Path, **description: Any) -> None:
         """Write the agent with all that it needs to go on learning; see :meth:`QStar.save`."""
         with self._lock:
-            self.agent.save(folder, version=self.version, **description)
+            self._save(Path(folder), **description)
+
+    def _save(self, folder: Path, **description: Any) -> None:
+        self.agent.save(folder, version=self.version, **description)
+        self._saved = time.monotonic()
 
     def _drawn(self) -> str:
         """Draw an arm by Thompson sampling."""

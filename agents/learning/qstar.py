@@ -347,6 +347,8 @@ class QStar(DQN):
                 own.scorer.load_state_dict(q.scorer.state_dict())  # type: ignore[union-attr]
             if training:
                 agent._restore(training)
+            else:
+                agent._n_updates = 1  # a trained network, whose inputs are standardised
         return agent
 
     @classmethod
