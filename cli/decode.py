@@ -279,7 +279,7 @@ def _learner(folder: Path, mdp: DecodingMDP, task: Task, seed: int) -> Iterator[
 def _heuristic(mdp: DecodingMDP, task: Task, q: str | None, *, adapted: bool = False) -> Any:
     """Return the Q-heuristic that was asked for, or the task's own where it fits, else the bound."""
     from ..agents import BoundHeuristic, QHeuristic, pretrained_names
-    from ..agents.learning.q_heuristic import shipped_heuristic
+    from ..agents.learning.q_heuristic import carried_weight, shipped_heuristic
 
     if q == "none":
         return BoundHeuristic()
@@ -288,12 +288,19 @@ def _heuristic(mdp: DecodingMDP, task: Task, q: str | None, *, adapted: bool = F
         heuristic.q.check(mdp)
         return heuristic
     if adapted and task.name in pretrained_names():
+        weight = carried_weight(task.env.get("reward", "sentiment"), mdp.reward)
+        if not weight:
+            err.print(
+                "note: the shipped Q knows the task's own reward only, which is no part of this one; using the bound "
+                f"instead (--q {task.name} takes it all the same, --learn FOLDER learns another)",
+                soft_wrap=True,
+            )
+            return BoundHeuristic()
         err.print(
-            f"note: the shipped Q knows the task's own reward only; using the bound instead (--q {task.name} takes it "
-            "all the same)",
+            f"note: the shipped Q was trained for the task's own reward, which counts {weight:g} times here; it orders "
+            "the search, and J is this reward's (--q none goes without, --learn FOLDER learns another)",
             soft_wrap=True,
         )
-        return BoundHeuristic()
     shipped, misfit = shipped_heuristic(task.name, mdp)
     if misfit:
         err.print(f"note: the shipped Q does not fit, using the bound instead ({misfit})", soft_wrap=True)

@@ -31,6 +31,7 @@ from .q_heuristic import ValueFunction as ValueFunction
 from .q_heuristic import ValueHeuristic as ValueHeuristic
 from .q_heuristic import as_q_function as as_q_function
 from .q_heuristic import as_value_function as as_value_function
+from .q_heuristic import carried_weight as carried_weight
 from .q_heuristic import export_sb3 as export_sb3
 from .q_heuristic import shipped_heuristic as shipped_heuristic
 from .qstar import QStar as QStar

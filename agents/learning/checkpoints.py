@@ -19,6 +19,7 @@ from ...errors import CheckpointError, ConfigurationError, UnknownNameError
 
 __all__ = [
     "PRETRAINED",
+    "check_replaceable",
     "find_checkpoint",
     "flatten_optimizer",
     "locate_checkpoint",
@@ -54,6 +55,17 @@ def find_checkpoint(folder: str | Path) -> Path | None:
     return next((path for path in (folder, old, folder) if (path / CONFIG).is_file()), None)
 
 
+def check_replaceable(folder: Path) -> None:
+    """Check that a checkpoint may be saved as ``folder``: a new or empty folder, or a checkpoint.
+
+    Raises:
+        ConfigurationError: It is something else.
+    """
+    is_free = not folder.exists() or (folder.is_dir() and ((folder / WEIGHTS).is_file() or not any(folder.iterdir())))
+    if not is_free:
+        raise ConfigurationError(f"{folder} holds something else than a checkpoint; save into a new or empty folder")
+
+
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the place of ``folder`` once it is complete.
@@ -66,8 +78,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     """
     folder = folder.resolve()
     new, old = _beside(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / WEIGHTS).is_file():
-        raise ConfigurationError(f"{folder} holds something else than a checkpoint; save into a new or empty folder")
+    check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     _clean_up(folder)
     new.mkdir()

@@ -8,12 +8,13 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 from stable_baselines3.common.logger import Logger
 
 from ...checks import check_integer, check_number, check_writable
@@ -24,17 +25,18 @@ from ...files import locked
 from ..heuristics import BoundHeuristic, Heuristic
 from ..search.loop import score_completions
 from ..search.state import Search
-from .checkpoints import find_checkpoint
+from .checkpoints import check_replaceable, find_checkpoint
 from .experience import extract_targets
-from .q_function import QFunction
+from .q_function import QFunction, load_q_function
 from .q_heuristic import QHeuristic
 
 __all__ = ["OnlineLearner", "Use"]
 
-# How much of an arm's evidence is left after a search by any arm. Q improves, so that old results mislead; with .98 the
+# How much of the evidence is left after one more search. Q improves, so that old results mislead; with .98 the
 # last fifty searches count most.
 _MEMORY = 0.98
-_TRIALS = 3  # searches by each arm before they are compared
+_TRIALS = 3  # searches by each heuristic before they are compared
+_LEAST_DEVIATION = 1e-6  # of J, where all results are equal
 
 
 class Use(NamedTuple):
@@ -52,42 +54,34 @@ class Use(NamedTuple):
 
 
 @dataclass
-class _Arm:
-    """One of the heuristics that the guard chooses from, and its results.
+class _Results:
+    """Results of the searches that one heuristic ordered; those of long ago are discounted in the first three.
 
     Attributes:
-        heuristic: The heuristic.
-        weight: Number of searches, the old ones discounted.
-        total: Sum of their J, discounted alike.
-        searches: Number of searches.
-        objectives: Sum of their J.
+        weight: Number of searches.
+        total: Sum of their J.
+        squares: Sum of the squares of their J.
+        searches: Number of searches, all alike.
+        objectives: Sum of their J, all alike.
     """
-
-    heuristic: Heuristic
-    weight: float = 0.0
-    total: float = 0.0
-    searches: int = 0
-    objectives: float = 0.0
-
-
-@dataclass
-class _Spread:
-    """A running mean and variance of J over all searches, discounted like the arms."""
 
     weight: float = 0.0
     total: float = 0.0
     squares: float = 0.0
-
-    def add(self, value: float) -> None:
-        self.weight, self.total = self.weight * _MEMORY + 1, self.total * _MEMORY + value
-        self.squares = self.squares * _MEMORY + value**2
+    searches: int = 0
+    objectives: float = 0.0
 
     @property
-    def deviation(self) -> float:
-        if self.weight < 2:
-            return 1.0
-        mean = self.total / self.weight
-        return math.sqrt(max(self.squares / self.weight - mean**2, 0.0)) + 1e-6
+    def recent(self) -> float:
+        """The mean J, the late searches counting most; NaN where they are forgotten."""
+        return self.total / self.weight if self.weight else math.nan
+
+    def forget(self) -> None:
+        self.weight, self.total, self.squares = self.weight * _MEMORY, self.total * _MEMORY, self.squares * _MEMORY
+
+    def add(self, objective: float) -> None:
+        self.weight, self.total, self.squares = self.weight + 1, self.total + objective, self.squares + objective**2
+        self.searches, self.objectives = self.searches + 1, self.objectives + objective
 
 
 class OnlineLearner:
@@ -158,13 +152,13 @@ class OnlineLearner:
         self._rng = np.random.default_rng(check_integer("seed", seed, low=0))
         self._lock = threading.Lock()
         self._searching_seconds, self._steps_due = 0.0, 0
-        self._spread = _Spread()
-        self._arms: dict[str, _Arm] = {"bound": _Arm(BoundHeuristic())}
+        self._heuristics: dict[str, Heuristic] = {"bound": BoundHeuristic()}
+        self._results: dict[str, _Results] = {}
         self._running: WeakKeyDictionary[Search, str] = WeakKeyDictionary()  # the heuristics of searches that run
         if not hasattr(agent, "_logger"):
             agent.set_logger(Logger(None, []))
         if agent._n_updates:
-            self._arms["learned"] = _Arm(self._snapshot())
+            self._heuristics["learned"] = self._snapshot()
 
     @classmethod
     @contextlib.contextmanager
@@ -177,18 +171,23 @@ class OnlineLearner:
             settings: See the constructor.
 
         Raises:
-            CheckpointError: The folder holds something else, is damaged, or belongs to another environment.
-            ConfigurationError: Another process learns there, or see the constructor.
+            CheckpointError: The checkpoint is damaged, or belongs to another environment.
+            ConfigurationError: The folder holds something else, another process learns there, or see the constructor.
         """
         folder = Path(folder)
+        check_replaceable(folder)
         check_writable(folder.parent)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.parent / f".{folder.name}.lock", wait=False):
-            learner = cls(agent(folder if find_checkpoint(folder) else None), folder=folder, **settings)
+            saved = folder if find_checkpoint(folder) else None
+            learner = cls(agent(saved), folder=folder, **settings)
+            if saved is not None:
+                learner._restore(load_q_function(saved).description.get("heuristics"))
             try:
                 yield learner
             finally:
-                learner.save(folder)
+                if learner.version:
+                    learner.save(folder)
 
     # -- what a planner asks ------------------------------------------------------------------------------------------
 
@@ -208,10 +207,10 @@ class OnlineLearner:
         """
         with self._lock:
             is_own = isinstance(given, QHeuristic) and given.q.network is self.agent.q_net
-            if given is not None and not isinstance(given, BoundHeuristic) and not is_own and "given" not in self._arms:
-                self._arms["given"] = _Arm(given)
-            name = self._drawn() if self.guard else "learned" if "learned" in self._arms else "bound"
-            return name, self._arms[name].heuristic
+            if given is not None and not isinstance(given, BoundHeuristic) and not is_own:
+                self._heuristics.setdefault("given", given)
+            name = self._drawn() if self.guard else "learned" if "learned" in self._heuristics else "bound"
+            return name, self._heuristics[name]
 
     def begin(self, search: Search, name: str) -> None:
         """Enter a search that was begun with the heuristic of this name."""
@@ -236,12 +235,10 @@ class OnlineLearner:
         """Return, by name, how often each heuristic was used and with what result."""
         with self._lock:
             return {
-                name: Use(
-                    arm.searches,
-                    arm.objectives / arm.searches if arm.searches else math.nan,
-                    arm.total / arm.weight if arm.weight else math.nan,
-                )
-                for name, arm in self._arms.items()
+                name: Use(found.searches, found.objectives / found.searches, found.recent)
+                if (found := self._results.get(name))
+                else Use(0, math.nan, math.nan)
+                for name in self._heuristics
             }
 
     def save(self, folder: str | Path, **description: Any) -> None:
@@ -250,32 +247,40 @@ class OnlineLearner:
             self._save(Path(folder), **description)
 
     def _save(self, folder: Path, **description: Any) -> None:
-        self.agent.save(folder, version=self.version, **description)
+        guard = {name: asdict(results) for name, results in self._results.items()}
+        self.agent.save(folder, version=self.version, heuristics=guard, **description)
         self._saved = time.monotonic()
 
+    def _restore(self, saved: Any) -> None:
+        """Take back the results that :meth:`save` wrote; anything else is no evidence."""
+        with contextlib.suppress(ValidationError):
+            self._results = TypeAdapter(dict[str, _Results]).validate_python(saved)
+
     def _drawn(self) -> str:
-        """Draw an arm by Thompson sampling."""
+        """Draw a heuristic by Thompson sampling."""
         running = list(self._running.values())
-        for name, arm in self._arms.items():  # the searches that run count as tried, so that a group is not all one
-            if arm.searches + running.count(name) < _TRIALS:
+        for name in self._heuristics:  # the searches that run count as tried, so that a group is not all one
+            found = self._results.get(name)
+            if (found.searches if found else 0) + running.count(name) < _TRIALS:
                 return name
+        known = {name: found for name, found in self._results.items() if name in self._heuristics and found.weight}
+        weight, total, squares = (
+            sum(getattr(found, field) for found in known.values()) for field in ("weight", "total", "squares")
+        )
+        if not weight:
+            return "bound"
+        deviation = math.sqrt(max(squares / weight - (total / weight) ** 2, 0.0)) + _LEAST_DEVIATION
         draws = {
-            name: self._rng.normal(arm.total / arm.weight, self._spread.deviation / math.sqrt(arm.weight))
-            for name, arm in self._arms.items()
-            if arm.weight
+            name: self._rng.normal(found.recent, deviation / math.sqrt(found.weight)) for name, found in known.items()
         }
-        return max(draws, key=lambda name: draws[name]) if draws else "bound"
+        return max(draws, key=lambda name: draws[name])
 
     def _enter(self, name: str, search: Search) -> None:
         if search.best is None or not math.isfinite(search.best.objective):
             return
-        objective = search.best.objective
-        for arm in self._arms.values():
-            arm.weight, arm.total = arm.weight * _MEMORY, arm.total * _MEMORY
-        arm = self._arms[name]
-        arm.weight, arm.total = arm.weight + 1, arm.total + objective
-        arm.searches, arm.objectives = arm.searches + 1, arm.objectives + objective
-        self._spread.add(objective)
+        for found in self._results.values():
+            found.forget()
+        self._results.setdefault(name, _Results()).add(search.best.objective)
 
     def _learn(self, searches: Sequence[Search]) -> None:
         start = time.perf_counter()
@@ -294,8 +299,7 @@ class OnlineLearner:
             self.agent.train(steps, self.agent.batch_size)
             self._steps_due -= steps
             self.version += 1
-            learned = self._arms.setdefault("learned", _Arm(BoundHeuristic()))
-            learned.heuristic = self._snapshot()
+            self._heuristics["learned"] = self._snapshot()
         self.seconds += time.perf_counter() - start
 
     def _snapshot(self) -> QHeuristic:

@@ -19,6 +19,7 @@ from ...checks import check_number
 from ...envs import DecodingMDP, Prompt
 from ...envs.mdp import mdp_of
 from ...errors import CheckpointError, ConfigurationError
+from ...rewards import Reward, WeightedSum, as_reward
 from ..heuristics import BoundHeuristic, Composable, Heuristic
 from ..search.state import IntArray, Values
 from .checkpoints import pretrained_names
@@ -31,6 +32,7 @@ __all__ = [
     "ValueHeuristic",
     "as_q_function",
     "as_value_function",
+    "carried_weight",
     "export_sb3",
     "shipped_heuristic",
 ]
@@ -94,6 +96,28 @@ def shipped_heuristic(task: str, mdp: DecodingMDP) -> tuple[Heuristic, str]:
     except CheckpointError as error:
         return BoundHeuristic(), str(error)
     return heuristic, ""
+
+
+def carried_weight(trained: Any, reward: Any) -> float:
+    """Return the weight w >= 0 with which a reward holds the one that a Q was trained for: reward = w · trained + rest.
+
+    With w > 0 that Q says something about the new reward: its part of it, while φ(s) and bounds are the new reward's.
+
+    Args:
+        trained: The reward that Q was trained for; see :func:`~qstar_decoding.rewards.as_reward`.
+        reward: The new one.
+    """
+    old, new = (_weights(as_reward(each)) for each in (trained, reward))
+    shares = [new.get(name, 0.0) / weight for name, weight in old.items() if weight]
+    return max(min(shares, default=0.0), 0.0)
+
+
+def _weights(reward: Reward) -> dict[str, float]:
+    """Return a reward's terms: their weights by name."""
+    weights: dict[str, float] = {}
+    for weight, term in reward.terms if isinstance(reward, WeightedSum) else [(1.0, reward)]:
+        weights[term.name] = weights.get(term.name, 0.0) + weight
+    return weights
 
 
 class ValueHeuristic(Composable):

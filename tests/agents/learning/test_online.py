@@ -17,6 +17,7 @@ from qstar_decoding.agents import (
     TokenQPolicy,
     ZeroHeuristic,
 )
+from qstar_decoding.agents.learning import carried_weight
 from qstar_decoding.envs import TabularLM
 from qstar_decoding.envs.prompts import as_prompt
 from qstar_decoding.errors import ConfigurationError
@@ -92,14 +93,14 @@ def test_the_same_seed_gives_the_same_plans():
 
 def test_a_search_keeps_the_version_of_q_that_it_began_with(learned):
     planner, _ = learned
-    old = planner.learner._arms["learned"].heuristic
+    old = planner.learner._heuristics["learned"]
     mdp, prompts = planner.mdp, [as_prompt("ab")]
     roots = mdp.roots(prompts)
     before = old(mdp, prompts, roots)
     planner.plan_many(draw_prompts(8), BUDGET)
-    assert planner.learner._arms["learned"].heuristic is not old
+    assert planner.learner._heuristics["learned"] is not old
     np.testing.assert_array_equal(old(mdp, prompts, roots), before)
-    newest = planner.learner._arms["learned"].heuristic
+    newest = planner.learner._heuristics["learned"]
     assert not np.array_equal(newest(mdp, prompts, roots), before)
 
 
@@ -258,12 +259,33 @@ def test_a_folder_is_gone_on_with(tmp_path):
         steps, states = learner.agent._n_updates, learner.agent.experience.size
         with pytest.raises(ConfigurationError, match="another process"), OnlineLearner.open(folder, agent):
             pass
+        before = learner.uses()
     with OnlineLearner.open(folder, agent, seed=0) as learner:
+        assert learner.uses() == before  # the guard knows what it knew
         assert (learner.agent._n_updates, learner.agent.experience.size) == (steps, states)
         AStarPlanner(env, learn=learner).plan_many(draw_prompts(8), BUDGET)
         assert learner.uses()["learned"].searches > 0
         assert learner.agent._n_updates > steps
     assert QHeuristic(folder).q.spec.top_k == 3
+
+
+def test_a_file_or_a_folder_of_something_else_is_refused_and_kept(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes").write_text("mine")
+    for name in ("file", "folder"):
+        with (
+            pytest.raises(ConfigurationError, match="something else"),
+            OnlineLearner.open(tmp_path / name, lambda saved: QStar(TokenQPolicy, make_env(), **SMALL)),
+        ):
+            pass
+    assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "notes").read_text() == "mine"
+
+
+def test_nothing_is_saved_where_nothing_was_learned(tmp_path):
+    with OnlineLearner.open(tmp_path / "q", lambda saved: QStar(TokenQPolicy, make_env(), **SMALL)):
+        pass
+    assert not (tmp_path / "q").exists()
 
 
 def test_it_is_saved_from_time_to_time(tmp_path):
@@ -281,3 +303,20 @@ def test_a_q_without_training_state_goes_on_as_it_is(tmp_path, learned):
     AStarPlanner(env, learn=OnlineLearner(loaded, seed=0)).plan_many(draw_prompts(4), BUDGET)
     assert loaded._n_updates > 1
     np.testing.assert_array_equal(loaded.q_net.scorer.hidden_scale.numpy(), scale.numpy())  # not standardised anew
+
+
+@pytest.mark.parametrize(
+    ("trained", "reward", "weight"),
+    [
+        ("sentiment", "sentiment - repetition", 1.0),
+        ("sentiment", "0.5 * sentiment + 0.5 * length", 0.5),
+        ("sentiment", "repetition - sentiment", 0.0),
+        ("sentiment", "length", 0.0),
+        ("0.8 * keywords + 0.2 * complete_sentence", "0.4 * keywords + 0.4 * complete_sentence", 0.5),
+        ("0.8 * keywords + 0.2 * complete_sentence", "keywords", 0.0),
+        ("sentiment", "2 * sentiment - sentiment", 1.0),
+        ("sentiment", "min(sentiment, length)", 0.0),
+    ],
+)
+def test_the_weight_of_a_trained_reward_in_a_new_one(trained, reward, weight):
+    assert carried_weight(trained, reward) == pytest.approx(weight)
