@@ -59,6 +59,7 @@ from .search.handle import SearchHandle as SearchHandle
 from .search.plan import Plan as Plan
 from .search.request import Request as Request
 from .search.state import Search as Search
+from .trackers import Tracking as Tracking
 from .training import TrainingResult as TrainingResult
 from .training import held_out_figures as held_out_figures
 from .training import train_task as train_task

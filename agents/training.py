@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +32,7 @@ from .planning.astar import AStarPlanner
 from .planning.decoder import Decoder
 from .planning.greedy import GreedyDecoder
 from .planning.sampling import SamplingDecoder
+from .trackers import Tracking, check_tracker
 
 __all__ = ["TrainingResult", "held_out_figures", "train_task"]
 
@@ -78,6 +79,7 @@ def train_task(
     verbose: int = 0,
     command: str | None = None,
     progress: Progress | None = None,
+    track: str | None = None,
 ) -> TrainingResult:
     """Train a Q-function for a task by searching its training prompts, then try it on its held-out prompts.
 
@@ -96,6 +98,7 @@ def train_task(
         verbose: 1 prints the training's figures.
         command: The command that the checkpoint reports as its origin; ``qstar train …`` by default.
         progress: Called with a few words on the work, the amount done, and the total (None: not known).
+        track: A tracker beside TensorBoard, ``"trackio"`` or ``"wandb"``; the run is named after ``folder``.
 
     Returns:
         The agent and its figures.
@@ -130,6 +133,8 @@ def train_task(
     origin = spec.name if isinstance(task, Task) else str(task)
     command = command or f"qstar train {origin} --steps {total} --seed {seed}"
     report: Progress = progress or (lambda *_: None)
+    if track is not None:
+        check_tracker(track)
     if deterministic:
         import torch
 
@@ -138,6 +143,11 @@ def train_task(
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(folder / ".lock", wait=False))
+        tracking = []
+        if track is not None:
+            shown = {"task": spec.name, "command": command, "env": spec.env, **asdict(config)}
+            tracking = [Tracking(track, name=folder.name, config=shown)]
+            stack.callback(tracking[0].close)
         report("loading the language model", 0, None)
         saving = _Saving(checkpoint, save_every, command, partial(report, f"training, seed {seed}"), total)
         env = gym.make("TokenDecoding-v0", prompts=spec.prompts.of("train"), **spec.env)
@@ -148,7 +158,7 @@ def train_task(
         else:
             agent = QStar(env=env, config=config, workers=pool, **logs, **own)
         if agent.num_timesteps < total:
-            _learn(agent, total, spec, folder, saving, fresh=not resume)
+            _learn(agent, total, spec, folder, saving, tracking, fresh=not resume)
         minutes = round(saving.seconds / 60, 1)
         figures = held_out_figures(agent, spec, progress=progress)
         made = {"command": command, "seed": seed, "minutes": minutes, "time_steps": agent.num_timesteps}
@@ -190,14 +200,16 @@ def held_out_figures(agent: Any, task: Task, *, progress: Progress | None = None
     return figures
 
 
-def _learn(agent: QStar, total: int, task: Task, folder: Path, saving: _Saving, *, fresh: bool) -> None:
+def _learn(
+    agent: QStar, total: int, task: Task, folder: Path, saving: _Saving, tracking: list[Tracking], *, fresh: bool
+) -> None:
     tried = Diagnostics(
         task.prompts.of("dev"), folder, budgets=task.budgets, every=max(total // 5, 1), planner_kwargs=task.planner
     )
     try:
         agent.learn(
             total - agent.num_timesteps,
-            callback=[saving, tried],
+            callback=[saving, tried, *tracking],
             reset_num_timesteps=fresh,
             tb_log_name="qstar",
             log_interval=4,

@@ -14,9 +14,20 @@ from rich.table import Table
 from ..checks import check_writable
 from .console import err, out, quiet, report_progress, say_json
 from .decode import FIGURES, formatted
-from .options import JsonOption, RayOption, TaskArgument, ThreadsOption, TrustOption, WorkersOption, workers_on
+from .options import (
+    JsonOption,
+    RayOption,
+    TaskArgument,
+    ThreadsOption,
+    TrustOption,
+    WorkersOption,
+    complete,
+    workers_on,
+)
 
 __all__ = ["train", "train_reward"]
+
+_TRACKERS = "trackio wandb"
 
 
 def train(
@@ -30,6 +41,12 @@ def train(
         bool,
         typer.Option("--deterministic", help="One thread, deterministic kernels: equal to the last bit."),
     ] = False,
+    track: Annotated[
+        str | None,
+        typer.Option(
+            help="Tracker beside TensorBoard: trackio or wandb.", autocompletion=complete(lambda: ("trackio", "wandb"))
+        ),
+    ] = None,
     as_json: JsonOption = False,
     ray: RayOption = None,
     workers: WorkersOption = None,
@@ -78,6 +95,7 @@ def train(
                 verbose=int(not (as_json or err.is_terminal)),  # lines of figures, where nobody watches a bar
                 command=command,
                 progress=progress,
+                track=track,
             )
         except TrainingDivergedError:
             err.print(f"stopped; the last good checkpoint is in {folder / 'checkpoint'}", soft_wrap=True)

@@ -18,7 +18,7 @@ LAYERS = [
     ["envs"],
     ["tasks"],
     ["agents.search"],
-    ["agents.heuristics"],
+    ["agents.heuristics", "agents.trackers"],
     ["agents.planning"],
     ["agents.distributed"],
     ["agents.learning"],
