@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import Depends, FastAPI, Header, HTTPException
@@ -19,7 +17,8 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ..agents.search.snapshot import SearchTree
 from ..checks import describe_invalid
-from ..errors import ConfigurationError, QStarError
+from ..errors import QStarError
+from ..serve.listening import LOOPBACK, foreign_origin, listening
 from .runs import LIMITS, Request, Run, Runs, examples
 
 __all__ = ["create_app", "serve"]
@@ -30,10 +29,9 @@ _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-_LOOPBACK = ["127.0.0.1", "localhost", "::1", "[::1]"]
 
 
-def create_app(hosts: Sequence[str] = _LOOPBACK) -> FastAPI:
+def create_app(hosts: Sequence[str] = LOOPBACK) -> FastAPI:
     """Return the application; each has runs of its own.
 
     Args:
@@ -116,16 +114,13 @@ def create_app(hosts: Sequence[str] = _LOOPBACK) -> FastAPI:
 def _check_origin(request: HttpRequest) -> None:
     """Refuse requests that change something and that a page of another site could send.
 
-    Browsers name the sending page's site in ``Origin`` and ``Sec-Fetch-Site``. Older browsers may not, but none lets
-    another site send JSON without asking this server first.
+    Older browsers may not name the sending page's site, but none lets another site send JSON without asking this server
+    first.
     """
     if request.method in ("GET", "HEAD", "OPTIONS"):
         return
-    origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
-        raise HTTPException(403, f"requests from {origin[:100]} are refused; use the page of this server")
-    if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
-        raise HTTPException(403, "requests from other sites are refused; use the page of this server")
+    if refusal := foreign_origin(request.headers):
+        raise HTTPException(403, f"{refusal}; use the page of this server")
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "send application/json")
 
@@ -136,18 +131,8 @@ def serve(host: str = "127.0.0.1", port: int = 8321) -> None:
     Raises:
         ConfigurationError: The port is taken, or the address is not one of this machine.
     """
-    app = create_app(_LOOPBACK if host in _LOOPBACK else ["*"])
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-            listener.listen()  # requests wait from now on, so the address can be printed before the server runs
-        except OSError as error:
-            raise ConfigurationError(
-                f"cannot listen at {host}:{port}: {error.strerror}; give another --port, or 0 for any that is free"
-            ) from error
-        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    app = create_app(LOOPBACK if host in LOOPBACK else ["*"])
+    with listening(host, port) as (listener, address):
         print(f"open {address} (Ctrl-C ends it)", flush=True)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
         server.run(sockets=[listener])

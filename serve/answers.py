@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from .. import __version__
 from ..models.base import LanguageModel
@@ -23,6 +23,7 @@ class Answer:
     """
 
     kind = chunk_kind = prefix = ""
+    role: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, model: str, lm: LanguageModel, *, with_usage: bool) -> None:
         """Begin an answer.
@@ -40,6 +41,7 @@ class Answer:
         self._texts: dict[int, list[str]] = {}
         self._tokens: dict[int, list[tuple[Token, int]]] = {}
         self._ends: dict[int, End] = {}
+        self._opened: set[int] = set()
 
     def take(self, event: Event) -> None:
         """Note an event for the whole answer."""
@@ -59,18 +61,22 @@ class Answer:
             choices.append(self._choice(choice, content, shown, end))
         return {"object": self.kind, **self._head, "choices": choices, "usage": self._used(), **self._tail}
 
-    def opening(self, choices: int) -> list[dict[str, Any]]:
-        """Return the chunks that a stream begins with."""
-        return []
-
-    def chunk(self, event: Piece | End | Improvement, *, logprobs: bool) -> dict[str, Any]:
-        """Return the chunk of one event."""
+    def chunks(self, event: Event, *, logprobs: bool) -> list[dict[str, Any]]:
+        """Return the chunks of one event."""
         if isinstance(event, Improvement):
-            return self._chunk([], {"qstar": {"improvement": event.report}})
+            return [self._chunk([], {"qstar": {"improvement": event.report}})]
         if isinstance(event, Piece):
             shown = self.logprobs(event.tokens) if logprobs else None
-            return self._chunk([self._choice(event.choice, self.delta(event.text), shown, None)])
-        return self._chunk([self._choice(event.choice, self.delta(""), None, event)])
+            return [*self._opening(event.choice), self._part(event.choice, self.delta(event.text), shown)]
+        if isinstance(event, End):
+            return [*self._opening(event.choice), self._part(event.choice, self.delta(""), None, event)]
+        return []
+
+    def _opening(self, choice: int) -> list[dict[str, Any]]:
+        """Return what stands before a choice's first piece."""
+        is_new = choice not in self._opened
+        self._opened.add(choice)
+        return [self._part(choice, self.role, None)] if is_new and self.role else []
 
     def closing(self) -> list[dict[str, Any]]:
         """Return the chunks that a stream ends with."""
@@ -100,6 +106,11 @@ class Answer:
         made = {"index": choice, **content, "logprobs": logprobs, "finish_reason": end.finish if end else None}
         return {**made, "qstar": end.report} if end is not None and end.report is not None else made
 
+    def _part(
+        self, choice: int, content: dict[str, Any], logprobs: dict[str, Any] | None, end: End | None = None
+    ) -> dict[str, Any]:
+        return self._chunk([self._choice(choice, content, logprobs, end)])
+
     def _chunk(self, choices: list[dict[str, Any]], further: dict[str, Any] | None = None) -> dict[str, Any]:
         usage: dict[str, Any] = {"usage": None} if self._with_usage else {}
         return {"object": self.chunk_kind, **self._head, "choices": choices, **usage, **self._tail, **(further or {})}
@@ -115,11 +126,7 @@ class ChatAnswer(Answer):
     """The answer of ``/v1/chat/completions``."""
 
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
-
-    def opening(self, choices: int) -> list[dict[str, Any]]:
-        """See :meth:`Answer.opening`: each choice tells its role."""
-        role = {"delta": {"role": "assistant", "content": "", "refusal": None}}
-        return [self._chunk([self._choice(choice, role, None, None)]) for choice in range(choices)]
+    role: ClassVar = {"delta": {"role": "assistant", "content": "", "refusal": None}}
 
     def content(self, text: str) -> dict[str, Any]:
         """See :meth:`Answer.content`."""

@@ -150,18 +150,21 @@ class Reply(Response):
             await say(f"data: {json.dumps(chunk, allow_nan=False, ensure_ascii=False)}")
 
         try:
+            early: list[Event] = []
             async for event in events:
-                if isinstance(event, Begun):
-                    waiting -= 1
-                    if not waiting:
-                        await self._open(send)
-                        for chunk in answer.opening(task.choices):
-                            await tell(chunk)
-                elif event is None:
+                if event is None:
                     if self._status:
                         await say(": still here")
-                else:
-                    await tell(answer.chunk(event, logprobs=with_logprobs))
+                    continue
+                waiting -= isinstance(event, Begun)
+                early.append(event)
+                if waiting:  # an error of the others still has a status of its own
+                    continue
+                if not self._status:
+                    await self._open(send)
+                for chunk in (chunk for one in early for chunk in answer.chunks(one, logprobs=with_logprobs)):
+                    await tell(chunk)
+                early.clear()
             for chunk in answer.closing():
                 await tell(chunk)
             await say("data: [DONE]", more=False)

@@ -185,17 +185,16 @@ class Catalogue:
             changes["stop"] = body.stop
         if constraints:
             changes["constraint"] = list(constraints)
-        changes["n"] = self._texts(body, asked, command)
         try:
             decoder = make_decoder(command, self.engine.mdp, **options)
             decoder.processes = self.engine.decoder.processes  # so that equal settings share their trees
             decoder = decoder.with_changes(**changes)
+            tokens = asked.budget or min(max(_BUDGET, 8 * decoder.mdp.max_new_tokens), self._most_budget)
+            decoder = decoder.with_changes(n=asked.n or _texts(decoder, body.choices, tokens))
         except QStarError as error:
             raise as_api_error(error, "qstar") from error
-        most_tokens = decoder.mdp.max_new_tokens
-        default = min(max(_BUDGET, 8 * most_tokens), self._most_budget)
         limits = {name: getattr(asked, name) for name in ("seconds", "reward_calls", "gap", "target", "patience")}
-        budget = Budget(lm_tokens=asked.budget or default, **limits)
+        budget = Budget(lm_tokens=tokens, **limits)
         return Search(decoder, command, budget, asked.columns or {}, bool(asked.improvements))
 
     def _command(self, entry: Entry, asked: QStarBody) -> str:
@@ -226,13 +225,13 @@ class Catalogue:
         planner = entry.planner if asked.reward is None and name == entry.q else {}
         return self._heuristics[name], planner
 
-    @staticmethod
-    def _texts(body: Body, asked: QStarBody, command: str) -> int | None:
-        """Return the library's n: how many texts are drawn, or how many of the best are wanted."""
-        if not issubclass(DECODERS[command], SamplingDecoder):
-            return asked.n or body.choices
-        # A budget that pays for fewer texts than choices must not leave choices out.
-        return asked.n or (body.choices if body.choices > 1 else None)
+
+def _texts(decoder: Decoder, choices: int, tokens: int) -> int | None:
+    """Return the library's n: of samplers, the texts that are drawn; of others, how many of the best are wanted."""
+    if not isinstance(decoder, SamplingDecoder):
+        return choices
+    # As many as the budget pays for, which may be more than it seems; but no choice is left out.
+    return None if tokens // max(decoder.mdp.max_new_tokens - 1, 1) >= choices else choices
 
 
 def _seed(body: Body) -> int:

@@ -18,6 +18,7 @@ from ..envs.prompts import Prompt
 from ..errors import InternalError
 from ..files import to_jsonable
 from ..models.base import LanguageModel
+from .bodies import as_api_error, invalid
 from .catalogue import Search
 from .sampling import Drawing, Sampler, Token, score
 from .settling import settled_text
@@ -175,7 +176,7 @@ async def searched(
         if search.improvements and state.best is not None and state.best.text != best:
             best = state.best.text
             loop.call_soon_threadsafe(news.put_nowait, state.best)
-        if streamed and len(text := settled_text(state, search.decoder, count)) > len(told):
+        if streamed and len(text := settled_text(state, search.decoder)) > len(told):
             told = text
             loop.call_soon_threadsafe(news.put_nowait, text)
 
@@ -191,10 +192,15 @@ async def searched(
             if isinstance(new, Completion):
                 yield Improvement(to_jsonable({name: getattr(new, name) for name in ("text", "objective", "reward")}))
                 continue
-            for text in texts:
-                if piece := text.piece(new):
-                    yield piece
-        plan = await waiting
+            if piece := texts[0].piece(new):  # of the others nothing is settled before the end
+                yield piece
+        try:
+            plan = await waiting
+        except Exception as error:
+            raise as_api_error(error, "qstar") from error
+        if plan.usage.reward_calls and not plan.completions:
+            message = f"the reward {mdp.reward.name!r} scores no text here; it may read a field of the prompt"
+            raise invalid("qstar.columns", f"{message}, such as qstar.columns.keywords")
         completions = _proposed(plan, count)
         used = plan.usage
         spent = {"lm_tokens": used.lm_tokens, "lm_forwards": used.lm_forwards, "reward_calls": used.reward_calls}

@@ -101,23 +101,29 @@ class DrainingServer(uvicorn.Server):
 
 
 class PatientProtocol(H11Protocol):
-    """HTTP that closes a connection on which no request has come for some time, so that half-open ones go away."""
+    """HTTP that closes connections on which no request comes to its end of headers, so that half-open ones go away."""
 
-    first_request_seconds = 20.0
+    silence_seconds = 20.0
     most_connections = 2048
+    _seen: Any = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for the first request, or close at once where there are too many connections."""
+        """Wait for requests, or close at once where there are too many connections."""
         super().connection_made(transport)
         if len(self.connections) > self.most_connections:
             transport.abort()
-            return
-        self.loop.call_later(self.first_request_seconds, self._close_if_silent)
+        else:
+            self.loop.call_later(self.silence_seconds, self._close_if_silent)
 
     def _close_if_silent(self) -> None:
         request: Any = self.cycle
-        if request is None and not self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        if (request is None or request.response_complete) and request is self._seen:
             self.transport.close()
+            return
+        self._seen = request
+        self.loop.call_later(self.silence_seconds, self._close_if_silent)
 
 
 def serve(

@@ -1,11 +1,11 @@
 """Settled text: the beginning that every text has which a search can still propose.
 
 A stream is append-only, so a token goes out once no text can win that does not begin with it. Three kinds of texts can
-win: finished texts that are among the best, texts below an open edge, and, while nothing is finished, the unfinished
-text that a spent budget would leave.
+win: the best finished text, texts below an open edge, and, while nothing is finished, the unfinished text that a spent
+budget would leave.
 
-* An open edge counts if its bound U exceeds the J that a text needs to be among the best. U is sound, whatever the
-  heuristic promises, so what is left out cannot win. Where J is not asked for (``score="q"``, a majority vote), every
+* An open edge counts if its bound U is not below the J of the best text. U is sound, whatever the heuristic promises,
+  so what is left out cannot win. Where J is not asked for (``score="q"``, a majority vote), every
   open edge and every finished text counts.
 * A greedy decoder, a beam, and a sampler of one text never return to a depth that they have left. There only edges at
   the greatest depth count.
@@ -35,43 +35,31 @@ __all__ = ["settled_text"]
 _TOLERANCE = 1e-6  # by which a text may exceed its bound; see Search
 
 
-def settled_text(search: Search, decoder: Decoder, count: int) -> str:
-    """Return the beginning of all texts that can be among the ``count`` that a search proposes.
+def settled_text(search: Search, decoder: Decoder) -> str:
+    """Return the beginning of all texts that a search can still propose.
 
     Args:
         search: The search, between two steps.
         decoder: The decoder that advances it.
-        count: How many texts are proposed.
     """
     with turn([search]):
-        row = _common(search, _candidates(search, decoder, count))
+        row = _common(search, _candidates(search, decoder))
         text = search.mdp.text(int(search.node[row])) if row else ""
     return StopStrings(search.mdp.stop).settled(text).rstrip()
 
 
-def _candidates(search: Search, decoder: Decoder, count: int) -> IntArray:
+def _candidates(search: Search, decoder: Decoder) -> IntArray:
     """Return the rows that lead to every text that can still be proposed."""
-    rows = np.arange(search.size)
-    by_objective = search.score == "reward" and not isinstance(decoder, MajorityVote)
-    objectives: dict[str, float] = {}
-    for completion in search.completions.values():
-        if not math.isnan(completion.objective):
-            text = completion.text.strip()
-            objectives[text] = max(objectives.get(text, -math.inf), completion.objective)
-    ranked = sorted(objectives.values(), reverse=True)
-    needed = ranked[count - 1] if by_objective and len(ranked) >= count else -math.inf
-    candidates = search.open_bound[rows] >= needed - _TOLERANCE
-    candidates &= search.open_bound[rows] > -math.inf
+    open_bound, depth = search.open_bound[: search.size], search.depth[: search.size]
+    is_deepest = depth == depth.max()
+    needed = search.incumbent if search.score == "reward" and not isinstance(decoder, MajorityVote) else -math.inf
+    candidates = (open_bound >= needed - _TOLERANCE) & (open_bound > -math.inf)
     if _never_returns(search, decoder):
-        candidates &= search.depth[rows] == search.depth[rows].max()
-    ended = [
-        row
-        for (row, _), completion in search.completions.items()
-        if math.isnan(completion.objective) or completion.objective >= needed
-    ]
-    candidates[ended] = True
-    if not objectives:  # the budget may end before a text does
-        candidates |= search.depth[rows] == search.depth[rows].max()
+        candidates &= is_deepest
+    completions = search.completions.items()
+    candidates[[row for (row, _), completion in completions if not completion.objective < needed]] = True
+    if search.best is None:  # the budget may end before a text does
+        candidates |= is_deepest
     return np.flatnonzero(candidates)
 
 

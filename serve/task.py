@@ -58,11 +58,11 @@ class Task:
         response = body.response_format if isinstance(body, ChatBody) else None
         self._constraints: tuple[Constraint, ...] = constraints_of(response, asked.constraint if asked else None)
         most = self._given_most()
+        if most == 0 and not (asked is None and self.entry.decoder is None):
+            raise invalid("max_tokens", "a search writes at least 1 token")
         self.search: Search | None = tools.catalogue.search(self.entry, body, most, self._constraints)
         if self.search is not None and self.search.improvements and not body.stream:
             raise invalid("qstar.improvements", "it is for streams; set stream to true")
-        if self.search is not None and most == 0:
-            raise invalid("max_tokens", "a search writes at least 1 token")
         self.echo = isinstance(body, CompletionBody) and bool(body.echo)
         if most == 0 and not self.echo:
             raise invalid("max_tokens", "0 is for echo, which scores a prompt; at least 1 is needed")
@@ -89,16 +89,14 @@ class Task:
         tools, body, ids, prompt = self._tools, self._body, self._ids[place], self.prompts[place]
         first, usage, model = place * body.choices, self.answer.usage, tools.engine.mdp.model
         usage.prompt += len(ids)
-        text = ""
+        text, pieces = "", list[Event]()
         if self.echo:
             text = prompt.content if isinstance(prompt.content, str) else ""
             tokens = []
             if self.top is not None:
                 engine = tools.engine.mdp.tree.engine
                 tokens = await run_in_threadpool(score, model, engine, ids, 0, self.top, self._is_gone)
-            yield Begun()
-            for choice in range(body.choices):
-                yield prompt_piece(model, text, tokens, first + choice)
+            pieces = [prompt_piece(model, text, tokens, first + choice) for choice in range(body.choices)]
         if self.search is not None:
             columns = self.search.columns
             searched_for = Prompt(prompt.content, columns, prompt.token_ids, prompt.template)
@@ -107,15 +105,15 @@ class Task:
                 top=self.top, streamed=bool(body.stream), first=first, shift=len(text),
             )  # fmt: skip
         elif self._most == 0:
-            for choice in range(body.choices):
-                yield End(first + choice, "length")
-            return
+            events = _nothing_more(first, body.choices)
         else:
             events = drawn(tools.sampler, self._drawings(place), usage, first=first, shift=len(text))
         async with contextlib.aclosing(events):
             async for event in events:
-                if not (self.echo and isinstance(event, Begun)):
-                    yield event
+                yield event
+                if isinstance(event, Begun):
+                    for piece in pieces:
+                        yield piece
 
     def _drawings(self, place: int) -> list[Drawing]:
         body, ids, limits = self._body, self._ids[place], self._tools.limits
@@ -203,6 +201,12 @@ class Task:
             message = f"{len(ids):,} tokens; with {most:,} for the text, at most {max(room, 0):,} are taken"
             raise invalid(param, message, code="context_length_exceeded")
         return ids
+
+
+async def _nothing_more(first: int, count: int) -> AsyncGenerator[Event]:
+    yield Begun()
+    for choice in range(first, first + count):
+        yield End(choice, "length")
 
 
 async def merged(streams: Sequence[AsyncGenerator[Event]]) -> AsyncGenerator[Event | None]:

@@ -1,7 +1,9 @@
-"""What the tests of the server share: a language model with chats that costs nothing, and servers on it."""
+"""What the tests of the server share: language models that cost nothing, with chats and with parts of characters."""
 
+import json
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 pytest.importorskip("fastapi")
@@ -18,20 +20,35 @@ class ChatLM(TabularLM):
     """A TabularLM that takes chats: the contents of the messages, one after the other."""
 
     def encode(self, prompt, **template):
-        if isinstance(prompt, str):
-            return super().encode(prompt)
-        return super().encode("".join(message["content"] for message in prompt))
+        return super().encode(prompt if isinstance(prompt, str) else "".join(m["content"] for m in prompt))
 
 
-def chat_lm(size=8, seed=0, concentration=0.3, **options):
-    made = TabularLM.random(size, 2, seed=seed, concentration=concentration)
-    weights = made.forward([[a, b] for a in range(size) for b in range(size)])[1]
-    table = __import__("numpy").exp(weights.astype(float)).reshape(size, size, size)
-    return ChatLM(table, name="tiny", **options)
+class ByteLM(ChatLM):
+    """A model whose tokens are bytes, so that a character may take several; whatever is no character is shown as �."""
+
+    def decode(self, token_ids):
+        parts = [self.pieces[token] for token in token_ids if token not in self.eos_token_ids]
+        return b"".join(parts).decode(errors="replace")
+
+
+def make_lm(kind=ChatLM, size=8, seed=0, pieces=None, concentration=0.3):
+    """Return a random model of order 1 with the name ``tiny``."""
+    rows = np.random.default_rng(seed).dirichlet(np.full(size, concentration), size=size)
+    vocabulary = None if pieces is None else [piece.decode(errors="replace") for piece in pieces]
+    lm = kind(np.maximum(rows, 1e-9), name="tiny", vocabulary=vocabulary)
+    lm.pieces = pieces
+    return lm
 
 
 def make_engine(lm=None, **settings):
-    return SearchEngine(lm or chat_lm(), **{"reward": "length", "top_k": 4, "max_new_tokens": 8, **settings})
+    return SearchEngine(lm or make_lm(), **{"reward": "length", "top_k": 4, "max_new_tokens": 8, **settings})
+
+
+def events(answer):
+    """Return the chunks of a stream, which ends as OpenAI's do."""
+    *lines, last = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line.startswith("data: ")]
+    assert last == "[DONE]"
+    return [json.loads(line) for line in lines]
 
 
 @pytest.fixture(scope="session")
