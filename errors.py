@@ -25,6 +25,7 @@ __all__ = [
     "QStarError",
     "QueueFullError",
     "RewardError",
+    "ServerError",
     "TrainingDivergedError",
     "UnknownNameError",
     "WorkerError",
@@ -83,6 +84,10 @@ class RewardCheckError(QStarError, AssertionError):
 
 class LanguageModelError(QStarError, ValueError):
     """Raised when a language model's outputs are not what its interface promises."""
+
+
+class ServerError(QStarError, ConnectionError):
+    """Raised when the server of a language model does not answer, refuses, or answers with something else."""
 
 
 class HeuristicError(QStarError, ValueError):

@@ -232,9 +232,12 @@ def token_features(model: LanguageModel, dims: int) -> FloatArray:
     same on every machine, which checkpoints rely on.
     """
     embeddings = model.token_embeddings()
-    embeddings = embeddings - embeddings.mean(axis=0)
-    projection = np.random.default_rng(0).standard_normal((embeddings.shape[1], dims))
-    features = embeddings @ projection.astype(np.float32)
-    features = np.asarray(features / max(float(np.sqrt(np.mean(features**2))), 1e-6), dtype=np.float32)
+    # A model with another vocabulary than its reader's has the reader's features: its centre, projection and scale.
+    known = embeddings if model.reader is model else model.reader.token_embeddings()
+    centre = known.mean(axis=0)
+    projection = np.random.default_rng(0).standard_normal((known.shape[1], dims)).astype(np.float32)
+    features = (embeddings - centre) @ projection
+    scale = features if known is embeddings else (known - centre) @ projection
+    features = np.asarray(features / max(float(np.sqrt(np.mean(scale**2))), 1e-6), dtype=np.float32)
     features.flags.writeable = False  # shared by all callers
     return features

@@ -1,3 +1,4 @@
+from .api.language_model import OpenAICompatibleLM as OpenAICompatibleLM
 from .base import Engine as Engine
 from .base import HandleHolder as HandleHolder
 from .base import LanguageModel as LanguageModel

@@ -144,6 +144,11 @@ class LanguageModel(ABC):
         model.lock, model._engines = FairLock(), WeakValueDictionary()
         return model
 
+    @property
+    def reader(self) -> LanguageModel:
+        """The model that the hidden states and token embeddings come from: itself, unless another one reads along."""
+        return self
+
     @abstractmethod
     def encode(self, prompt: str | Sequence[Message], **template: Any) -> list[int]:
         """Return the token ids of a plain string, or of chat messages put through the model's chat template.
@@ -296,22 +301,33 @@ class PrefixEngine:
         asked += [(*self._sequences[p], t) for p, t in zip(parents.tolist(), tokens.tolist(), strict=True)]
         # Trees that ask for the same prefix share its row.
         row = {sequence: i for i, sequence in enumerate(dict.fromkeys(asked))}
-        hidden, logprobs = check_outputs(self._model, self._model.forward(list(row)), len(row))
         rows = [row[sequence] for sequence in asked]
-        hidden, logprobs = hidden[rows], logprobs[rows]
-        if allowed is not None:
-            logprobs = np.stack(
-                [p if mask is None else np.where(mask, p, -np.inf) for p, mask in zip(logprobs, allowed, strict=True)]
-            )
-        # A stable sort makes ties fall the same way in every batch, and for every k.
-        ranked = np.argsort(-logprobs, axis=1, kind="stable")[:, :top_k]
+        outputs = self._outputs(list(row), rows, top_k, allowed)
         if len(self._sequences) + len(row) > self._room:
             self.release_unused()
             self._room = max(2 * len(self._sequences), _REMEMBERED)
         self._sequences.update(zip(range(self._next, self._next + len(row)), row, strict=True))
         handles = self._next + np.array(rows, dtype=np.int64)
         self._next += len(row)
-        return handles, Outputs(hidden, ranked, np.take_along_axis(logprobs, ranked, axis=1))
+        return handles, outputs
+
+    def _outputs(
+        self,
+        prefixes: Sequence[tuple[int, ...]],
+        rows: Sequence[int],
+        top_k: int,
+        allowed: Sequence[BoolArray | None] | None,
+    ) -> Outputs:
+        """Return the outputs after ``prefixes[row]`` for each of the ``rows``."""
+        hidden, logprobs = check_outputs(self._model, self._model.forward(prefixes), len(prefixes))
+        hidden, logprobs = hidden[list(rows)], logprobs[list(rows)]
+        if allowed is not None:
+            logprobs = np.stack(
+                [p if mask is None else np.where(mask, p, -np.inf) for p, mask in zip(logprobs, allowed, strict=True)]
+            )
+        # A stable sort makes ties fall the same way in every batch, and for every k.
+        ranked = np.argsort(-logprobs, axis=1, kind="stable")[:, :top_k]
+        return Outputs(hidden, ranked, np.take_along_axis(logprobs, ranked, axis=1))
 
     def release_unused(self) -> None:
         """See :meth:`Engine.release_unused`."""

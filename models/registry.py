@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError, UnknownNameError
+from .api.language_model import load_openai_compatible
 from .base import LanguageModel
 from .embedded_model import EMBEDDED_MODELS
 from .tabular import TOY, load_toy
@@ -23,6 +24,7 @@ Loader = Callable[..., LanguageModel]
 _LOADERS: dict[str, Loader] = {
     TOY: load_toy,
     **dict.fromkeys(EMBEDDED_MODELS, load_transformers),
+    **dict.fromkeys(("http://*", "https://*"), load_openai_compatible),
     "*": load_transformers,  # local folders and hub ids
 }
 
@@ -70,13 +72,13 @@ def load_language_model(
     """Load a language model, once per process however often it is asked for with the same arguments.
 
     Args:
-        name: ``"smollm2-135m-instruct"`` (the embedded default), ``"toy"``, a registered name, a local folder, or a
-            hub id.
+        name: ``"smollm2-135m-instruct"`` (the embedded default), ``"toy"``, a registered name, a local folder, a
+            hub id, or the address of an API such as ``"http://127.0.0.1:8080/v1"``.
         device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
         dtype: ``"auto"`` (bfloat16 where the hardware computes it natively, else float32), ``"float32"``, …
         options: Further options of the loader. For models of transformers: ``prepack`` and ``hidden_layers`` (see
             :class:`TransformersLM`), and what ``AutoModelForCausalLM.from_pretrained`` takes (``revision``,
-            ``device_map``, ``quantization_config``, …).
+            ``device_map``, ``quantization_config``, …). For an address: those of :class:`OpenAICompatibleLM`.
 
     Returns:
         The model, shared by everybody in this process who asked with the same arguments.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 from .base import Engine, FloatArray, LanguageModel, Message, PrefixEngine, bytes_of_piece, free_memory
 from .embedded_model import EMBEDDED_MODELS, embedded_model_folder
 
-__all__ = ["TransformersLM", "load_transformers", "resolve_device", "resolve_dtype"]
+__all__ = ["TransformersLM", "end_tokens", "load_transformers", "resolve_device", "resolve_dtype"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class TransformersLM(LanguageModel):
         self.hidden_layers = tuple(hidden_layers)
         self.hidden_size += len(hidden_layers) * int(config.hidden_size)
         self.context_length = int(getattr(config, "max_position_embeddings", None) or 1_000_000)
-        self.eos_token_ids = _end_tokens(model, tokenizer, self.vocab_size)
+        self.eos_token_ids = end_tokens((model.generation_config, config), tokenizer, self.vocab_size)
         self._prepack = prepack
         self.packed_weights = _packed_weights(model, prepack)
         self._tree_mask_is_exact: bool | None = None
@@ -304,13 +304,13 @@ def _packed_weights(model: PreTrainedModel, prepack: bool | str) -> PackedWeight
     return PackedWeights(model, free_memory() / 8 if prepack == "auto" else float("inf"))
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> frozenset[int]:
-    """Collect every token that ends a text, by the model's configurations and its tokenizer.
+def end_tokens(configs: Sequence[Any], tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> frozenset[int]:
+    """Collect every token that ends a text, by a model's configurations and its tokenizer.
 
     Ids outside of the model's vocabulary, such as -1 for none, are ignored: the model cannot write them.
     """
     ids: set[int] = set()
-    for source in (model.generation_config, model.config.get_text_config(), tokenizer):
+    for source in (*configs, tokenizer):
         value = getattr(source, "eos_token_id", None)
         ids.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
     # Chat models name their turn's end as EOS; the pre-training end-of-text token still ends a plain text.

@@ -65,7 +65,7 @@ class QSpec:
     @classmethod
     def of(cls, mdp: DecodingMDP, candidate_dims: int, shaped: bool) -> Self:
         """Return the spec of a function learned in ``mdp``."""
-        model = mdp.model
+        model = mdp.model.reader  # what it reads, not what proposes
         sample = token_features(model, candidate_dims)[np.linspace(0, model.vocab_size - 1, 4).astype(int), :4]
         features = tuple(round(float(x), 3) for x in sample.ravel())
         return cls(
