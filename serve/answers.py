@@ -20,8 +20,10 @@ class Answer:
 
     Attributes:
         usage: What the request uses.
+        by_id: Whether the tokens of log-probabilities are named ``token_id:17``, as vLLM does on request.
     """
 
+    by_id = False
     kind = chunk_kind = prefix = ""
     role: ClassVar[dict[str, Any]] = {}
 
@@ -98,6 +100,8 @@ class Answer:
 
     def token_text(self, token: int) -> str:
         """Return a token's text; of a special token, which has none, its name."""
+        if self.by_id:
+            return f"token_id:{token}"
         return self._special.get(token) or self._lm.decode_continuation([token])
 
     def _choice(

@@ -332,6 +332,7 @@ class CompletionBody(Body):
     best_of: int | None = Field(default=None, ge=1)
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=20)
+    return_tokens_as_token_ids: bool | None = None
 
 
 _Kind = TypeVar("_Kind", bound=Body)

@@ -71,6 +71,7 @@ class Task:
         make: type[Answer] = ChatAnswer if isinstance(body, ChatBody) else CompletionAnswer
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         self.answer = make(body.model, lm, with_usage=with_usage)
+        self.answer.by_id = isinstance(body, CompletionBody) and bool(body.return_tokens_as_token_ids)
         self.prompts = self._given_prompts()
         self.choices = len(self.prompts) * body.choices
         if self.choices > tools.limits.texts:

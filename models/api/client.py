@@ -23,8 +23,14 @@ __all__ = ["APIUsage", "Answer", "CompletionsClient"]
 _LONGEST_WAIT = 60  # seconds between two tries, whatever a server asks for
 _SHOWN = 200  # characters of a server's message
 _RETRIED = (408, 429, 500, 502, 503, 504)
-# Settings that leave the distribution of the next token as the model states it. Strict servers refuse them.
-_EXTENSIONS = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "return_tokens_as_token_ids": True}
+# Settings that leave the distribution of the next token as the model states it, and have tokens named by their ids.
+# Strict servers refuse what they do not know, so fewer are sent to them.
+_BY_ID = {"return_tokens_as_token_ids": True}
+_EXTENSIONS: tuple[Mapping[str, Any], ...] = (
+    {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, **_BY_ID},
+    _BY_ID,
+    {},
+)
 _KEPT = "what the search has is kept: plan again when the server is back"
 _IMPOSSIBLE = -1e30  # nats; llama.cpp writes the smallest float for a probability of 0
 _ROUNDING = 1e-3  # by which a probability may exceed 1
@@ -107,7 +113,7 @@ class CompletionsClient:
         self.url, self.usage = url.rstrip("/"), APIUsage()
         self._api_key = SecretStr(api_key or "")  # shown as stars, wherever it is printed
         self._key_hint, self._token_id = key_hint, token_id
-        self._extensions: Mapping[str, Any] = _EXTENSIONS
+        self._extensions = _EXTENSIONS  # the first is used, until the server refuses it
         self._lock = threading.Lock()
         self._pool = _connections(api_key, timeout, retries, max_connections)
 
@@ -150,12 +156,12 @@ class CompletionsClient:
         body |= {"temperature": 1.0, "top_p": 1.0}
         if sampled is not None:
             body["logit_bias"] = {str(sampled): 100}
-        status, answer = self._request("POST", "completions", {**body, **self._extensions})
-        if status in (400, 422) and self._extensions:
-            # A server that is strict about names, or a request that is wrong in itself: the second answer tells.
-            status, answer = self._request("POST", "completions", body)
-            if status == 200:
-                self._extensions = {}
+        allowed = self._extensions
+        for refused, extensions in enumerate(allowed):
+            status, answer = self._request("POST", "completions", {**body, **extensions})
+            if status not in (400, 422):
+                self._extensions = allowed[refused:]
+                break
         if status != 200:
             raise self._refused(status, answer)
         try:
@@ -197,7 +203,7 @@ class CompletionsClient:
     def _read(self, answer: Any) -> Answer:
         choice = answer["choices"][0]
         logprobs, usage = choice["logprobs"], answer.get("usage") or {}
-        if logprobs is None:
+        if logprobs is None or not logprobs.get("content", logprobs.get("top_logprobs", [None])):
             listed, tokens = [], []
         elif "content" in logprobs:  # llama.cpp, and the format of chats
             listed = [(self._id(entry), entry["logprob"]) for entry in logprobs["content"][0]["top_logprobs"]]

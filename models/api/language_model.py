@@ -30,6 +30,7 @@ _PROBES = (
 )
 _PROBE_TOP_K = 3  # some servers show few
 _PROBE_TOKENS = 8
+_TRIES = 3  # for a sampled token that the server states something about
 _SAME_LOGPROB = 0.1  # nats between two answers to one question; servers round otherwise in other batches
 _RENORMALISED = 1e-6
 _OTHER_TOKENIZER = "give the server's tokenizer as `tokenizer`"
@@ -141,7 +142,8 @@ class OpenAICompatibleLM(LanguageModel):
             self.lock = reader.lock  # one lock, so that no two threads wait for each other
         self._embeddings: FloatArray | None = None
         self._ids: dict[str, int | None] | None = None
-        self._whole_token: int | None = None  # llama.cpp states nothing where it has sampled a part of a character
+        # Servers state nothing about a sampled token that is part of a character (llama.cpp) or the end (qstar serve).
+        self._whole_token: int | None = None
         given = {"model": model, "reader": reader, "tokenizer": tokenizer, "context_length": context_length}
         given |= {"eos_token_ids": eos_token_ids, "timeout": timeout, "retries": retries, "prices": prices}
         self._recipe = partial(type(self), base_url, **given, max_connections=max_connections)
@@ -184,6 +186,10 @@ class OpenAICompatibleLM(LanguageModel):
     def decode_continuation(self, token_ids: Sequence[int]) -> str:
         """See :meth:`LanguageModel.decode_continuation`."""
         return self._texts.decode_continuation([token for token in token_ids if token < self._texts.vocab_size])
+
+    def token_bytes(self, token: int) -> bytes:
+        """See :meth:`LanguageModel.token_bytes`."""
+        return self._texts.token_bytes(token) if token < self._texts.vocab_size else b""
 
     def token_embeddings(self) -> FloatArray:
         """Return float32 [V, e]: for each token the mean of the reader's embeddings of its text."""
@@ -230,15 +236,17 @@ class OpenAICompatibleLM(LanguageModel):
             raise UnknownNameError("model of the server", model, names)
         return next((one for one in listed if one.get("id") == model), {"id": model})
 
-    def ask(self, prompt: str | Sequence[int], top_k: int, *, max_tokens: int = 1) -> Answer:
+    def ask(self, prompt: str | Sequence[int], top_k: int) -> Answer:
         """Ask the server for the ``top_k`` likeliest tokens after a prompt.
 
         Raises:
             ServerError: The server does not answer, refuses, or answers with something else.
             LanguageModelError: It shows fewer tokens, unknown ones, or has read another number of tokens.
         """
-        answer = self._client.complete(self.name, prompt, top_k, max_tokens=max_tokens)
-        if not answer.ranked and self._whole_token is not None:
+        answer = self._client.complete(self.name, prompt, top_k)
+        for _ in range(_TRIES):
+            if answer.ranked:
+                break
             answer = self._client.complete(self.name, prompt, top_k, sampled=self._whole_token)
         if unknown := [token for token, _ in answer.ranked if token >= self.vocab_size]:
             raise self._broken(f"names the token {unknown[0]}, and the vocabulary has {self.vocab_size} tokens")

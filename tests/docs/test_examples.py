@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 # The text of an example, and its replacement in the test: minutes become seconds, and no line is left out.
 BRIEF = {
+    "api_model.py": {"budget=100": "budget=24"},
     "chat_constraints.py": {"budget=100": "budget=50", "max_new_tokens=32": "max_new_tokens=24"},
     "cleanrl_dqn.py": {"STEPS, ENVS = 4_000, 8": "STEPS, ENVS = 200, 8"},
     "custom_reward.py": {

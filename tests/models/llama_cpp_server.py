@@ -23,7 +23,9 @@ def serve(gguf: str, port: int, streams: int) -> None:
     parameters.model.path = gguf
     parameters.hostnames, parameters.port = ["127.0.0.1"], port
     parameters.n_parallel, parameters.n_ctx = streams, CONTEXT * streams
-    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1  # on a busy machine, more wait for each other
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = (
+        1  # on a busy machine, more wait for each other
+    )
     parameters.verbosity = -1
     server = xllamacpp.Server(parameters)
     print(server.listening_address, flush=True)

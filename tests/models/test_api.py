@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -65,6 +67,30 @@ def test_plans_are_those_of_the_local_model(local: TabularLM, dialect: str) -> N
         assert [plan.objective, plan.upper_bound] == pytest.approx([expected.objective, expected.upper_bound], abs=1e-2)
         assert plan.upper_bound >= expected.upper_bound - 1e-6  # the server's rounding is allowed for
         assert all(body["temperature"] == 1 and body["top_p"] == 1 for body in server.bodies)
+
+
+def test_qstar_serve_is_such_a_server() -> None:
+    pytest.importorskip("fastapi")
+    uvicorn = pytest.importorskip("uvicorn")
+    from qstar_decoding.agents import SearchEngine
+    from qstar_decoding.serve.app import create_app
+
+    # Two copies: both sides hold their model's lock while they compute.
+    model, served = (TabularLM.random(8, 2, seed=3, concentration=0.5, name="local") for _ in range(2))
+    with SearchEngine(served, reward="length", top_k=4, max_new_tokens=8) as engine:
+        running = uvicorn.Server(uvicorn.Config(create_app(engine), port=0, log_level="critical"))
+        thread = threading.Thread(target=running.run, daemon=True)
+        thread.start()
+        while not running.started:
+            time.sleep(0.01)
+        try:
+            port = running.servers[0].sockets[0].getsockname()[1]
+            remote = OpenAICompatibleLM(f"http://127.0.0.1:{port}/v1", "local", reader=model, retries=0)
+            plan, expected = planner(remote).plan("ab", 60), planner(model).plan("ab", 60)
+            assert (plan.text, plan.usage.lm_tokens) == (expected.text, expected.usage.lm_tokens)
+        finally:
+            running.should_exit = True
+            thread.join()
 
 
 def test_laws(server: FakeServer) -> None:
@@ -142,7 +168,7 @@ LASTING = {
     '{"choices": [{"text": "a"}]}': "no log-probabilities",
     '{"choices": [{"text": "a", "logprobs": null}]}': "shows 0 log-probabilities",
     '{"choices": [{"text": "a", "logprobs": {"top_logprobs": [null]}}]}': "no log-probabilities",
-    with_logprobs(content=[]): "no log-probabilities",
+    with_logprobs(content=[]): "shows 0 log-probabilities",
     listed({"id": 1}, {"id": 2}): "shows 2 log-probabilities where 3",
     listed({"id": 1}, {"id": 1}, {"id": 2}): "listed twice",
     listed({"id": 1}, {"id": 2}, {"id": 99}): "the token 99",
