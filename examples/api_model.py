@@ -4,12 +4,12 @@ import xllamacpp
 
 from qstar_decoding.agents import AStarPlanner, GreedyDecoder, QHeuristic
 from qstar_decoding.models import load_language_model
-from qstar_decoding.models.embedded_model import EMBEDDED_MODELS, gguf_path
+from qstar_decoding.models.embedded_model import gguf_path
 from qstar_decoding.tasks import load_task
 
-# Any server of completions will do; this one needs no other program. It has the embedded model, 4 streams of 512 tokens.
+# Any server of completions will do; this one needs no other program: the embedded model, 4 streams of 512 tokens.
 parameters = xllamacpp.CommonParams()
-parameters.model.path = str(gguf_path(EMBEDDED_MODELS["smollm2-135m-instruct"]))
+parameters.model.path = str(gguf_path("smollm2-135m-instruct"))
 parameters.n_parallel, parameters.n_ctx = 4, 4 * 512
 parameters.cpuparams.n_threads = 1
 server = xllamacpp.Server(parameters)

@@ -13,7 +13,7 @@ from qstar_decoding.agents import GreedyDecoder
 from qstar_decoding.envs import DecodingMDP, Prompt
 from qstar_decoding.errors import PromptError, ServerError
 from qstar_decoding.models import OpenAICompatibleLM, TransformersLM
-from qstar_decoding.models.embedded_model import EMBEDDED_MODELS, gguf_path
+from qstar_decoding.models.embedded_model import gguf_path
 
 from .llama_cpp_server import CONTEXT, llama_cpp_server
 
@@ -25,7 +25,7 @@ NONE = np.empty(0, dtype=np.int64)
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    gguf = gguf_path(EMBEDDED_MODELS["smollm2-135m-instruct"])
+    gguf = gguf_path("smollm2-135m-instruct")
     if gguf is None:
         pytest.skip("the embedded model's wheel is not installed")
     with llama_cpp_server(gguf) as address:
@@ -80,7 +80,7 @@ def test_parts_of_characters_have_log_probabilities_too(remote: OpenAICompatible
 
 
 def test_a_search_goes_on_when_the_server_is_back(lm: TransformersLM) -> None:
-    gguf = gguf_path(EMBEDDED_MODELS["smollm2-135m-instruct"])
+    gguf = gguf_path("smollm2-135m-instruct")
     if gguf is None:
         pytest.skip("the embedded model's wheel is not installed")
     with llama_cpp_server(gguf) as address:
