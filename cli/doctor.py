@@ -25,6 +25,7 @@ _NEEDED = 700_000_000
 _MADE_ANEW = "the next use makes it anew (about 20 s), the self-test too; where it happens again, look at the disk"
 # What each extra is for, by a module that only it brings.
 _EXTRAS = {
+    "api": ("urllib3", "models behind an API"),
     "constraints": ("llguidance", "regular expressions, JSON schemas and grammars as constraints"),
     "evaluate": ("afinn", "gold rewards"),
     "explore": ("uvicorn", "qstar explore"),
