@@ -18,6 +18,7 @@ from ..errors import (
     CheckpointError,
     ConfigurationError,
     ConstraintError,
+    DeadlineError,
     EngineClosedError,
     PromptError,
     QStarError,
@@ -130,6 +131,8 @@ def as_api_error(error: Exception, param: str | None = None) -> ApiError:
         return error
     if isinstance(error, QueueFullError):
         return busy("too many requests wait already; ask again later")
+    if isinstance(error, DeadlineError):
+        return ApiError(503, message, code="too_late", kind="server_error", headers={"Retry-After": "5"})
     if isinstance(error, EngineClosedError):
         return ApiError(503, "the server is shutting down", kind="server_error", headers={"Retry-After": "5"})
     if isinstance(error, UnknownNameError):

@@ -21,6 +21,7 @@ from ..search.budget import Budget
 from ..search.handle import Job, SearchHandle
 from ..search.loop import Progress, step_each, turn
 from ..search.plan import Plan
+from ..search.problem import keep_few_scores
 from ..search.request import Changes, Request, as_request
 from ..search.slow_rewards import SlowRewards
 from ..search.state import NO_EDGES, Search
@@ -116,6 +117,8 @@ class SearchEngine:
             self.decoder = source
         else:
             self.decoder = AStarPlanner(DecodingMDP(source, **settings) if is_model else mdp_of(source))
+        if is_model and isinstance(settings.get("reward", ""), str):
+            keep_few_scores(self.decoder.mdp.reward)
         self.mdp, self.ticks = self.decoder.mdp, 0
         self._recent, self._woken = _RecentTexts(self.mdp.tree.engine), threading.Event()
         self._rewards = SlowRewards(self._woken.set)

@@ -19,6 +19,8 @@ from ...rewards import Reward, as_reward
 
 __all__ = ["Heuristic", "Problem", "Processes", "Scope", "Score"]
 
+_CACHED_SCORES = 8192  # of each reward that requests name; a server meets ever new rewards
+
 Scope = Literal["top-k tree", "full vocabulary"]
 Score = Literal["reward", "q"]
 
@@ -84,6 +86,13 @@ class Problem:
         return h
 
 
+def keep_few_scores(reward: Reward) -> None:
+    """Let a reward and its parts cache no more scores than searches that follow one another have use for."""
+    reward.cache_size = min(reward.cache_size, _CACHED_SCORES)
+    for part in getattr(reward, "parts", ()):
+        keep_few_scores(part)
+
+
 class Processes:
     """Processes that differ from one in their settings, the recently used ones; equal settings share a token tree.
 
@@ -134,6 +143,8 @@ class Processes:
         """Return a reward, made once however many processes have it: it may be a model, and caches its scores."""
         key = _Key(source)
         reward = self._rewards[key] = self._rewards.pop(key) if key in self._rewards else as_reward(source)
+        if isinstance(source, str):  # made here, and used here alone
+            keep_few_scores(reward)
         while len(self._rewards) > self._most:
             self._rewards.popitem(last=False)
         return reward

@@ -15,6 +15,7 @@ from qstar_decoding.agents import (
     MajorityVote,
     Request,
     SamplingDecoder,
+    SearchEngine,
     ZeroHeuristic,
     make_decoder,
 )
@@ -125,6 +126,14 @@ def test_the_processes_that_are_kept_are_few():
         small.plan("abc", 40, max_new_tokens=5, logprob_weight=n / 10)
     assert small.processes._prefixes <= 100
     assert len(small.processes._made) < 11
+
+
+def test_rewards_that_requests_name_cache_few_scores():
+    planner = AStarPlanner(make())
+    named = planner.with_changes(reward="0.5*length + 0.5*distinct").mdp.reward
+    assert [named.cache_size, *(part.cache_size for part in named.parts)] == [8192] * 3
+    assert planner.with_changes(reward=spread).mdp.reward.cache_size == type(spread).cache_size > 8192
+    assert SearchEngine("toy", reward="length").mdp.reward.cache_size == 8192
 
 
 def test_a_planners_own_settings_can_be_lifted():
