@@ -49,7 +49,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "agents.report": ("agents.evaluation.report",),
     "agents.results": ("agents.evaluation.results",),
     "agents.search_tree": ("agents.search.snapshot",),
-    "agents.tree_search": ("agents.planning.mcts", "agents.planning.levin", "agents.planning.rebase"),
+    "agents.tree_search": ("agents.planning.mcts", "agents.planning.levin", "agents.planning.particles"),
     "console": ("cli.console",),
     "doctor": ("cli.doctor",),
     "envs.embedded_model": ("models.embedded_model",),

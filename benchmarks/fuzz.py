@@ -234,9 +234,9 @@ def draw_decoder(rng, mdp):
         options["weight"] = float(rng.choice([0.0, 1.0, 2.0])) if math.isfinite(mdp.reward.upper) else 1.0
         if options["search"] in COMPLETE:
             options["prior"] = float(rng.choice([0.0, 0.1]))
-    if name in ("sample", "ilql", "majority", "blockwise", "rebase"):
+    if name in ("adaptive-vote", "sample", "ilql", "majority", "blockwise", "rebase", "smc", "unique"):
         options["seed"] = int(rng.integers(9))
-    if heuristic is not None and name not in ("args", "majority") and rng.random() < 0.2:
+    if heuristic is not None and name not in ("adaptive-vote", "args", "majority") and rng.random() < 0.2:
         options["score"] = "q"
     if name == "args" and not mdp.reward.has_potential:
         name, options = "greedy", {}

@@ -11,13 +11,16 @@ from .greedy import ARGSDecoder as ARGSDecoder
 from .greedy import GreedyDecoder as GreedyDecoder
 from .levin import LevinTreeSearch as LevinTreeSearch
 from .mcts import MCTS as MCTS
-from .rebase import RebaseSearch as RebaseSearch
+from .particles import ParticleFilter as ParticleFilter
+from .particles import RebaseSearch as RebaseSearch
 from .registry import CONTENDERS as CONTENDERS
 from .registry import DECODERS as DECODERS
 from .registry import DecoderSpec as DecoderSpec
 from .registry import decoder_options as decoder_options
 from .registry import make_decoder as make_decoder
+from .sampling import AdaptiveVote as AdaptiveVote
 from .sampling import BlockwiseDecoder as BlockwiseDecoder
 from .sampling import ILQLDecoder as ILQLDecoder
 from .sampling import MajorityVote as MajorityVote
 from .sampling import SamplingDecoder as SamplingDecoder
+from .sampling import UniqueSampler as UniqueSampler

@@ -17,8 +17,8 @@ from .decoder import Decoder
 from .greedy import ARGSDecoder, GreedyDecoder
 from .levin import LevinTreeSearch
 from .mcts import MCTS
-from .rebase import RebaseSearch
-from .sampling import BlockwiseDecoder, ILQLDecoder, MajorityVote, SamplingDecoder
+from .particles import ParticleFilter, RebaseSearch
+from .sampling import AdaptiveVote, BlockwiseDecoder, ILQLDecoder, MajorityVote, SamplingDecoder, UniqueSampler
 
 __all__ = ["CONTENDERS", "DECODERS", "DecoderSpec", "by_command", "decoder_options", "make_decoder"]
 
@@ -123,6 +123,15 @@ CONTENDERS: dict[str, DecoderSpec] = {
         random=True,
         command="majority",
     ),
+    "adaptive vote": DecoderSpec(
+        AdaptiveVote,
+        "Aggarwal et al. 2023",
+        "lm",
+        {},
+        _grid("temperature", 1.0, 0.7, 0.5, 0.3),
+        random=True,
+        command="adaptive-vote",
+    ),
     "beam": DecoderSpec(BeamSearch, "the likeliest text", "lm", {"rerank": False}),
     "beam reranked": DecoderSpec(BeamSearch, "beam search, the best J of the beam", "reward", command="beam"),
     "diverse beam": DecoderSpec(
@@ -141,6 +150,15 @@ CONTENDERS: dict[str, DecoderSpec] = {
         _grid("temperature", 1.3, 1.0, 0.7, 0.5),
         random=True,
         command="sample",
+    ),
+    "without replacement": DecoderSpec(
+        UniqueSampler,
+        "Kool et al. 2019; Shi et al. 2020",
+        "reward",
+        {},
+        _grid("temperature", 1.3, 1.0, 0.7, 0.5),
+        random=True,
+        command="unique",
     ),
     "best-first h=0": DecoderSpec(
         AStarPlanner, "Dijkstra 1959", "reward", {"search": "qstar", "heuristic": ZeroHeuristic()}
@@ -163,6 +181,14 @@ CONTENDERS: dict[str, DecoderSpec] = {
         _grid("reward_weight", 1.0, 3.0, 10.0, 30.0),
         budgeted=False,
         command="args",
+    ),
+    "SMC on prefixes": DecoderSpec(
+        ParticleFilter,
+        "Lew et al. 2023; Puri et al. 2025",
+        "potential",
+        {"twist": "potential"},
+        _grid("beta", 0.02, 0.05, 0.1, 0.3),
+        random=True,
     ),
     "arg max Q": DecoderSpec(GreedyDecoder, "Q-learning alone", "q", budgeted=False),
     "VAS": DecoderSpec(
@@ -191,6 +217,9 @@ CONTENDERS: dict[str, DecoderSpec] = {
     ),
     "REBASE": DecoderSpec(
         RebaseSearch, "Wu et al. 2024", "q", {}, _grid("balance", 0.02, 0.05, 0.1, 0.3), random=True, command="rebase"
+    ),
+    "SMC on Q": DecoderSpec(
+        ParticleFilter, "Zhao et al. 2024", "q", {}, _grid("beta", 0.02, 0.05, 0.1, 0.3), random=True, command="smc"
     ),
     "Q*": DecoderSpec(AStarPlanner, "ours", "q", {}, _grid("taper", 2.0, 0.0, 1.0, 3.0), command="astar"),
 }

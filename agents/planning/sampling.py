@@ -1,4 +1,4 @@
-"""Decoders that draw texts: best-of-n, value-augmented sampling, majority vote, blockwise best-of-n."""
+"""Decoders that draw texts: best-of-n with and without replacement, value-augmented sampling, votes, blocks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...errors import ConfigurationError
 from ..search.state import NO_EDGES, Edges, IntArray, Search, Status, Values
 from .decoder import Decoder
 
-__all__ = ["BlockwiseDecoder", "ILQLDecoder", "MajorityVote", "SamplingDecoder"]
+__all__ = ["AdaptiveVote", "BlockwiseDecoder", "ILQLDecoder", "MajorityVote", "SamplingDecoder", "UniqueSampler"]
 
 
 _LARGE = 1e30  # stands in for infinite logits
@@ -27,7 +27,14 @@ class SamplingDecoder(Decoder):
 
     With a heuristic tokens are drawn from π(a | s) · exp(h(s, a) / β), which tilts the language model towards what Q
     expects, as in value-augmented sampling (Han et al. 2024) and controlled decoding (Mudgal et al. 2024).
+
+    Attributes:
+        largest_wave: Texts that are drawn together, at most.
+        unbudgeted: Texts that are drawn where neither ``n`` nor the budget says how many.
     """
+
+    largest_wave = 1 << 30
+    unbudgeted = 1
 
     def __init__(
         self,
@@ -71,26 +78,36 @@ class SamplingDecoder(Decoder):
         while self.n is None or drawn < self.n:
             affordable = search.affordable_tokens(cost)
             wave = math.inf if math.isinf(affordable) else int(affordable) // cost
-            wave = min(wave, (self.n or (1 if math.isinf(wave) else math.inf)) - drawn)
+            wave = min(wave, (self.n or (self.unbudgeted if math.isinf(wave) else math.inf)) - drawn)
             if wave < 1 and drawn:
                 search.stop_reason = "budget"  # until it is resumed with a larger one
                 yield NO_EDGES
                 continue
-            before, rows = search.lm_tokens, np.zeros(max(int(wave), 1), dtype=np.int64)
-            drawn += len(rows)
-            while len(rows):
-                actions = self.draw(search, rows, rng)
-                new = np.unique(np.stack((rows, actions))[:, search.status[rows, actions] == Status.OPEN], axis=1)
-                if new.size:
-                    yield Edges(*new)
-                ends = search.finish[rows, actions] != Finish.NO
-                search.draws.update(zip(rows[ends].tolist(), actions[ends].tolist(), strict=True))
-                rows = search.child[rows, actions]
-                rows = rows[rows >= 0]  # the others are finished
+            before, count = search.lm_tokens, max(min(int(wave), self.largest_wave), 1)
+            drawn += count
+            yield from self.draw_texts(search, count, rng)
             # A small tree may be sampled empty long before the budget is.
             fruitless = fruitless + 1 if search.lm_tokens == before else 0
-            if fruitless == 20:
+            if fruitless == 20 or self.has_enough(search):
                 return
+
+    def draw_texts(self, search: Search, count: int, rng: np.random.Generator) -> Iterator[Edges]:
+        """Yield the next token of each of ``count`` texts, and enter the ends in ``search.draws``."""
+        rows: IntArray = np.zeros(count, dtype=np.int64)
+        while len(rows):
+            actions = self.draw(search, rows, rng)
+            new = np.unique(np.stack((rows, actions))[:, search.status[rows, actions] == Status.OPEN], axis=1)
+            if new.size:
+                yield Edges(*new)
+            ends = search.finish[rows, actions] != Finish.NO
+            search.draws.update(zip(rows[ends].tolist(), actions[ends].tolist(), strict=True))
+            rows = search.child[rows, actions]
+            rows = rows[rows >= 0]  # the others are finished
+
+    def has_enough(self, search: Search) -> bool:
+        """Tell after every wave whether no further text need be drawn."""
+        del search
+        return False
 
     def draw(self, search: Search, rows: IntArray, rng: np.random.Generator) -> IntArray:
         """Return the action to take at each of these rows, int64 [n]."""
@@ -150,6 +167,108 @@ class MajorityVote(SamplingDecoder):
             if edge in search.completions:
                 votes[search.completions[edge].text.strip()] += count
         return max(search.completions.values(), key=lambda c: (votes[c.text.strip()], c.logprob), default=None)
+
+
+class AdaptiveVote(MajorityVote):
+    """Draw one completion after the other until the most frequent text is likely to stay that: adaptive consistency.
+
+    Aggarwal et al. 2023. With v₁ and v₂ draws of the two most frequent texts, the first leads with the probability
+    P(p > 1/2) under the posterior Beta(v₁ + 1, v₂ + 1).
+    """
+
+    largest_wave = 1
+    unbudgeted = 40  # as in the paper
+
+    def __init__(self, env: Any, *, confidence: float = 0.95, **kwargs: Any) -> None:
+        """Stop at this ``confidence``; see :class:`SamplingDecoder` for the others.
+
+        Raises:
+            ConfigurationError: It is no number from 0 to 1.
+        """
+        super().__init__(env, **kwargs)
+        self.confidence = check_number("confidence", confidence, low=0, high=1)
+
+    def has_enough(self, search: Search) -> bool:
+        """See :class:`SamplingDecoder`."""
+        votes: Counter[str] = Counter()
+        for edge, count in search.draws.items():
+            if edge in search.completions:
+                votes[search.completions[edge].text.strip()] += count
+        first, second = [*(count for _, count in votes.most_common(2)), 0, 0][:2]
+        return leads(first, second) >= self.confidence
+
+
+def leads(first: int, second: int) -> float:
+    """Return P(p > 1/2) for p of the distribution Beta(first + 1, second + 1), exactly."""
+    draws = first + second + 1
+    return float(sum(math.comb(draws, i) for i in range(first + 1)) / 2**draws)
+
+
+class UniqueSampler(SamplingDecoder):
+    """Draw completions without replacement and keep the best: no text of the same tokens is drawn twice.
+
+    Stochastic beam search (Kool et al. 2019): every prefix has the logarithm of its probability plus Gumbel noise, the
+    largest of its continuations' values, and the ``n`` largest are kept. A further wave draws from what is left, the
+    probability of the texts drawn before being taken out (UniqueRandomizer, Shi et al. 2020). So the order of the draws
+    is that of sampling one by one without replacement. ``top_p`` is not used.
+    """
+
+    def draw_texts(self, search: Search, count: int, rng: np.random.Generator) -> Iterator[Edges]:
+        """See :class:`SamplingDecoder`."""
+        left = self._left(search)
+        # Values, rows and actions of the beam; an action of -1 goes on, another ends the text.
+        beam = [(float(rng.gumbel() + log_sum_exp(left[0])), 0, -1)] if np.isfinite(left[0]).any() else []
+        while any(action < 0 for _, _, action in beam):
+            grown = [entry for entry in beam if entry[2] >= 0]
+            for value, row, action in beam:
+                if action < 0:
+                    noisy = left[row] + rng.gumbel(size=len(left[row]))
+                    # Moved so that the largest is the prefix's own value; Kool et al. 2019, appendix B.3.
+                    with np.errstate(divide="ignore", invalid="ignore"):
+                        v = value - noisy + np.log1p(-np.exp(noisy - noisy.max()))
+                        moved = value - np.maximum(v, 0.0) - np.log1p(np.exp(-np.abs(v)))
+                    grown += [(moved[a], row, int(a)) for a in np.flatnonzero(np.isfinite(left[row]))]
+            grown.sort(key=lambda entry: -entry[0])
+            beam = grown[:count]
+            edges = Edges(*np.array([(row, action) for _, row, action in beam], dtype=np.int64).T)
+            new = search.status[edges] == Status.OPEN
+            if new.any():
+                yield Edges(edges.rows[new], edges.actions[new])
+            left = self._left(search)
+            children = search.child[edges]
+            ends = search.finish[edges] != Finish.NO
+            beam = [
+                entry if end else (entry[0], int(child), -1)
+                for entry, child, end in zip(beam, children, ends, strict=True)
+                if end or (child >= 0 and np.isfinite(left[child]).any())
+            ]
+        for _, row, action in beam:
+            search.draws[row, action] += 1
+
+    def _left(self, search: Search) -> Values:
+        """Return the logarithms of the probabilities below each edge that are not drawn yet, float64 [rows, k]."""
+        rows = np.arange(search.size)
+        left = np.where(search.status[rows] != Status.MASKED, self.logits(search, rows), -np.inf)
+        left -= np.nan_to_num(log_sum_exp(left), neginf=0.0)[:, None]
+        depths = range(1, int(search.depth[rows].max()) + 1)
+        levels = [(level, search.parent[level]) for level in map(search.at_depth, depths)]
+        taken = [(search.child[parents] == level[:, None]).argmax(axis=1) for level, parents in levels]
+        for (level, parents), actions in zip(levels, taken, strict=True):
+            left[level] += left[parents, actions][:, None]
+        if search.draws:
+            left[tuple(np.array(list(search.draws)).T)] = -np.inf
+        for (level, parents), actions in zip(reversed(levels), reversed(taken), strict=True):
+            left[parents, actions] = log_sum_exp(left[level])
+        return left
+
+
+def log_sum_exp(values: Values) -> Values:
+    """Return the logarithm of the sum of exp over the last axis; -inf where there is nothing else."""
+    most = values.max(axis=-1)
+    safe = np.where(np.isfinite(most), most, 0.0)
+    with np.errstate(divide="ignore"):
+        result: Values = safe + np.log(np.exp(values - safe[..., None]).sum(axis=-1))
+    return result
 
 
 class BlockwiseDecoder(SamplingDecoder):

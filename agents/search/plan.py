@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import math
 import re
+import sys
+import tempfile
+import webbrowser
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +27,10 @@ from .state import Search, Status
 
 __all__ = ["Plan", "make_plan"]
 
+_RUNNERS_UP = 4  # texts beside the best in a notebook
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What a decoder found for one prompt.
 
@@ -118,9 +125,59 @@ class Plan:
         drawn = np.random.default_rng(seed).choice(len(weights), size=n, p=weights / weights.sum())
         return [self.completions[i] for i in drawn]
 
+    def __repr__(self) -> str:
+        """Return the text, J and the bounds, in one line."""
+        text = self.text if len(self.text) <= 60 else f"{self.text[:59]}…"
+        facts = ", ".join(f"{name} {value}" for name, value in _facts(self).items())
+        return f"Plan({text!r}, {facts})"
+
+    def _repr_html_(self) -> str:
+        """Return the text, J, the bounds and the runners-up as a table, for Jupyter."""
+        rows = [
+            f"<tr><th>{name}</th><td colspan=2>{html.escape(value)}</td></tr>" for name, value in _facts(self).items()
+        ]
+        others = [c for c in self.completions if c.token_ids != self.token_ids][:_RUNNERS_UP]
+        rows += [
+            f"<tr><th>{'also' if i == 0 else ''}</th><td>J {c.objective:.3f}</td>"
+            f"<td style='text-align:left'>{html.escape(c.text)}</td></tr>"
+            for i, c in enumerate(others)
+        ]
+        shown = f"{html.escape(self.prompt)}<b>{html.escape(self.text)}</b>"
+        return f"<div><p style='white-space:pre-wrap'>{shown}</p><table>{''.join(rows)}</table></div>"
+
+    def show(self, *, height: int = 480) -> None:
+        """Show the searched tree with its bounds and candidates: within a notebook, or else in a web browser.
+
+        Args:
+            height: Of the picture in a notebook, in pixels.
+        """
+        page = self.tree.to_html(facts=_facts(self))
+        if "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None:
+            from IPython.display import HTML, display
+
+            frame = f'<iframe srcdoc="{html.escape(page)}" style="width:100%;height:{int(height)}px;border:0"></iframe>'
+            display(HTML(frame))
+            return
+        with tempfile.NamedTemporaryFile("w", suffix=".html", delete=False, encoding="utf-8") as file:
+            file.write(page)
+        webbrowser.open(Path(file.name).as_uri())
+
     def __getstate__(self) -> dict[str, Any]:
         """Pickle everything but the search itself, which is tied to this process's token tree."""
         return {**vars(self), "_active": None}
+
+
+def _facts(plan: Plan) -> dict[str, str]:
+    """Return what matters of a plan, by name."""
+    if plan.stop == "partial":
+        facts = {"unfinished": f"the budget paid for {len(plan.token_ids)} tokens of it"}
+    else:
+        parts = "" if math.isnan(plan.reward) else f" (reward {plan.reward:.3f}, log-prob {plan.logprob:.2f})"
+        facts = {"J": f"{plan.objective:.3f}{parts}"}
+    bounds = "certified best" if plan.certified else f"gap {plan.gap:.3f}"
+    facts["bounds"] = f"{plan.lower_bound:.3f} to {plan.upper_bound:.3f}, {bounds} in the {plan.scope}"
+    facts["used"] = f"{plan.usage.lm_tokens} LM tokens, {plan.usage.seconds:.1f} s"
+    return facts | {"stopped": plan.stop_reason}
 
 
 def make_plan(active: ActiveSearch, choose: Callable[[Search], Completion | None]) -> Plan:

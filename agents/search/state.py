@@ -80,6 +80,7 @@ class Search:
         best: The best completion so far, the incumbent.
         completions: What was finished, by row and action.
         draws: How often a sampler drew each finishing edge.
+        log_normalizer: What a particle filter estimates, NaN elsewhere; see :class:`ParticleFilter`.
         heuristic_tokens: LM tokens that the heuristic has used; see :class:`LookAheadHeuristic`.
         busy_seconds: Wall-clock time of its steps; of steps taken together with others, its share.
         is_exhausted: Whether it has followed everything promising; see :class:`SharedBudget`.
@@ -137,7 +138,7 @@ class Search:
         self.draws: Counter[tuple[int, int]] = Counter()
         self.trace: list[TracePoint] = []
         self.lm_forwards = self.reward_calls = self.heuristic_tokens = 0
-        self.busy_seconds = 0.0
+        self.busy_seconds, self.log_normalizer = 0.0, math.nan
         self._improved_at = 0  # LM tokens when the best text was found
         self._started, self._seconds_before = time.perf_counter() if started is None else started, 0.0
 

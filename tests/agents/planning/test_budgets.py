@@ -55,7 +55,7 @@ NAMES = sorted(set(DECODERS) - {"args"})
 @pytest.mark.parametrize("name", NAMES)
 def test_a_deadline_returns_a_finished_text(name):
     # One text takes 11 steps of 4.5 ms.
-    options = {"heuristic": ZeroHeuristic()} if name in ("ilql", "mcts", "rebase", "blockwise") else {}
+    options = {"heuristic": ZeroHeuristic()} if name in ("ilql", "mcts", "rebase", "blockwise", "smc") else {}
     plan = DECODERS[name](slow(), **options).plan("a", Budget(seconds=0.06))
     assert plan.stop == "length"
     assert len(plan.token_ids) == HORIZON

@@ -26,10 +26,10 @@ def test_the_names_of_the_command_line_come_from_the_table():
         *("rebase", "sample"),
     }
     assert {name for name in DECODERS if by_command(name).random} == {
-        *("blockwise", "ilql", "majority", "rebase", "sample"),
+        *("adaptive-vote", "blockwise", "ilql", "majority", "rebase", "sample", "smc", "unique"),
     }
     assert {name for name in DECODERS if by_command(name).uses == "q"} == {
-        *("astar", "blockwise", "ilql", "mcts", "rebase"),
+        *("astar", "blockwise", "ilql", "mcts", "rebase", "smc"),
     }
 
 
