@@ -248,7 +248,8 @@ class UniqueSampler(SamplingDecoder):
     def _left(self, search: Search) -> Values:
         """Return the logarithms of the probabilities below each edge that are not drawn yet, float64 [rows, k]."""
         rows = np.arange(search.size)
-        left = np.where(search.status[rows] != Status.MASKED, self.logits(search, rows), -np.inf)
+        logits = np.clip(np.nan_to_num(self.logits(search, rows), nan=-_LARGE), -_LARGE, _LARGE)
+        left = np.where(search.status[rows] != Status.MASKED, logits, -np.inf)
         left -= np.nan_to_num(log_sum_exp(left), neginf=0.0)[:, None]
         depths = range(1, int(search.depth[rows].max()) + 1)
         levels = [(level, search.parent[level]) for level in map(search.at_depth, depths)]

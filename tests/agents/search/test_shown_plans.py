@@ -74,8 +74,9 @@ def test_show_puts_the_page_into_a_frame_of_a_notebook(monkeypatch):
 
 def test_a_plan_of_any_decoder_is_shown():
     mdp = DecodingMDP(TabularLM.random(4, 1), reward="length", top_k=3, max_new_tokens=4)
-    unfinished = AStarPlanner(mdp).plan("a", 0)
-    assert "unfinished" in repr(unfinished) or unfinished.completions
+    lm = TabularLM([[1.0, 1e-9]] * 2, vocabulary=["a", ""])
+    long = DecodingMDP(lm, reward="length", top_k=1, max_new_tokens=6)
+    assert "unfinished the budget paid for 2 tokens" in repr(GreedyDecoder(long).plan("a", 2))
     for options in ({}, {"score": "q", "heuristic": ZeroHeuristic()}):
         found = GreedyDecoder(mdp, **options).plan("a")
         assert repr(found)
