@@ -55,7 +55,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "envs.embedded_model": ("models.embedded_model",),
     "envs.kv_pool": ("models.tree_engine",),
     "envs.language_model": ("models.base", "models.transformers_lm", "models.registry"),
-    "envs.prepacking": ("models.packed_weights",),
+    "envs.prepacking": ("models.flat.packed_weights",),
     "envs.toy": ("models.tabular",),
     "rewards.classifier": ("rewards.library.classifier",),
     "rewards.creativity": ("rewards.library.creativity",),

@@ -126,7 +126,7 @@ def _torch() -> Finding:
         return Finding("torch", "bad", f"torch cannot be used: {first}", remedy)
     if product.tolist() != [[2.0, 2.0], [2.0, 2.0]]:
         return Finding("torch", "bad", f"torch multiplies wrongly: {product.tolist()}", "install torch anew")
-    from ..models.transformers_lm import resolve_device, resolve_dtype
+    from ..models.devices import resolve_device, resolve_dtype
 
     device = resolve_device("auto")
     dtype = str(resolve_dtype("auto", device)).removeprefix("torch.")

@@ -6,6 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 from weakref import WeakSet, WeakValueDictionary
@@ -403,11 +404,35 @@ def _top(values: Tensor, k: int, width: int = 128) -> tuple[Tensor, Tensor]:
 
 
 def free_memory(device: torch.device | None = None) -> int:
-    """Return the bytes that are free on a CUDA device, or in main memory for any other and for None."""
+    """Return the bytes that are free on a CUDA device, or in main memory for any other and for None.
+
+    The limit of a container (a control group of Linux) counts too.
+    """
     if device is not None and device.type == "cuda":
         import torch
 
         return torch.cuda.mem_get_info(device)[0]
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    return min([int(psutil.virtual_memory().available), *_free_in_container()])
+
+
+# A process in a container sees its own control group there: version 2, then version 1.
+_CONTROL_GROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def _free_in_container() -> list[int]:
+    """Return the bytes that the control groups of this process leave; none where there is no limit."""
+    free = []
+    for folder, limit, usage, reclaimable in _CONTROL_GROUPS:
+        try:
+            most, used = (Path(folder, name).read_text().strip() for name in (limit, usage))
+            statistics = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
+            # Pages of files that were read a while ago are given back before memory runs out.
+            free.append(max(0, int(most) - int(used) + int(statistics.get(reclaimable, 0))))
+        except (OSError, ValueError):  # no such group, or "max": no limit
+            continue
+    return free

@@ -77,7 +77,8 @@ def load_language_model(
         device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
         dtype: ``"auto"`` (bfloat16 where the hardware computes it natively, else float32), ``"float32"``, …
         options: Further options of the loader. For models of transformers: ``prepack`` and ``hidden_layers`` (see
-            :class:`TransformersLM`), and what ``AutoModelForCausalLM.from_pretrained`` takes (``revision``,
+            :class:`TransformersLM`), ``weights`` (``"model"``, ``"flat"``, ``"float16"``; see
+            ``load_transformers``), and what ``AutoModelForCausalLM.from_pretrained`` takes (``revision``,
             ``device_map``, ``quantization_config``, …). For an address: those of :class:`OpenAICompatibleLM`.
 
     Returns:

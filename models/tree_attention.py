@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,12 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
 
 from .base import IntArray
 from .token_trie import TokenTable
 
-__all__ = ["ForwardState", "KeyValuePool", "QueryBlock", "group_queries", "tree_attention_in"]
+__all__ = ["ForwardState", "KeyValuePool", "QueryBlock", "group_queries", "tree_attention", "tree_attention_in"]
 
 _IMPLEMENTATION = "qstar_tree"
 
@@ -143,7 +143,7 @@ class _Active(threading.local):
 _active = _Active()  # models in different threads compute at the same time
 
 
-def _tree_attention(
+def tree_attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -198,13 +198,23 @@ def _tree_attention(
     return output.unsqueeze(0), None
 
 
-AttentionInterface.register(_IMPLEMENTATION, _tree_attention)
+@functools.cache
+def _register() -> None:
+    """Make the attention known to transformers, whose modelling code is slow to import."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_IMPLEMENTATION, tree_attention)
 
 
 @contextlib.contextmanager
 def tree_attention_in(model: Any, forward: ForwardState) -> Iterator[None]:
-    """Swap the model's attention implementation for the length of one forward."""
-    configs = {id(c): c for c in (model.config, model.config.get_text_config())}.values()
+    """Swap the model's attention implementation for the length of one forward.
+
+    A configuration without one belongs to a model that calls :func:`tree_attention` itself.
+    """
+    found = {id(c): c for c in (model.config, model.config.get_text_config())}.values()
+    if configs := [config for config in found if hasattr(config, "_attn_implementation")]:
+        _register()
     before = [c._attn_implementation for c in configs]
     for config in configs:
         config._attn_implementation = _IMPLEMENTATION

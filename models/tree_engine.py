@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import LanguageModelError
 from .base import BoolArray, FloatArray, IntArray, Outputs, free_memory, top_logprobs
-from .packed_weights import PackedWeights
+from .flat.packed_weights import PackedWeights
 from .token_trie import TrieEngine, check_kv_budget
 from .tree_attention import ForwardState, KeyValuePool, group_queries, tree_attention_in
 

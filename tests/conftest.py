@@ -103,7 +103,7 @@ def new_tiny_lm() -> Callable[[str], TransformersLM]:
                 # As initialised, a model hardly attends to anything, and no mistake in the attention would show.
                 if weights.ndim > 1:
                     weights.data.normal_(0, 0.3)
-        return TransformersLM(model, _tokenizer(), name=f"tiny-{architecture}")
+        return TransformersLM(model, _tokenizer(), name=f"tiny-{architecture}", prepack=True)
 
     return make
 

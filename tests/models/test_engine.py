@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from qstar_decoding.envs import PrefixEngine, TabularLM, TokenTree, TransformersLM, TreeEngine
 from qstar_decoding.errors import ConfigurationError
 from qstar_decoding.models import base, testing, tree_attention, tree_engine
-from qstar_decoding.models.packed_weights import PackedWeights
+from qstar_decoding.models.flat.packed_weights import PackedWeights
 
 TinyLM = Callable[[str], TransformersLM]
 
@@ -691,6 +692,42 @@ def test_packed_weights_keep_to_their_share_of_memory(tiny_lm: TinyLM) -> None:
         with one_copy.swapped_in(16):
             pass
         assert [one_copy.size_for(n) for n in (16, 32, 64)] == [16, None, None]
+
+
+def test_layouts_are_made_once_they_are_worthwhile(tiny_lm: TinyLM) -> None:
+    model = tiny_lm("Llama").model
+    if PackedWeights(model).size_for(16) is None:
+        pytest.skip("this build of PyTorch has no MKL")
+    patient = PackedWeights(model, worthwhile=3)
+    assert [patient.size_for(n) for n in (16, 32, 9, 12, 16, 32, 64, 16)] == [
+        None,
+        None,
+        None,
+        None,
+        16,
+        None,
+        None,
+        16,
+    ]
+    waiting = tiny_lm("Llama")
+    assert TransformersLM(waiting.model, waiting.tokenizer).packed_weights.size_for(16) is None  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_limit_of_a_container_counts(version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, usage, reclaimable = base._CONTROL_GROUPS[2 - version][1:]
+    monkeypatch.setattr(
+        base, "_CONTROL_GROUPS", ((str(tmp_path), limit, usage, reclaimable), ("/no/such", "a", "b", "c"))
+    )
+    everything = base.free_memory()
+    (tmp_path / usage).write_text("3000000\n")
+    (tmp_path / "memory.stat").write_text(f"anon 5\n{reclaimable} 1000000\n")
+    (tmp_path / limit).write_text("max\n")
+    assert base.free_memory() > 0.5 * everything
+    (tmp_path / limit).write_text("9000000\n")
+    assert base.free_memory() == 7_000_000
+    (tmp_path / limit).write_text("1000000\n")
+    assert base.free_memory() == 0
 
 
 def test_prepack_is_yes_no_or_auto(tiny_lm: TinyLM) -> None:

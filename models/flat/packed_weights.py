@@ -14,10 +14,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-__all__ = ["PackedWeights"]
+__all__ = ["WORTHWHILE", "PackedWeights"]
 
 # Rows that a forward is filled up to, and from how many rows on that gains more than the filling costs (measured).
 _SIZES = {16: 7, 32: 17, 64: 45}
+# Making a layout costs as much as some 100 forwards gain, and a copy of the weights. A few plans are done without.
+WORTHWHILE = 1000
 
 
 class PackedWeights:
@@ -26,11 +28,19 @@ class PackedWeights:
     The layouts are made when they are first needed, and anew when somebody has changed the model's weights.
     """
 
-    def __init__(self, model: torch.nn.Module, available_bytes: float = float("inf")) -> None:
-        """Prepare for ``model``; layouts may take up to ``available_bytes`` together."""
+    def __init__(self, model: torch.nn.Module, available_bytes: float = float("inf"), *, worthwhile: int = 0) -> None:
+        """Prepare for ``model``.
+
+        Args:
+            model: The model.
+            available_bytes: Bytes that the layouts may take together.
+            worthwhile: A layout is made for the forward of its size with this number, from 0.
+        """
         self._linears = [m for m in model.modules() if type(m) is torch.nn.Linear and "forward" not in vars(m)]
         self._weights = [m.weight for m in self._linears]
         self._forwards: dict[int, list[Callable[[Tensor], Tensor]]] = {}
+        self._forwards_of_size = dict.fromkeys(_SIZES, -1)
+        self._worthwhile = worthwhile
         self._versions = self._weight_versions()
         bytes_each = sum(m.weight.numel() * m.weight.element_size() for m in self._linears)
         self._most = available_bytes // max(bytes_each, 1)
@@ -41,7 +51,9 @@ class PackedWeights:
         size = next((size for size in _SIZES if rows <= size), None)
         if not self._usable or size is None or rows < _SIZES[size]:
             return None
-        return size if size in self._forwards or len(self._forwards) < self._most else None
+        self._forwards_of_size[size] += 1
+        is_worthwhile = self._forwards_of_size[size] >= self._worthwhile and len(self._forwards) < self._most
+        return size if size in self._forwards or is_worthwhile else None
 
     @contextlib.contextmanager
     def swapped_in(self, size: int) -> Iterator[None]:
