@@ -1,10 +1,12 @@
 """Is the learned Q worth its training? Several training seeds, held-out prompts, equal LM tokens, paired intervals.
 
-    python benchmarks/learning.py sentiment|keywords|arithmetic [--seeds 3] [--runs runs] [--json FILE]
+    python benchmarks/learning.py sentiment|keywords|arithmetic|… [--seeds 3] [--runs runs] [--json FILE]
+    python benchmarks/learning.py countdown-3 countdown-4 game-of-24 [--q FOLDER …] [--prompts 100] [--choose]
 
 Trains each seed with `qstar train` into RUNS/TASK-SEED unless a finished run is there; decodes the held-out prompts.
 Decoders without Q do not depend on a training seed; best-of-n gets as many sampling seeds as there are training seeds,
 but for the comparison at 3,200 tokens one.
+Puzzles with a checker have tables of their own, see solving.py.
 Differences are paired by prompt, means over the seeds; intervals resample the prompts (95 %, bootstrap).
 """
 
@@ -18,6 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rows import add_json_option, out, row, write
+from solving import by_ranking, by_solved, choose_search
 
 from qstar_decoding.agents import AStarPlanner, BeamSearch, GreedyDecoder, QHeuristic, SamplingDecoder
 from qstar_decoding.agents.evaluation.comparison import measurements
@@ -147,10 +150,9 @@ def by_accuracy(task, runs, seeds, budget=60):
     prompts = task.prompts.of("test")
     names = ["greedy LM", "arg max Q", "sampling π·exp(Q/β)", "beam on g + Q", "Q*"]
     found = measure(task, runs, seeds, [budget], names, prompts)
-    operands = "{low}–{high}".format(**task.prompts.arguments)
-    table = Table(
-        title=f"{task.name}, operands {operands}: {len(prompts)} unseen problems, {len(seeds)} training seeds"
-    )
+    limits = task.prompts.arguments
+    operands = f"operands {limits['low']}–{limits['high']}" if "low" in limits else task.name
+    table = Table(title=f"{task.name}, {operands}: {len(prompts)} unseen problems, {len(seeds)} training seeds")
     for column in ("decoder", "LM tokens", "right", "by seed", "95 %"):
         table.add_column(column, justify="left" if column == "decoder" else "right")
     rows, targets = [], {"arg max Q": 0.85, "Q*": 0.92}
@@ -160,29 +162,48 @@ def by_accuracy(task, runs, seeds, budget=60):
         interval = "[{:.3f}, {:.3f}]".format(*paired_bootstrap(right))
         tokens = per_prompt(outcomes, "lm_tokens").mean()
         table.add_row(name, f"{tokens:.0f}", f"{right.mean():.3f}", by_seed, interval)
-        target = targets.get(name) if operands == "10–49" else None
-        rows.append(row(f"{name}, operands {operands}", right.mean(), "share right", target))
+        target = targets.get(name) if operands == "operands 10–49" else None
+        rows.append(row(f"{name}, {operands}", right.mean(), "share right", target))
+        degrees = np.array([prompt.get("degree", 0) for prompt in prompts])
+        for degree in sorted({*degrees.tolist()} - {0}):
+            share = right[degrees == degree].mean()
+            rows.append(row(f"{name}, {operands}, degree {degree}", share, "share right"))
+            out.print(f"{name}, degree {degree}: {share:.2f} of {np.sum(degrees == degree)}")
     out.print(table)
     return rows
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", help="sentiment, keywords, arithmetic, or the path of a YAML file")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("tasks", nargs="+", help="names of tasks, or paths of YAML files")
+    parser.add_argument("--seeds", type=int, default=3, help="training seeds; 0 for what needs no Q, puzzles only")
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
     parser.add_argument("--runs", default="runs", help="folder of the training runs")
+    parser.add_argument("--q", nargs="+", help="Q-functions to use instead of training; puzzles only")
+    parser.add_argument("--prompts", type=int, help="number of test prompts, all without it; puzzles only")
+    parser.add_argument(
+        "--choose", action="store_true", help="compare searches on 40 dev prompts instead; puzzles only"
+    )
     add_json_option(parser)
     arguments = parser.parse_args()
     seeds, rows = range(arguments.seeds), []
-    names = ["arithmetic", "arithmetic-99"] if arguments.task == "arithmetic" else [arguments.task]
-    for name in names:
+    for name in (
+        n for task in arguments.tasks for n in (["arithmetic", "arithmetic-99"] if task == "arithmetic" else [task])
+    ):
         task = load_task(name)
-        runs = [trained(name, seed, arguments.runs) for seed in seeds]
-        minutes = [QHeuristic(folder).q.description["minutes"] for folder in runs]
-        out.print(f"{name}: training took {', '.join(map(str, minutes))} minutes")
-        rows.append(row(f"{name}: longest training", max(minutes), "minutes", 20, higher_is_better=False))
-        if task.planner.get("score") == "q":
+        runs = arguments.q or [trained(name, seed, arguments.runs) for seed in seeds]
+        qs = [QHeuristic(folder) for folder in runs]
+        minutes = [q.q.description.get("minutes", 0) for q in qs]
+        if minutes:
+            out.print(f"{name}: training took {', '.join(map(str, minutes))} minutes")
+            rows.append(row(f"{name}: longest training", max(minutes), "minutes", 30, higher_is_better=False))
+        if task.env["reward"] == "countdown" and arguments.choose:
+            for q in [None, *qs[:1]]:
+                choose_search(task, q, task.prompts.of("dev")[:40])
+        elif task.env["reward"] == "countdown":
+            rows += by_solved(task, qs, range(max(len(qs), 1)), arguments.budgets, arguments.prompts)
+            rows += by_ranking(task, qs, arguments.budgets[:3], arguments.prompts) if qs else []
+        elif task.planner.get("score") == "q":
             rows += by_accuracy(task, runs, seeds)
         else:
             rows += by_objective(task, runs, seeds, arguments.budgets)

@@ -24,7 +24,7 @@ from ..errors import ConfigurationError, ConstraintError, InternalError, PromptE
 from ..models.base import Engine, IntArray, LanguageModel, free_memory
 from ..models.registry import load_language_model
 from ..rewards import Reward, as_reward
-from .constraints import Rules, StopStrings
+from .constraints import Rules, StopStrings, make_constraint
 from .prompts import Prompt, columns_of
 from .token_tree import GrowRequest, TokenTree, grow_together
 
@@ -126,7 +126,8 @@ class DecodingMDP:
             hidden_layers: Decoder layers, from 0, whose states are observed beside the last one's (see
                 :class:`TransformersLM`). They can be chosen for a model given by name only.
             constraint: A :class:`~qstar_decoding.envs.constraints.Constraint` on every completion, or a list of them,
-                empty for none. The actions of a state are the likeliest tokens that it allows.
+                empty for none; by name, see :func:`~qstar_decoding.envs.constraints.make_constraint`. The actions of a
+                state are the likeliest tokens that it allows.
             model_kwargs: Further arguments of ``from_pretrained``.
 
         Raises:
@@ -156,7 +157,8 @@ class DecodingMDP:
             room = f"{self.model.name!r} takes {self.model.context_length} tokens in all"
             raise ConfigurationError(f"max_new_tokens is {max_new_tokens}, which leaves no room for a prompt: {room}")
         self._kv_budget = kv_budget
-        self.constraint = None if isinstance(constraint, (list, tuple)) and not constraint else constraint
+        constraint = make_constraint(constraint)
+        self.constraint = None if isinstance(constraint, list) and not constraint else constraint
         self._rules = None if self.constraint is None else Rules(self.constraint, self.model, self._stop)
         self._rules_of: OrderedDict[Any, Rules] = OrderedDict()  # where they differ, by prompt
         self.tree = self._new_tree(self.model.engine(kv_budget=kv_budget))
@@ -350,8 +352,28 @@ class DecodingMDP:
         """Return r_max(s), an upper bound of the reward of every completion of each state, float64 [n]."""
         if not self.reward.has_prefix_bounds:
             return np.full(len(nodes), self.reward.upper)
-        ids, texts = self.tree.completions(nodes), self.texts(nodes)
-        settled, remaining = [self._stop.settled(text) for text in texts], self.remaining(nodes).tolist()
+        return self._bound(prompts, self.tree.completions(nodes), self.texts(nodes), self.remaining(nodes).tolist())
+
+    def edge_bounds(self, prompts: Sequence[Prompt], nodes: IntArray) -> Values:
+        """Return r_max of the text that each edge makes, float64 [n, k], without a forward.
+
+        Edges that end the text, and masked ones, have the reward's upper bound.
+        """
+        bounds = np.full((len(nodes), self.top_k), self.reward.upper)
+        if not self.reward.has_prefix_bounds:
+            return bounds
+        row, action = np.nonzero(self.action_mask(nodes) & (self.finishes(nodes) == Finish.NO))
+        if len(row):
+            prefixes, tokens = self.tree.completions(nodes), self.tree.tokens[nodes[row], action].tolist()
+            ids = [[*prefixes[i], token] for i, token in zip(row.tolist(), tokens, strict=True)]
+            remaining, asking = (self.remaining(nodes)[row] - 1).tolist(), [prompts[i] for i in row.tolist()]
+            bounds[row, action] = self._bound(asking, ids, [self._decode(sequence) for sequence in ids], remaining)
+        return bounds
+
+    def _bound(
+        self, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]], texts: Sequence[str], remaining: list[int]
+    ) -> Values:
+        settled = [self._stop.settled(text) for text in texts]
         for i, (text, kept) in enumerate(zip(texts, settled, strict=True)):
             written = len(ids[i])
             # Tokens whose text may still be cut off, or stay, count as tokens to come.

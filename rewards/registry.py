@@ -30,6 +30,7 @@ _factories: dict[str, str | RewardFactory] = {
     "coherence": ".library.language:Coherence",
     "complete_sentence": ".library.guidelines:CompleteSentence",
     "concreteness": ".library.engagement:Concreteness",
+    "countdown": ".library.reasoning:Countdown",
     "distinct": ".library.creativity:Distinct",
     "engagement": ".library.engagement:engagement",
     "exact_answer": ".library.reasoning:ExactAnswer",

@@ -14,6 +14,7 @@ from .outcomes import evaluate as evaluate
 from .outcomes import mean_figures as mean_figures
 from .outcomes import paired_bootstrap as paired_bootstrap
 from .outcomes import side_by_side as side_by_side
+from .outcomes import tokens_until as tokens_until
 from .plots import available as available
 from .plots import check_path as check_path
 from .plots import draw as draw

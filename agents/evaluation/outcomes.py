@@ -14,7 +14,7 @@ from ..search.budget import Budget
 from ..search.plan import Plan
 from ..search.state import Search, Values
 
-__all__ = ["Outcomes", "evaluate", "mean_figures", "paired_bootstrap", "side_by_side"]
+__all__ = ["Outcomes", "evaluate", "mean_figures", "paired_bootstrap", "side_by_side", "tokens_until"]
 
 
 class Outcomes(NamedTuple):
@@ -64,6 +64,26 @@ def evaluate(
         rewards[unknown] = decoder.mdp.rewards([loaded[i] for i in unknown], texts, ids)
     objectives = decoder.mdp.logprob_weight * np.array([plan.logprob for plan in plans]) + rewards
     return Outcomes(plans, rewards, objectives, np.array([plan.usage.lm_tokens for plan in plans], dtype=np.float64))
+
+
+def tokens_until(decoder: Decoder, prompts: Any, target: float, *, most: int = 1000) -> Values:
+    """Return the LM tokens after which each prompt first has a text with J of at least ``target``, float64 [n].
+
+    The search stops there; infinity where it ended without one. No budget of LM tokens is set, since decoders that
+    share one out over a text would spend it at once. So the result serves for every budget: a prompt is solved within B
+    tokens where its value is at most B. Decoders that choose a width to fit their budget, such as beams, are to be
+    evaluated at each budget instead.
+
+    Args:
+        decoder: A decoder that sees the reward.
+        prompts: See :func:`~qstar_decoding.envs.load_prompts`.
+        target: In units of J.
+        most: Edges followed, those that end a text included, after which a search is given up.
+    """
+    plans = decoder.plan_many(prompts, Budget(pops=most, target=target))
+    if any(plan.stop_reason == "interrupted" for plan in plans):
+        raise KeyboardInterrupt
+    return np.array([p.usage.lm_tokens if p.stop_reason == "target" else np.inf for p in plans], dtype=np.float64)
 
 
 def side_by_side(

@@ -275,14 +275,16 @@ class Search:
         """
         mdp = self.mdp
         edge, mask = mdp.edge_returns(nodes), mdp.action_mask(nodes)
-        most = mdp.reward_bound([self.prompt] * len(nodes), nodes)
+        prompts = [self.prompt] * len(nodes)
+        most = mdp.reward_bound(prompts, nodes)
+        most_beyond = np.minimum(most[:, None], mdp.edge_bounds(prompts, nodes))
         finish, omitted = mdp.finishes(nodes), _omitted_bound(mdp, nodes, mask, most)
         rows = np.arange(self.size, self.size + len(nodes))
         if self._tables.reserve(self.size + len(nodes)):
             self._publish()
         self.node[rows], self.depth[rows], self.g[rows] = nodes, mdp.tree.depth[nodes], mdp.path_return(nodes)
         self.f[rows] = np.where(mask, self.g[rows, None] + h, -np.inf)
-        self.bound[rows] = _sum_outward(self.g[rows, None], edge, most[:, None])
+        self.bound[rows] = _sum_outward(self.g[rows, None], edge, most_beyond)
         self.omitted[rows] = _sum_outward(self.g[rows], omitted)
         if parent_edges is not None:
             # What bounded the edge bounds everything below it.
@@ -290,6 +292,8 @@ class Search:
             self.omitted[rows] = np.minimum(self.omitted[rows], self.bound[parent_edges])
             if self.problem.pathmax:
                 self.f[rows] = np.minimum(self.f[rows], self.f[parent_edges][:, None])
+        if self.score == "reward" and mdp.reward.has_prefix_bounds:  # an estimate above a bound is wrong
+            self.f[rows] = np.minimum(self.f[rows], self.bound[rows])
         self.finish[rows] = finish
         self.status[rows] = np.where(mask, Status.OPEN, Status.MASKED)
         self.child[rows] = -1

@@ -1,9 +1,13 @@
 from .base import Constraint as Constraint
 from .base import Rule as Rule
+from .countdown import CountdownConstraint as CountdownConstraint
 from .grammars import GrammarConstraint as GrammarConstraint
 from .grammars import JSONConstraint as JSONConstraint
 from .grammars import RegexConstraint as RegexConstraint
+from .moves import MovesConstraint as MovesConstraint
+from .registry import make_constraint as make_constraint
 from .rules import Rules as Rules
+from .star_graph import StarGraphConstraint as StarGraphConstraint
 from .strings import BannedStrings as BannedStrings
 from .strings import ForcedStrings as ForcedStrings
 from .strings import MinTokens as MinTokens

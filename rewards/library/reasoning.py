@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import logging
+import operator
+import re
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any, Unpack
 
 from ...errors import ConfigurationError
@@ -16,7 +20,7 @@ from ..types import Bounds, Column, Counts, RewardOptions, Scores, Texts, TokenI
 from .guidelines import MatchesRegex
 from .helpers import column_of, library
 
-__all__ = ["AnswerFormat", "ExactAnswer", "NumericAnswer", "ReasoningGym"]
+__all__ = ["AnswerFormat", "Countdown", "ExactAnswer", "NumericAnswer", "ReasoningGym"]
 
 
 class _Verified(Reward):
@@ -70,6 +74,61 @@ class ExactAnswer(_Verified):
             float(wanted is None or str(wanted).strip().startswith(begun.lstrip()) or self.verify(begun, wanted))
             for begun, wanted in zip(completions, column, strict=True)
         ]
+
+
+class Countdown(Reward):
+    """1 if the completion reaches the column ``target`` with the column ``numbers``, each used once, else 0.
+
+    The game of Countdown, and with the target 24 the Game of 24 (Yao et al. 2023, "Tree of Thoughts"). An answer is an
+    expression with + - * / and parentheses, ``25-3*7``, evaluated exactly. Or it is a list of steps, each of which
+    combines two numbers that are left, ``3*7=21 (21 25), 25-21=4``; the numbers in parentheses may be left out. There
+    is no potential. Where the last operator stands and one number is left, the result is settled: a wrong one has the
+    bound 0.
+    """
+
+    lower, upper = 0.0, 1.0
+    reads_token_ids = False
+    name = "countdown"
+    example = "{'prompt': 'Make 4 of 3 7 25: ', 'numbers': [3, 7, 25], 'target': 4}"
+
+    def __init__(self, **options: Unpack[RewardOptions]) -> None:
+        """Check answers; the arguments are those of `Reward`."""
+        super().__init__(**options)
+
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
+        """Return 1 for a right answer and 0 for a wrong one; None where a prompt lacks one of the columns.
+
+        Raises:
+            ConfigurationError: No prompt has the columns, or they hold no integers.
+        """
+        return [
+            None if puzzle is None else float(_reached(text.strip(), *puzzle))
+            for text, puzzle in zip(completions, self._puzzles(columns), strict=True)
+        ]
+
+    def bound_prefixes(
+        self, prompts: Texts, completions: Texts, remaining: Counts, completion_ids: TokenIds = None, **columns: Column
+    ) -> Bounds:
+        """Return 0 where the result is settled and wrong, else 1."""
+        return [
+            1.0 if puzzle is None else _still_possible(begun.lstrip(), *puzzle)
+            for begun, puzzle in zip(completions, self._puzzles(columns), strict=True)
+        ]
+
+    def _puzzles(self, columns: Mapping[str, Column]) -> list[tuple[list[int], int] | None]:
+        numbers, target = (column_of(columns, name, self.name, self.example) for name in ("numbers", "target"))
+        puzzles: list[tuple[list[int], int] | None] = []
+        for given, wanted in zip(numbers, target, strict=True):
+            if given is None or wanted is None:
+                puzzles.append(None)
+            elif isinstance(given, (list, tuple)) and all(type(n) is int for n in (*given, wanted)):
+                puzzles.append((list(given), wanted))
+            else:
+                raise ConfigurationError(
+                    f"the columns 'numbers' and 'target' hold a list of integers and an integer, such as "
+                    f"{self.example}; got {given!r} and {wanted!r}"
+                )
+        return puzzles
 
 
 class NumericAnswer(_Verified):
@@ -155,6 +214,101 @@ class ReasoningGym(_Verified):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+_STEP = re.compile(r"([0-9]{1,9}) ?([-+*/]) ?([0-9]{1,9}) ?= ?([0-9]{1,18})(?: \(([0-9 ]*)\))?")
+_BEGUN_STEP = re.compile(r"([0-9]{1,9}) ?([-+*/])")
+_SYMBOLS = re.compile(r"[0-9]+|[-+*/()]")
+_OPERATORS: dict[type[ast.operator] | str, Callable[[Fraction, Fraction], Fraction]] = {
+    **{ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv},
+    **{"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv},
+}
+
+
+def _reached(text: str, numbers: list[int], target: int) -> bool:
+    """Tell whether a finished answer is right."""
+    if "=" in text:
+        return _left_after(text.split(", "), numbers) == [target]
+    return _used(text) == sorted(numbers) and _value(text) == target
+
+
+def _still_possible(text: str, numbers: list[int], target: int) -> float:
+    """Return 0 where a begun answer can only have one result, and that is wrong, or is not legal; else 1."""
+    if "=" not in text:
+        return _expression_possible(text, numbers, target)
+    *steps, last = text.split(", ")
+    left = _left_after(steps, numbers)
+    if left is None:
+        return 0.0
+    begun = _BEGUN_STEP.match(last)
+    if len(left) == 2 and begun and int(begun[1]) in left:
+        first = int(begun[1])
+        left.remove(first)
+        return float(_combine(begun[2], Fraction(first), Fraction(left[0])) == target)
+    return 1.0
+
+
+def _expression_possible(text: str, numbers: list[int], target: int) -> float:
+    used, left = _used(text), list(numbers)
+    if used is None or not text or text[-1] not in "+-*/":
+        return 1.0
+    for number in used:
+        if number not in left:
+            return 0.0
+        left.remove(number)
+    if len(left) != 1:
+        return 1.0
+    closing = ")" * (text.count("(") - text.count(")"))
+    return float(_value(f"{text}{left[0]}{closing}") == target)
+
+
+def _used(text: str) -> list[int] | None:
+    """Return the numbers in an expression, ascending; None where it holds anything but numbers and operators."""
+    symbols = _SYMBOLS.findall(text)
+    if len("".join(symbols)) != len(text.replace(" ", "")) or any(len(symbol) > 9 for symbol in symbols):
+        return None
+    return sorted(int(symbol) for symbol in symbols if symbol.isdigit())
+
+
+def _value(text: str) -> Fraction | None:
+    """Return the value of an expression; None where it has none."""
+    if len(text) > 400:  # deeper ones would exceed the parser's stack
+        return None
+    try:
+        return _evaluate(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+        return None
+
+
+def _evaluate(node: ast.expr) -> Fraction:
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return Fraction(node.value)
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        return _OPERATORS[type(node.op)](_evaluate(node.left), _evaluate(node.right))
+    raise ValueError("no number and no operation")
+
+
+def _combine(symbol: str, a: Fraction, b: Fraction) -> Fraction | None:
+    return None if symbol == "/" and not b else _OPERATORS[symbol](a, b)
+
+
+def _left_after(steps: list[str], numbers: list[int]) -> list[int] | None:
+    """Return the numbers that are left after some steps; None where a step is not legal."""
+    left = list(numbers)
+    for step in steps:
+        found = _STEP.fullmatch(step.strip())
+        if found is None:
+            return None
+        a, b, result = int(found[1]), int(found[3]), int(found[4])
+        for number in (a, b):
+            if number not in left:
+                return None
+            left.remove(number)
+        left.append(result)
+        if _combine(found[2], Fraction(a), Fraction(b)) != result:
+            return None
+        if found[5] is not None and sorted(found[5].split()) != sorted(map(str, left)):
+            return None
+    return left
 
 
 def gym_module() -> Any:

@@ -23,6 +23,7 @@ BOUNDED: dict[str, Reward] = {
     "regex": MatchesRegex(r"(?i)[aαkßſ]*(?:σς|is|İ)?.{0,3}"),
     "regex_flags": MatchesRegex(r"(?si:s+|k).*\S"),
     "exact_answer": make_reward("exact_answer"),
+    "countdown": make_reward("countdown"),
     "length": make_reward("length", most=4),
     "sum": 0.7 * ForbiddenWords("ας") - 0.3 * as_reward("length") + 0.1 * as_reward("pangram"),
     "product": ForbiddenWords("ας") * make_reward("length"),
@@ -50,7 +51,7 @@ def check(reward: Reward, text: str, **columns: Any) -> None:
 
 def test_every_reward_of_the_library_with_bounds_is_among_them() -> None:
     bounded = {name for name in {*reward_names()} - {*registry.WITH_ARGUMENTS} if _has_bounds(name)}
-    assert bounded == {"exact_answer", "length"}
+    assert bounded == {"countdown", "exact_answer", "length"}
     with_arguments = {
         name for name in registry.WITH_ARGUMENTS if _class(name).bound_prefixes is not Reward.bound_prefixes
     }
@@ -69,10 +70,24 @@ def _has_bounds(name: str) -> bool:
 @settings(max_examples=300)
 @given(text=texts, answer=texts)
 def test_no_continuation_exceeds_the_bound(name: str, text: str, answer: str) -> None:
-    columns = {"answer": answer} if name == "exact_answer" else {}
+    of_reward = {"exact_answer": {"answer": answer}, "countdown": {"numbers": [3, 7, 25], "target": 4}}
+    columns = of_reward.get(name, {})
     check(BOUNDED[name], text, **columns)
-    if columns:
+    if name == "exact_answer":
         check(BOUNDED[name], f" {answer}\n", **columns)
+
+
+@settings(max_examples=300)
+@given(
+    parts=st.lists(
+        st.sampled_from(["3", "7", "25", "2", *"+-*/()= ", ", ", "*7=21", " (21 25)", "25-21=4"]), max_size=9
+    ),
+    target=st.sampled_from([4, 21, 10, 35]),
+)
+def test_no_answer_of_countdown_exceeds_its_bound(parts: list[str], target: int) -> None:
+    for text in ("".join(parts), "25-3*7", "3*7=21, 25-21=4", "3*7=21 (21 25), 25-21=4", "(7+25)+3"):
+        check(BOUNDED["countdown"], text, numbers=[3, 7, 25], target=target)
+        check(BOUNDED["countdown"], text, numbers=[3, 7], target=target)
 
 
 @pytest.mark.parametrize(

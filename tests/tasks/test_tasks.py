@@ -1,5 +1,6 @@
 """Tasks: those that the package ships, and files that are wrong."""
 
+import itertools
 import re
 
 import pytest
@@ -7,7 +8,10 @@ import yaml
 
 from qstar_decoding.agents import AStarPlanner
 from qstar_decoding.errors import ConfigurationError, UnknownNameError
+from qstar_decoding.rewards import as_reward
 from qstar_decoding.tasks import Task, load_task, task_names
+from qstar_decoding.tasks.generators import countdown, game_of_24, star_graph
+from qstar_decoding.tasks.number_puzzles import is_solvable
 
 TINY = {
     "description": "Six tokens of a review, for the tests.",
@@ -17,7 +21,10 @@ TINY = {
 }
 
 
-@pytest.mark.parametrize("name", ["sentiment", "arithmetic", "arithmetic-99", "keywords"])
+PUZZLES = ["countdown-3", "countdown-4", "game-of-24", "star-graph"]
+
+
+@pytest.mark.parametrize("name", ["sentiment", "arithmetic", "arithmetic-99", "keywords", *PUZZLES])
 def test_the_real_tasks_have_enough_disjoint_prompts(name):
     task = load_task(name)
     train, dev, test = ({str(p) for p in task.prompts.of(split)} for split in ("train", "dev", "test"))
@@ -28,7 +35,8 @@ def test_the_real_tasks_have_enough_disjoint_prompts(name):
 
 
 def test_every_task_is_listed_and_loads():
-    assert task_names() == ["arithmetic", "arithmetic-99", "keywords", "reasoning-gym", "relevance", "sentiment", "toy"]
+    others = ["arithmetic", "arithmetic-99", "keywords", "reasoning-gym", "relevance", "sentiment", "toy"]
+    assert {*task_names()} >= {*others, *PUZZLES}
     for name in task_names():
         assert load_task(name).prompts.of("test")
 
@@ -42,6 +50,63 @@ def test_the_answers_are_right_and_the_keywords_asked_for():
     for prompt in load_task("keywords").prompts.of("test"):
         assert all(word in prompt["prompt"][0]["content"] for word in prompt["keywords"])
         assert not seen.issuperset(prompt["keywords"])
+
+
+@pytest.mark.parametrize("name", ["countdown-3", "countdown-4", "game-of-24"])
+def test_number_puzzles_are_new_in_each_split_and_can_be_solved(name):
+    task = load_task(name)
+    splits = {split: task.prompts.of(split) for split in ("train", "dev", "test")}
+    assert len(splits["train"]) == 5000
+    problems = {split: {(*sorted(p["numbers"]), p["target"]) for p in prompts} for split, prompts in splits.items()}
+    assert not problems["train"] & problems["test"]
+    assert not problems["train"] & problems["dev"]
+    assert not problems["dev"] & problems["test"]
+    reward = as_reward(task.env["reward"])
+    for prompt in splits["test"][:20]:
+        *solved, asked = prompt["prompt"].split("\n")
+        assert asked == f"Numbers: {' '.join(map(str, prompt['numbers']))}. Target: {prompt['target']}. Solution: "
+        assert is_solvable(tuple(sorted(prompt["numbers"])), prompt["target"])
+        for line in solved:
+            numbers, target, answer = re.match(r"Numbers: (.*)\. Target: (\d+)\. Solution: (.+)$", line).groups()
+            columns = {"numbers": [[*map(int, numbers.split())]], "target": [int(target)]}
+            assert reward([""], [answer], **columns).tolist() == [1]
+            assert (*sorted(columns["numbers"][0]), int(target)) not in problems["test"] | problems["train"]
+
+
+def test_the_game_of_24_is_tested_on_the_published_problems():
+    test = load_task("game-of-24").prompts.of("test")
+    assert [p["numbers"] for p in test[:3]] == [[4, 5, 6, 10], [1, 2, 4, 7], [2, 5, 8, 11]]
+    assert len(test) == 100
+    assert {p["target"] for p in test} == {24}
+
+
+def test_paths_of_star_graphs_are_right_and_of_all_degrees():
+    test = load_task("star-graph").prompts.of("test")
+    assert {p["degree"] for p in test} == {*range(3, 11)}
+    for prompt in test:
+        edges, path = {tuple(edge) for edge in prompt["edges"]}, prompt["answer"].split(">")
+        assert all(pair in edges for pair in itertools.pairwise(path))
+        assert path[0] == prompt["start"]
+        assert prompt["prompt"].endswith(f"From {path[0]} to {path[-1]}: ")
+        assert sum(a == prompt["start"] for a, _ in edges) == prompt["degree"]
+
+
+@pytest.mark.parametrize(
+    ("generator", "arguments", "message"),
+    [
+        (
+            countdown,
+            {"numbers": 2, "low": 1, "high": 3, "target": 9, "train": 90, "dev": 1, "test": 1},
+            "widen the ranges",
+        ),
+        (game_of_24, {"test": ["4 5 six"], "train": 5, "dev": 1}, "test problems are texts"),
+        (game_of_24, {"test": [], "train": 10**6, "dev": 1}, "training problems"),
+        (star_graph, {"degrees": [30], "length": 3, "train": 1, "dev": 1, "test": 1}, "fewer or shorter paths"),
+    ],
+)
+def test_puzzles_that_cannot_be_generated(generator, arguments, message):
+    with pytest.raises(ConfigurationError, match=message):
+        generator(**arguments)
 
 
 def test_the_toys_optimum_is_known_by_enumeration():

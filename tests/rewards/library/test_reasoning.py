@@ -22,6 +22,45 @@ def test_exact_answers_are_compared_without_surrounding_space() -> None:
         reward(["x"], ["41"])
 
 
+def test_countdown_takes_expressions_and_steps_and_nothing_illegal() -> None:
+    reward = make_reward("countdown")
+
+    def judge(*texts: str, numbers: tuple[int, ...] = (3, 7, 25), target: int = 4) -> list[float]:
+        count = len(texts)
+        return reward([""] * count, texts, numbers=[list(numbers)] * count, target=[target] * count).tolist()
+
+    right = ["25-3*7", " 25 - (7*3)\n", "3*7=21, 25-21=4", "7*3=21 (21 25), 25-21=4", "3 * 7 = 21 (25 21), 25 - 21 = 4"]
+    assert judge(*right) == [1.0] * len(right)
+    wrong = [
+        "", "4", "25-21", "25-3*7=4", "25-3*7+0", "3*7=21", "3*7=22, 25-21=4", "3*7=21 (21 24), 25-21=4", "25-3*(7",
+        "-3*7+25", "+25-3*7", "25-3**7", "25-3//7", "025-3*7", "25-3*7#", "25-3*7;1", "__import__('os')", "٢٥-٣*٧",
+        "3*7=21, 25-21=4, 4*1=4", "25/(7-7)*3", "(" * 300 + "25-3*7" + ")" * 300, "9" * 5000, "25-37", "(25)(3)(7)",
+    ]  # fmt: skip
+    assert judge(*wrong) == [0.0] * len(wrong)
+    assert judge("8/(3-8/3)", numbers=(3, 3, 8, 8), target=24) == [1.0]  # exact, by fractions
+    assert judge("8/(3-8/3)", numbers=(3, 3, 8), target=24) == [0.0]
+    assert judge("1/3*3*24", "6/(1-3/4)", numbers=(1, 3, 4, 6), target=24) == [0.0, 1.0]
+    assert np.isnan(reward([""], ["4"], numbers=[None], target=[4])[0])
+    for columns in ({"numbers": ["3"], "target": [4]}, {"numbers": [[3, 7]], "target": [4.5]}):
+        with pytest.raises(ConfigurationError, match="a list of integers and an integer"):
+            reward([""], ["4"], **columns)
+    with pytest.raises(ConfigurationError, match="column 'target'"):
+        reward([""], ["4"], numbers=[[4]])
+
+
+def test_countdown_agrees_with_reasoning_gym() -> None:
+    gym = pytest.importorskip("reasoning_gym")
+    dataset = gym.create_dataset("countdown", seed=1, size=20, min_numbers=3, max_numbers=4, max_value=12, min_target=1)
+    mine = make_reward("countdown")
+    answers = [entry["answer"].replace(" ", "") for entry in dataset]
+    for entry in dataset:
+        facts = entry["metadata"]
+        columns = {"numbers": [facts["numbers"]] * len(answers), "target": [facts["target"]] * len(answers)}
+        theirs = [dataset.score_answer(answer, entry) == 1.0 for answer in answers]
+        assert mine([""] * len(answers), answers, **columns).astype(bool).tolist() == theirs
+        assert any(theirs)
+
+
 def test_numbers_are_compared_as_mathematics():
     reward, texts = make_reward("numeric_answer"), [r"so it is \(\frac{1}{2}\)", "0.50", "1/2", "2", "", "no idea"]
     assert reward([""] * 6, texts, answer=["0.5"] * 6).tolist() == [1, 1, 1, 0, 0, 0]

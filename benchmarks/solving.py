@@ -1,0 +1,157 @@
+"""Puzzles with a checker: the share solved within a budget, and LM tokens until solved. Called by learning.py.
+
+Every decoder has the same mask of legal moves, and stops at its first right answer. Decoders that need no budget run
+once, until they are right or have followed 1,600 edges; beams choose their width for each budget. Two rows without
+language model show what mask and checker do by themselves: random legal moves, and every answer in order.
+"""
+
+import numpy as np
+from rich.table import Table
+from rows import out, row
+
+from qstar_decoding.agents import (
+    MCTS,
+    AStarPlanner,
+    BeamSearch,
+    Budget,
+    GreedyDecoder,
+    LevinTreeSearch,
+    SamplingDecoder,
+)
+from qstar_decoding.agents.evaluation.outcomes import evaluate, tokens_until
+from qstar_decoding.agents.planning.decoder import Decoder
+from qstar_decoding.agents.search.state import Edges, Status
+from qstar_decoding.envs import load_prompts
+from qstar_decoding.rewards import Reward
+
+TARGET = 0.5  # J of a right answer is above, of a wrong one below: α · log π is above -0.5
+MOST = 1600
+GOALS = {("countdown-3", 100): 0.97, ("countdown-4", 400): 0.80, ("game-of-24", 800): 0.74}
+ANYTIME = [{"search": "anytime", "weight": w} for w in (1.0, 2.0, 4.0, 8.0)]
+SEARCHES = [{"search": "level"}, {"search": "capped", "width": 1}, *ANYTIME]
+
+
+class InOrder(Decoder):
+    """Depth first, by token id: every legal answer in one fixed order."""
+
+    def select(self, search):
+        """Yield the open edge of smallest token id in the deepest row."""
+        while True:
+            is_open = search.status[: search.size] == Status.OPEN
+            rows = np.flatnonzero(is_open.any(axis=1))
+            if not len(rows):
+                return
+            deepest = rows[search.depth[rows] == search.depth[rows].max()][-1]
+            tokens = np.where(is_open[deepest], search.mdp.tree.tokens[search.node[deepest]], np.iinfo(np.int64).max)
+            yield Edges(np.array([deepest]), np.array([tokens.argmin()]))
+
+
+class Unbounded(Reward):
+    """Another reward without its bounds of prefixes."""
+
+    reads_token_ids = False
+
+    def __init__(self, inner):
+        """Wrap ``inner``."""
+        super().__init__()
+        self.inner, self.name, self.lower, self.upper = inner, inner.name, inner.lower, inner.upper
+
+    def score(self, prompts, completions, completion_ids=None, **columns):
+        """Return the other reward's scores."""
+        return self.inner.score(prompts, completions, completion_ids, **columns)
+
+
+def decoders(task, qs, seeds):
+    """Return by name a list of functions from a process to a decoder, one a seed where seeds matter."""
+    plan = {key: value for key, value in task.planner.items() if key != "score"}
+    known = [*zip(qs, seeds, strict=False)]
+    table = {
+        "random legal moves": [lambda mdp, s=s: SamplingDecoder(mdp, temperature=1e6, seed=s) for s in seeds],
+        "every answer in order": [InOrder],
+        "best-of-n": [lambda mdp, s=s: SamplingDecoder(mdp, seed=s) for s in seeds],
+        "best-of-n, temperature 1.5": [lambda mdp, s=s: SamplingDecoder(mdp, temperature=1.5, seed=s) for s in seeds],
+        "Levin tree search": [LevinTreeSearch],
+        "A*, no Q": [lambda mdp: AStarPlanner(mdp, **plan)],
+        "VAS on Q": [lambda mdp, q=q, s=s: SamplingDecoder(mdp, heuristic=q, beta=0.1, seed=s) for q, s in known],
+        "MCTS on Q": [lambda mdp, q=q: MCTS(mdp, heuristic=q) for q in qs],
+        "Q*": [lambda mdp, q=q: AStarPlanner(mdp, heuristic=q, **plan) for q in qs],
+    }
+    beams = {
+        "beam, reranked": [BeamSearch],
+        "beam on g + Q": [lambda mdp, q=q: BeamSearch(mdp, heuristic=q) for q in qs],
+    }
+    return {name: made for name, made in table.items() if made}, {name: made for name, made in beams.items() if made}
+
+
+def choose_search(task, q, prompts):
+    """Print the searches of A* by LM tokens until solved on dev prompts; the fewest wins, for every task alike."""
+    mdp = task.mdp()
+    for setting in SEARCHES:
+        tokens = tokens_until(AStarPlanner(mdp, heuristic=q, **setting), prompts, TARGET, most=MOST)
+        mean, share = np.minimum(tokens, MOST).mean(), np.isfinite(tokens).mean()
+        out.print(f"{task.name}, dev, {'Q' if q else 'no Q'}, {setting}: {mean:.0f} tokens, {share:.2f} solved")
+
+
+def by_solved(task, qs, seeds, budgets, count):
+    """Print and return the share of test prompts solved within each budget, and LM tokens until solved."""
+    prompts, mdp, most = load_prompts(task.prompts.of("test")[:count]), task.mdp(), max(budgets)
+    unbounded, unmasked = mdp.with_changes(reward=Unbounded(mdp.reward)), mdp.with_changes(constraint=None)
+    anytime, beams = decoders(task, qs, seeds)
+    few = prompts[: max(len(prompts) // 5, 1)]  # without mask the trees are endless
+    runs = [(name, mdp, made, prompts) for name, made in anytime.items()]
+    runs += [("A*, no Q, no bounds of prefixes", unbounded, anytime["A*, no Q"], prompts)]
+    without = [name for name in ("best-of-n", "A*, no Q", "Q*") if name in anytime]
+    runs += [(f"{name}, no mask, {len(few)} problems", unmasked, anytime[name][:1], few) for name in without]
+    table = Table(title=f"{task.name}: {len(prompts)} test problems, {len(qs)} trained Q; solved within LM tokens")
+    for column in ("decoder", *map(str, budgets), "tokens until solved", "median"):
+        table.add_column(column, justify="left" if column == "decoder" else "right")
+    rows = []
+
+    def report(name, shares, tokens=None):
+        cells = [f"{share:.2f}" for share in shares]
+        if tokens is not None:
+            mean, median = np.minimum(tokens, most).mean(), np.median(tokens)
+            cells += [f"{mean:.0f}", f"{median:.0f}" if median <= most else f"> {most}"]
+            target = 35 if task.name == "countdown-3" and name in ("A*, no Q", "Q*") else None
+            unit = f"LM tokens, {most} where unsolved"
+            rows.append(row(f"{task.name}, {name}: until solved", mean, unit, target, higher_is_better=False))
+        table.add_row(name, *cells, style="bold" if name == "Q*" else "")
+        for budget, share in zip(budgets, shares, strict=True):
+            target = GOALS.get((task.name, budget)) if name in ("A*, no Q", "Q*") else None
+            rows.append(row(f"{task.name}, {name}: solved within {budget}", share, "share", target))
+
+    for name, process, made, asked in runs:
+        tokens = np.array(
+            [tokens_until(make(process), asked, TARGET, most=MOST if asked is prompts else most) for make in made]
+        )
+        report(name, [(tokens <= budget).mean() for budget in budgets], tokens)
+    for name, made in beams.items():
+        found = [[evaluate(make(mdp), prompts, Budget(budget, target=TARGET)) for make in made] for budget in budgets]
+        report(name, [np.mean([outcome.rewards for outcome in outcomes]) for outcomes in found])
+    out.print(table)
+    return rows
+
+
+def by_ranking(task, qs, budgets, count):
+    """Print and return the share right where Q alone ranks the answers, and no decoder sees the checker."""
+    prompts, mdp = load_prompts(task.prompts.of("test")[:count]), task.mdp()
+    plan = {**task.planner, "score": "q"}
+    made = {
+        "greedy LM": [lambda: GreedyDecoder(mdp)],
+        "arg max Q": [lambda q=q: GreedyDecoder(mdp, heuristic=q, score="q") for q in qs],
+        "beam on g + Q": [lambda q=q: BeamSearch(mdp, heuristic=q, score="q") for q in qs],
+        "Q*, level by level": [lambda q=q: AStarPlanner(mdp, heuristic=q, score="q", pathmax=True) for q in qs],
+        f"Q*, {plan.get('search', 'level')}": [lambda q=q: AStarPlanner(mdp, heuristic=q, **plan) for q in qs],
+    }
+    table = Table(title=f"{task.name}: {len(prompts)} test problems, {len(qs)} trained Q; share right, no checker")
+    for column in ("decoder", *map(str, budgets)):
+        table.add_column(column, justify="left" if column == "decoder" else "right")
+    rows = []
+    for name, makes in made.items():
+        shares = []
+        for budget in budgets if name not in ("greedy LM", "arg max Q") else [None]:
+            shares.append(np.mean([evaluate(make(), prompts, budget).rewards for make in makes]))
+            rows.append(row(f"{task.name}, no checker, {name}, {budget or 'one text'}", shares[-1], "share right"))
+        table.add_row(name, *(f"{share:.2f}" for share in shares))
+    out.print(table)
+    return rows
