@@ -79,15 +79,11 @@ def serve(
         )
         hosts = allowed_host or (LOOPBACK if host in LOOPBACK else ["*"])
         app = create_app(engine, limits=limits, keys=keys, hosts=hosts, q=dict(map(_named, q or [])))
-    turnstile = app.state.service.turnstile
-    listen(
-        app,
-        host,
-        port,
-        drain=lambda: setattr(turnstile, "is_draining", True),
-        left=lambda: turnstile.total,
-        drain_seconds=drain_seconds,
-    )
+    service = app.state.service
+    try:
+        listen(app, host, port, service.turnstile, drain_seconds)
+    finally:
+        service.close()
 
 
 def explore(

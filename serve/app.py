@@ -48,6 +48,11 @@ class Service:
         self.turnstile = Turnstile(limits)
         self.metrics = Metrics(self.tools, self.turnstile)
 
+    def close(self) -> None:
+        """End all work and the threads that do it."""
+        self.tools.sampler.close()
+        self.tools.engine.close(cancel=True)
+
 
 class Metrics:
     """Counts for Prometheus."""
@@ -92,7 +97,7 @@ class Reply(Response):
         """Prepare to answer a body of a kind."""
         self._service, self._kind, self._endpoint = service, kind, endpoint
         self._usage: Usage | None = None
-        self._status = 0
+        self._status, self._is_gone = 0, False
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -103,26 +108,40 @@ class Reply(Response):
                 body = read_body(self._kind, await read_all(receive, self._service.tools.limits))
                 await self._answer(body, receive, send)
         except Exception as error:
-            failure = as_api_error(error)
-            if not self._status:
+            await self._fail(as_api_error(error), scope, receive, send)
+        finally:
+            status = "gone" if self._is_gone else self._status
+            self._service.metrics.finish(self._endpoint, status, self._usage, started)
+
+    async def _fail(self, failure: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+        """Tell an error: as a response, or as the last event of a stream that has begun."""
+        with contextlib.suppress(OSError):
+            if self._status:
+                line = f"data: {json.dumps(failure.body)}\n\n".encode()
+                await send({"type": "http.response.body", "body": line, "more_body": False})
+            else:
                 self._status = failure.status
                 response = failure.response()
                 response.headers["x-request-id"] = self._id
                 await response(scope, receive, send)
-        finally:
-            self._service.metrics.finish(self._endpoint, self._status or "gone", self._usage, started)
 
     async def _answer(self, body: Body, receive: Receive, send: Send) -> None:
+        all_work = self._service.turnstile.work
         gone = asyncio.ensure_future(until_gone(receive))
         work = asyncio.ensure_future(self._work(body, send, gone.done))
+        all_work.add(work)
         try:
             await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                work.result()
+            self._is_gone = not work.done()
         finally:
             gone.cancel()
             work.cancel()
             await asyncio.gather(gone, work, return_exceptions=True)
+            all_work.discard(work)
+        if work.cancelled() and not self._is_gone:
+            raise ApiError(503, "the server has shut down", kind="server_error")
+        if not self._is_gone:
+            work.result()
 
     async def _work(self, body: Body, send: Send, is_gone: Callable[[], bool]) -> None:
         service = self._service
@@ -135,8 +154,8 @@ class Reply(Response):
             async for event in events:
                 if event is not None:
                     task.answer.take(event)
-            self._status = 200
             answer = JSONResponse(task.answer.whole(logprobs=task.top is not None), headers={"x-request-id": self._id})
+            self._status = 200
             await answer({"type": "http"}, _nothing, send)
 
     async def _stream(self, task: Task, events: AsyncGenerator[Event | None], send: Send) -> None:
@@ -149,32 +168,24 @@ class Reply(Response):
         async def tell(chunk: dict[str, Any]) -> None:
             await say(f"data: {json.dumps(chunk, allow_nan=False, ensure_ascii=False)}")
 
-        try:
-            early: list[Event] = []
-            async for event in events:
-                if event is None:
-                    if self._status:
-                        await say(": still here")
-                    continue
-                waiting -= isinstance(event, Begun)
-                early.append(event)
-                if waiting:  # an error of the others still has a status of its own
-                    continue
-                if not self._status:
-                    await self._open(send)
-                for chunk in (chunk for one in early for chunk in answer.chunks(one, logprobs=with_logprobs)):
-                    await tell(chunk)
-                early.clear()
-            for chunk in answer.closing():
-                await tell(chunk)
-            await say("data: [DONE]", more=False)
-        except OSError:
-            raise
-        except Exception as error:
+        early: list[Event] = []
+        async for event in events:
+            if event is None:
+                if self._status:
+                    await say(": still here")
+                continue
+            waiting -= isinstance(event, Begun)
+            early.append(event)
+            if waiting:  # an error of the others still has a status of its own
+                continue
             if not self._status:
-                raise
-            await tell(as_api_error(error).body)  # the status was sent already
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+                await self._open(send)
+            for chunk in (chunk for one in early for chunk in answer.chunks(one, logprobs=with_logprobs)):
+                await tell(chunk)
+            early.clear()
+        for chunk in answer.closing():
+            await tell(chunk)
+        await say("data: [DONE]", more=False)
 
     async def _open(self, send: Send) -> None:
         self._status = 200

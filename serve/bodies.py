@@ -231,6 +231,7 @@ class Limits(Strict):
     Attributes:
         regex: The whole text matches.
         json_schema: The whole text is JSON that follows the schema.
+        grammar: The whole text is a sentence of this grammar, in Lark's notation or in GBNF.
         banned: None of these strings appears.
         forced: Each of these strings appears.
         min_tokens: The least number of tokens.
@@ -238,6 +239,7 @@ class Limits(Strict):
 
     regex: str | None = Field(default=None, min_length=1, max_length=2000)
     json_schema: dict[str, Any] | None = None
+    grammar: str | None = Field(default=None, min_length=1, max_length=20_000)
     banned: list[str] | None = Field(default=None, min_length=1, max_length=100)
     forced: list[str] | None = Field(default=None, min_length=1, max_length=20)
     min_tokens: int | None = Field(default=None, ge=1)

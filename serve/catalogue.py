@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +16,15 @@ from ..agents.planning.engine import SearchEngine
 from ..agents.planning.registry import DECODERS, by_command, decoder_options, make_decoder
 from ..agents.planning.sampling import SamplingDecoder
 from ..agents.search.budget import Budget
-from ..envs.constraints import BannedStrings, Constraint, ForcedStrings, JSONConstraint, MinTokens, RegexConstraint
+from ..envs.constraints import (
+    BannedStrings,
+    Constraint,
+    ForcedStrings,
+    GrammarConstraint,
+    JSONConstraint,
+    MinTokens,
+    RegexConstraint,
+)
 from ..errors import QStarError
 from ..rewards import registry, reward_names
 from ..rewards.specs import Call, Made, Terms, parse_spec
@@ -30,8 +37,14 @@ _BUDGET = 200  # LM tokens, where a request names none
 _BEST_OF_N = "best-of-n"  # the field's name of the decoder that is called "sample" here
 # Rewards whose arguments can only be words and numbers. Those of others may name folders or models.
 _WITH_SAFE_ARGUMENTS = ("distinct", "forbidden_words", "length", "repetition", "short_sentences")
-_MOST_REPETITION = 1000  # the largest number in braces of a regular expression
-_MOST_SCHEMA = 20_000  # characters
+_CONSTRAINTS: dict[str, Callable[[Any], Constraint]] = {
+    "regex": RegexConstraint,
+    "json_schema": JSONConstraint,
+    "grammar": GrammarConstraint,
+    "banned": lambda strings: BannedStrings(*strings),
+    "forced": lambda strings: ForcedStrings(*strings),
+    "min_tokens": MinTokens,
+}
 
 
 @dataclass(frozen=True)
@@ -289,35 +302,19 @@ def constraints_of(response: Format | None, limits: Limits | None) -> tuple[Cons
     Raises:
         ApiError: One cannot be followed.
     """
-    found: list[Constraint] = []
+    asked: list[tuple[str, Callable[[], Constraint]]] = []
     if response is not None and response.json_schema is not None:
-        found.append(_json(response.json_schema.schema_, "response_format.json_schema.schema"))
+        schema = response.json_schema.schema_
+        asked.append(("response_format.json_schema.schema", lambda: JSONConstraint(schema)))
     elif response is not None and response.type == "json_object":
-        found.append(_json({"type": "object"}, "response_format"))
-    if limits is not None:
-        if limits.regex is not None:
-            found.append(RegexConstraint(limits.regex))
-        if limits.json_schema is not None:
-            found.append(_json(limits.json_schema, "qstar.constraint.json_schema"))
+        asked.append(("response_format", lambda: JSONConstraint({"type": "object"})))
+    for name, make in _CONSTRAINTS.items():
+        if limits is not None and (value := getattr(limits, name)) is not None:
+            asked.append((f"qstar.constraint.{name}", functools.partial(make, value)))
+    found = []
+    for param, make_one in asked:
         try:
-            found += [BannedStrings(*limits.banned)] if limits.banned else []
-            found += [ForcedStrings(*limits.forced)] if limits.forced else []
-            found += [MinTokens(limits.min_tokens)] if limits.min_tokens else []
+            found.append(make_one())
         except QStarError as error:
-            raise as_api_error(error, "qstar.constraint") from None
+            raise as_api_error(error, param) from None
     return tuple(found)
-
-
-def _json(schema: Mapping[str, Any], param: str) -> Constraint:
-    text = json.dumps(schema)
-    if len(text) > _MOST_SCHEMA:
-        raise invalid(param, f"at most {_MOST_SCHEMA:,} characters are taken, got {len(text):,}")
-    try:
-        return _compiled_schema(text)
-    except QStarError as error:
-        raise as_api_error(error, param) from None
-
-
-@functools.lru_cache(64)
-def _compiled_schema(text: str) -> JSONConstraint:
-    return JSONConstraint(text)

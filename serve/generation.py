@@ -241,8 +241,7 @@ def _parts(search: Search, prompt: Prompt, completions: Sequence[Completion]) ->
     scored = [completion for completion in completions if completion.reward == completion.reward]
     if not scored:
         return [{} for _ in completions]
-    with mdp.model.lock:
-        columns = mdp.components([prompt] * len(scored), scored)
+    columns = mdp.components([prompt] * len(scored), scored)
     values = iter([{name: float(column[i]) for name, column in columns.items()} for i in range(len(scored))])
     return [next(values) if completion.reward == completion.reward else {} for completion in completions]
 

@@ -56,12 +56,23 @@ class Turnstile:
     Attributes:
         is_draining: Whether no more are let in.
         total: Requests that are inside.
+        work: What they wait for.
     """
 
     def __init__(self, limits: Limits) -> None:
         """Let in what the limits allow."""
         self._limits, self._of_key = limits, Counter[str]()
         self.is_draining, self.total = False, 0
+        self.work: set[asyncio.Future[None]] = set()
+
+    def drain(self) -> None:
+        """Let nobody in any more."""
+        self.is_draining = True
+
+    def abort(self) -> None:
+        """End the requests that are inside."""
+        for work in self.work:
+            work.cancel()
 
     @contextlib.contextmanager
     def inside(self, key: str) -> Iterator[None]:
@@ -118,7 +129,8 @@ class Guard:
 
         async def timely(message: Message) -> None:
             try:
-                await asyncio.wait_for(send(message), self._limits.send_seconds)
+                async with asyncio.timeout(self._limits.send_seconds):  # unlike wait_for, it loses no cancellation
+                    await send(message)
             except TimeoutError:
                 raise OSError("the client reads too slowly") from None
 
@@ -153,8 +165,9 @@ class Guard:
         if not self._keys or path in _OPEN:
             return ""
         kind, _, given = headers.get("authorization", "").partition(" ")
-        # Hashes have one length, and all keys are compared, so that the time tells nothing.
-        found = hashlib.sha256(given.strip().encode("utf-8", "surrogateescape")).digest()
+        # Headers are read as latin-1, whatever they are. Hashes have one length, and all keys are compared, so that the
+        # time tells nothing.
+        found = hashlib.sha256(given.strip().encode("latin-1")).digest()
         matches = [hmac.compare_digest(found, key) for key in self._keys]
         if kind.lower() != "bearer" or not any(matches):
             message = "a valid API key is needed: Authorization: Bearer KEY"

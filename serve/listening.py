@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -18,6 +18,7 @@ from ..errors import ConfigurationError
 
 __all__ = ["LOOPBACK", "DrainingServer", "PatientProtocol", "foreign_origin", "listening", "serve"]
 
+_ABORTING = 2.0  # seconds that requests are given to tell their clients that they were ended
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 
@@ -63,26 +64,29 @@ def listening(host: str, port: int) -> Iterator[tuple[socket.socket, str]]:
         yield listener, f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
 
+class Requests(Protocol):
+    """The requests of an application, as the server that ends sees them."""
+
+    total: int
+
+    def drain(self) -> None:
+        """Refuse new ones."""
+
+    def abort(self) -> None:
+        """End those that are left."""
+
+
 class DrainingServer(uvicorn.Server):
     """A server that finishes what it has begun when it is told to end.
 
-    The first SIGTERM or Ctrl-C begins to drain: new requests are refused with 503, and the process ends when none is
-    left, or after ``drain_seconds``, with exit status 0. The second ends it at once.
+    The first SIGTERM or Ctrl-C begins to drain: new requests are refused, and the process ends when none is left. After
+    ``drain_seconds`` those that are left are ended. The exit status is 0. The second signal ends it at once.
     """
 
-    def __init__(
-        self, config: uvicorn.Config, *, drain: Callable[[], None], left: Callable[[], int], drain_seconds: float
-    ) -> None:
-        """Make a server.
-
-        Args:
-            config: Of uvicorn.
-            drain: Begins to refuse new requests.
-            left: Returns how many requests are not done.
-            drain_seconds: The most time that these are given.
-        """
+    def __init__(self, config: uvicorn.Config, requests: Requests, drain_seconds: float) -> None:
+        """Make a server of an application whose requests are given."""
         super().__init__(config)
-        self._drain, self._left, self._drain_seconds = drain, left, drain_seconds
+        self._requests, self._drain_seconds = requests, drain_seconds
         self._deadline: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -91,12 +95,16 @@ class DrainingServer(uvicorn.Server):
             self.should_exit = self.force_exit = True
             return
         self._deadline = time.monotonic() + self._drain_seconds
-        self._drain()
+        self._requests.drain()
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether the server ends now; asked ten times a second."""
-        if self._deadline is not None and (not self._left() or time.monotonic() > self._deadline):
-            return True
+        if self._deadline is not None:
+            late = time.monotonic() - self._deadline
+            if late > 0:
+                self._requests.abort()
+            if not self._requests.total or late > _ABORTING:
+                return True
         return await super().on_tick(counter)
 
 
@@ -126,9 +134,7 @@ class PatientProtocol(H11Protocol):
         self.loop.call_later(self.silence_seconds, self._close_if_silent)
 
 
-def serve(
-    app: Any, host: str, port: int, *, drain: Callable[[], None], left: Callable[[], int], drain_seconds: float
-) -> None:
+def serve(app: Any, host: str, port: int, requests: Requests, drain_seconds: float) -> None:
     """Serve an application until it is told to end; see :class:`DrainingServer`.
 
     Raises:
@@ -140,4 +146,4 @@ def serve(
             app, http=PatientProtocol, log_level="warning", access_log=False, server_header=False,
             timeout_keep_alive=30, timeout_graceful_shutdown=1,
         )  # fmt: skip
-        DrainingServer(config, drain=drain, left=left, drain_seconds=drain_seconds).run(sockets=[listener])
+        DrainingServer(config, requests, drain_seconds).run(sockets=[listener])

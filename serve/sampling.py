@@ -17,13 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ..envs.constraints import Constraint, Rules, StopStrings
-from ..errors import ConstraintError, InternalError
+from ..errors import ConstraintError, EngineClosedError, InternalError
 from ..models.base import BoolArray, Engine, FloatArray, IntArray, LanguageModel
 
 __all__ = ["Drawing", "Drawn", "Sampler", "Step", "Token", "score"]
 
 _SCORED = 64  # positions of a text that are scored in one forward
 _COMPILED = 32  # sets of rules that are kept
+_RECENT = 128  # texts that stay in memory, so that the next turn of a chat computes its new tokens only
 
 
 class Token(NamedTuple):
@@ -150,7 +151,8 @@ class Sampler:
     """Draws texts of one language model, all that are asked for in one forward a token.
 
     Attributes:
-        handle: The prefixes that its texts have reached, int64 [texts]; the engine keeps these.
+        handle: The prefixes that its texts, and the last ones before them, have reached, int64 [texts]; the engine
+            keeps these.
     """
 
     def __init__(self, model: LanguageModel, engine: Engine, *, max_live: int = 32) -> None:
@@ -163,6 +165,8 @@ class Sampler:
         """
         self.model, self._engine, self._max_live = model, engine, max_live
         self._live: list[_Job] = []
+        self._recent = deque[int](maxlen=_RECENT)
+        self._is_closed = False
         self._waiting: deque[_Job] = deque()
         self._lock = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -175,7 +179,8 @@ class Sampler:
     @property
     def handle(self) -> IntArray:
         """See the class."""
-        return np.array([job.handle for job in self._live if job.handle >= 0], dtype=np.int64)
+        live = [job.handle for job in self._live if job.handle >= 0]
+        return np.array([*live, *self._recent], dtype=np.int64)
 
     @property
     def live(self) -> int:
@@ -201,6 +206,7 @@ class Sampler:
 
         Raises:
             ConfigurationError: See :meth:`compile`.
+            EngineClosedError: The sampler was closed.
         """
         out, jobs = Drawn(loop, len(drawings)), []
         for choice, drawing in enumerate(drawings):
@@ -209,6 +215,8 @@ class Sampler:
             ends = frozenset({*self.model.eos_token_ids, *stop.token_ids(self.model)})
             jobs.append(_Job(choice, drawing, out, rules, stop, ends, np.random.default_rng(drawing.seed)))
         with self._lock:
+            if self._is_closed:
+                raise EngineClosedError("the sampler was closed")
             self._waiting.extend(jobs)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="qstar sampler", daemon=True)
@@ -234,6 +242,7 @@ class Sampler:
             with self._lock:
                 jobs, self._live, self._thread = [*self._live, *self._waiting], [], None
                 self._waiting.clear()
+                self._lock.notify_all()
             for job in jobs:
                 job.out.put(error if isinstance(error, Exception) else InternalError(repr(error)))
             raise
@@ -248,7 +257,16 @@ class Sampler:
                     self._live.append(job)
             if not self._live:
                 self._thread = None
+                self._lock.notify_all()
             return bool(self._live)
+
+    def close(self) -> None:
+        """End all texts, take no more, and return when the thread has ended."""
+        with self._lock:
+            self._is_closed = True
+            for job in (*self._live, *self._waiting):
+                job.out.cancel()
+            self._lock.wait_for(lambda: self._thread is None)
 
     def _advance(self, jobs: Sequence[_Job]) -> None:
         """Draw the next token of each text; an error is told to the one text that it is about."""
@@ -312,6 +330,8 @@ class Sampler:
     def _end(self, job: _Job) -> None:
         with self._lock:
             self._live = [other for other in self._live if other is not job]
+            if job.handle >= 0:
+                self._recent.append(job.handle)
 
 
 def _draw(

@@ -99,8 +99,7 @@ class Task:
                 tokens = await run_in_threadpool(score, model, engine, ids, 0, self.top, self._is_gone)
             pieces = [prompt_piece(model, text, tokens, first + choice) for choice in range(body.choices)]
         if self.search is not None:
-            columns = self.search.columns
-            searched_for = Prompt(prompt.content, columns, prompt.token_ids, prompt.template)
+            searched_for = Prompt(prompt.content, self.search.columns, tuple(ids))
             events = searched(
                 tools.engine, self.search, searched_for, body.choices, usage,
                 top=self.top, streamed=bool(body.stream), first=first, shift=len(text),
@@ -231,7 +230,8 @@ async def merged(streams: Sequence[AsyncGenerator[Event]]) -> AsyncGenerator[Eve
     try:
         while left:
             try:
-                event = await asyncio.wait_for(events.get(), _SILENCE)
+                async with asyncio.timeout(_SILENCE):
+                    event = await events.get()
             except TimeoutError:
                 yield None
                 continue

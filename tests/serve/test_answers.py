@@ -161,9 +161,10 @@ def test_a_chat_has_its_tokens_with_their_bytes(client):
 
 @pytest.mark.parametrize("model", ["tiny", "astar/tiny", "beam/tiny"])
 def test_constraints_hold(client, model):
-    pytest.importorskip("outlines_core")
+    pytest.importorskip("llguidance")
     for constraint, holds in (
         ({"regex": "[ab]{2,4}"}, lambda text: set(text) <= {*"ab"} and 2 <= len(text) <= 4),
+        ({"grammar": 'start: "a" ("b" | "c")+'}, lambda text: text[0] == "a" and set(text[1:]) <= {*"bc"}),
         ({"banned": ["a", "c"]}, lambda text: not set(text) & {*"ac"}),
         ({"forced": ["g"], "min_tokens": 2}, lambda text: "g" in text and len(text) >= 2),
     ):
