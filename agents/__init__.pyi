@@ -10,6 +10,9 @@ from .evaluation.outcomes import mean_figures as mean_figures
 from .evaluation.outcomes import paired_bootstrap as paired_bootstrap
 from .evaluation.suite import Evaluation as Evaluation
 from .evaluation.suite import evaluate_tasks as evaluate_tasks
+from .exports import WritingGame as WritingGame
+from .exports import trl_environment as trl_environment
+from .exports import trl_reward as trl_reward
 from .heuristics import BoundHeuristic as BoundHeuristic
 from .heuristics import CombinedHeuristic as CombinedHeuristic
 from .heuristics import Heuristic as Heuristic

@@ -24,7 +24,7 @@ LAYERS = [
     ["agents.learning"],
     ["agents.evaluation"],
     ["agents.training"],
-    ["agents", "agents.interop"],
+    ["agents", "agents.exports", "agents.interop"],
     ["serve", "explorer"],
     ["cli"],
 ]
