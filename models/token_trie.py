@@ -16,7 +16,7 @@ from ..columns import GrowableColumns
 from ..errors import ConfigurationError
 from .base import BoolArray, HandleHolder, IntArray, Outputs
 
-__all__ = ["NO_SLOT", "Memory", "TokenTable", "TrieEngine", "check_kv_budget"]
+__all__ = ["NO_SLOT", "Memory", "TokenTable", "TrieEngine", "check_kv_budget", "concatenate"]
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class TrieEngine(ABC):
     """An engine that computes every token of every prefix once, and keeps keys and values up to a budget.
 
     Handles are rows of one trie of tokens. What prompts and continuations of any holder have in common, they share.
-    A subclass owns the memory and computes: :meth:`_forward`.
+    A subclass owns the memory and computes: :meth:`_compute`.
     """
 
     def __init__(self, model: LockedModel, memory: Memory) -> None:
@@ -139,7 +139,6 @@ class TrieEngine(ABC):
         self._registered = self._dead = 0  # holders ever, and those that were dead when unused rows were last removed
         self._in_progress = _NO_ROWS  # what the call in progress asks for
         self._clock = 0
-        self._positions = 1 << 30  # at most so many in a forward; fewer once memory has run out
 
     @property
     def kv_bytes(self) -> int:
@@ -330,7 +329,7 @@ class TrieEngine(ABC):
         rows = np.unique(asked)
         continuations = self._continuations(rows)
         ancestors = self._ancestors(rows, continuations)
-        if len(ancestors) > self._pool.max_slots:
+        if not self._fits(ancestors):
             if len(rows) == 1:
                 raise ConfigurationError(
                     f"kv_budget of {self._pool.budget:,} bytes holds {self._pool.max_slots} tokens, but this prompt "
@@ -339,7 +338,7 @@ class TrieEngine(ABC):
                 )
             half = len(asked) // 2
             masks = (None, None) if allowed is None else (allowed[:half], allowed[half:])
-            return _concatenate([self._run(asked[:half], top_k, masks[0]), self._run(asked[half:], top_k, masks[1])])
+            return concatenate([self._run(asked[:half], top_k, masks[0]), self._run(asked[half:], top_k, masks[1])])
         self._clock += 1
         table = self._table
         table.last_used[ancestors] = self._clock
@@ -363,6 +362,7 @@ class TrieEngine(ABC):
             self._release_slots(missing)
             raise
 
+    @abstractmethod
     def _compute(
         self,
         asked: IntArray,
@@ -371,50 +371,11 @@ class TrieEngine(ABC):
         top_k: int,
         allowed: Sequence[BoolArray | None] | None,
     ) -> Outputs:
-        """Process the tokens ``compute``, ancestors first, in as few forwards as memory allows."""
-        limit = min(self._positions, self._positions_per_forward())
-        # Within a forward the order does not matter: a layer writes all keys and values before it reads any.
-        by_age = np.argsort(self._table.position[compute], kind="stable")
-        parts: list[Outputs] = []
-        order: list[IntArray] = []
-        start = 0
-        while start < len(compute):
-            now = by_age[start : start + limit]
-            chunk = compute[now]
-            # The outputs that this forward brings, in the order of the chunk.
-            sorter = np.argsort(chunk)
-            which = np.flatnonzero(np.isin(asked, chunk))
-            places = sorter[np.searchsorted(chunk, asked[which], sorter=sorter)]
-            by_place = np.argsort(places, kind="stable")
-            which, places = which[by_place], places[by_place]
-            masks = None if allowed is None else [allowed[i] for i in which.tolist()]
-            try:
-                parts.append(self._forward(chunk, continuations[now], places, top_k, masks))
-            except RuntimeError as error:
-                if not self._is_out_of_memory(error) or len(chunk) == 1:
-                    raise
-                self._positions = limit = len(chunk) // 2
-                logger.warning("out of memory: from now on at most %d tokens at a time", limit)
-                continue
-            order.append(which)
-            start += len(chunk)
-        together, back = _concatenate(parts), np.argsort(np.concatenate(order))
-        return Outputs(together.hidden[back], together.tokens[back], together.logprobs[back])
+        """Process the tokens ``compute``, ancestors first, and return the outputs at ``asked``, some maybe twice."""
 
-    @abstractmethod
-    def _forward(
-        self,
-        rows: IntArray,
-        continuations: IntArray,
-        places: IntArray,
-        top_k: int,
-        allowed: Sequence[BoolArray | None] | None,
-    ) -> Outputs:
-        """Run the model over ``rows`` packed into one sequence; return the outputs at ``places`` [m], ascending."""
-
-    @abstractmethod
-    def _positions_per_forward(self) -> int:
-        """Return the largest number of tokens of a forward."""
+    def _fits(self, rows: IntArray) -> bool:
+        """Tell whether ``rows``, with all that lead to them, can be in memory together."""
+        return len(rows) <= int(self._pool.max_slots)
 
     @abstractmethod
     def _is_out_of_memory(self, error: RuntimeError) -> bool:
@@ -431,7 +392,8 @@ def check_kv_budget(kv_budget: int | None) -> None:
         raise ConfigurationError(f"kv_budget is a number of bytes > 0 (or None), got {kv_budget!r}")
 
 
-def _concatenate(parts: Sequence[Outputs]) -> Outputs:
+def concatenate(parts: Sequence[Outputs]) -> Outputs:
+    """Return the outputs of several forwards as those of one."""
     if len(parts) == 1:
         return parts[0]
     return Outputs(

@@ -13,6 +13,7 @@ The model itself stays untouched: during a forward its attention implementation 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -24,10 +25,12 @@ from torch import Tensor
 from ..errors import LanguageModelError
 from .base import BoolArray, FloatArray, IntArray, Outputs, free_memory, top_logprobs
 from .flat.packed_weights import PackedWeights
-from .token_trie import TrieEngine, check_kv_budget
+from .token_trie import TrieEngine, check_kv_budget, concatenate
 from .tree_attention import ForwardState, KeyValuePool, group_queries, tree_attention_in
 
 __all__ = ["TreeEngine", "TreeModel"]
+
+logger = logging.getLogger(__name__)
 
 _POSITIONS_PER_FORWARD = 1024
 
@@ -74,6 +77,7 @@ class TreeEngine(TrieEngine):
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         self._window: int | None = window or getattr(config, "attention_chunk_size", None)
         self._windows: set[int] = set()
+        self._positions = 1 << 30  # at most so many in a forward; fewer once memory has run out
 
     @property
     def missed_window(self) -> int | None:
@@ -83,6 +87,44 @@ class TreeEngine(TrieEngine):
         """
         seen = bool(self._windows) or not self._window or self._window >= self._lm.context_length
         return None if seen else self._window
+
+    def _compute(
+        self,
+        asked: IntArray,
+        compute: IntArray,
+        continuations: IntArray,
+        top_k: int,
+        allowed: Sequence[BoolArray | None] | None,
+    ) -> Outputs:
+        """Process the tokens ``compute``, ancestors first, in as few forwards as memory allows."""
+        limit = min(self._positions, _POSITIONS_PER_FORWARD)
+        # Within a forward the order does not matter: a layer writes all keys and values before it reads any.
+        by_age = np.argsort(self._table.position[compute], kind="stable")
+        parts: list[Outputs] = []
+        order: list[IntArray] = []
+        start = 0
+        while start < len(compute):
+            now = by_age[start : start + limit]
+            chunk = compute[now]
+            # The outputs that this forward brings, in the order of the chunk.
+            sorter = np.argsort(chunk)
+            which = np.flatnonzero(np.isin(asked, chunk))
+            places = sorter[np.searchsorted(chunk, asked[which], sorter=sorter)]
+            by_place = np.argsort(places, kind="stable")
+            which, places = which[by_place], places[by_place]
+            masks = None if allowed is None else [allowed[i] for i in which.tolist()]
+            try:
+                parts.append(self._forward(chunk, continuations[now], places, top_k, masks))
+            except RuntimeError as error:
+                if not self._is_out_of_memory(error) or len(chunk) == 1:
+                    raise
+                self._positions = limit = len(chunk) // 2
+                logger.warning("out of memory: from now on at most %d tokens at a time", limit)
+                continue
+            order.append(which)
+            start += len(chunk)
+        together, back = concatenate(parts), np.argsort(np.concatenate(order))
+        return Outputs(together.hidden[back], together.tokens[back], together.logprobs[back])
 
     def _forward(
         self,
@@ -130,9 +172,6 @@ class TreeEngine(TrieEngine):
                 f"language model {lm.name!r} computed NaN after a prefix; load it with another dtype (dtype='float32')"
             )
         return outputs
-
-    def _positions_per_forward(self) -> int:
-        return _POSITIONS_PER_FORWARD
 
     def _is_out_of_memory(self, error: RuntimeError) -> bool:
         # On CPUs PyTorch raises no more than a RuntimeError, which can mean anything.
