@@ -20,11 +20,11 @@ RUN := build/run
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint type format wheel docs pictures clean FORCE
+.PHONY: help demo test lint type format wheel llama-cpp docs pictures clean FORCE
 
 help: ## list the targets
 	@echo "usage: make TARGET [PYTHON=python3] [PYTEST_ARGS='-k astar']"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: $(CORE) ## set up the core, then decode with the embedded model and show what search adds
 	$(BIN)/qstar demo
@@ -54,6 +54,10 @@ wheel: $(STAMP) ## build the wheel into dist/
 	@rm -rf dist build/lib build/bdist.*
 	$(BIN)/python -m build --wheel --no-isolation > build/wheel.log 2>&1 || { cat build/wheel.log; exit 1; }
 	@ls dist/*.whl
+
+# Compiled for this machine; CMAKE_ARGS="-DGGML_CUDA=on" or "-DGGML_VULKAN=on" builds for a GPU.
+llama-cpp: $(CORE) ## build llama.cpp into .venv, once: some ten minutes on two cores
+	$(PIP) install --constraint constraints.txt 'llama-cpp-python>=0.3.36'
 
 docs: $(STAMP) ## build the documentation into build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict

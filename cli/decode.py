@@ -21,6 +21,7 @@ from ..checks import check_writable
 from ..errors import ConfigurationError, PromptError
 from .console import err, follow, json_line, number_text, out, quiet, read_stdin, report_progress, say, say_json, status
 from .options import (
+    EngineOption,
     JsonOption,
     RayOption,
     TaskOption,
@@ -107,6 +108,7 @@ def decode(
     ray: RayOption = None,
     workers: WorkersOption = None,
     threads: ThreadsOption = 1,
+    engine: EngineOption = None,
     trust: TrustOption = False,
 ) -> None:
     """Continue a prompt and say how good the result is and how close to the optimum.
@@ -139,7 +141,7 @@ def decode(
     lines, broken = ({}, {}) if source is None else _read_lines(source, keep_going)
     text = read_stdin().strip() if prompt == "-" else prompt
     limits, start = Budget.of(budget), None if text is None else as_prompt(text)
-    spec = load_task(task, trust_remote_code=trust)
+    spec = load_task(task, trust_remote_code=trust, engine=engine)
     constraint: dict[str, Any] = {} if grammar is None else {"constraint": GrammarConstraint(read_text(grammar))}
     changes = {
         "model": model,
@@ -198,6 +200,7 @@ def demo(
     prompts: Annotated[int, typer.Option(min=1, help="Number of held-out prompts.")] = 3,
     svg: Annotated[Path | None, typer.Option(help="Picture to write the output into.")] = None,
     as_json: JsonOption = False,
+    engine: EngineOption = None,
     trust: TrustOption = False,
 ) -> None:
     """Decode held-out prompts with greedy, beam search, best-of-n and Q*, side by side at equal LM tokens."""
@@ -207,7 +210,7 @@ def demo(
     from ..agents.search.budget import Budget
     from ..tasks import load_task
 
-    limits, spec = Budget.of(budget), load_task(task, trust_remote_code=trust)
+    limits, spec = Budget.of(budget), load_task(task, trust_remote_code=trust, engine=engine)
     if svg is not None:
         check_writable(svg.parent)
     with status("loading the language model (the first time it is converted: about 10 s)"):

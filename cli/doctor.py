@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -29,6 +30,7 @@ _EXTRAS = {
     "constraints": ("llguidance", "regular expressions, JSON schemas and grammars as constraints"),
     "evaluate": ("afinn", "gold rewards"),
     "explore": ("uvicorn", "qstar explore"),
+    "llama-cpp": ("llama_cpp", "GGUF files and the llama.cpp engine; it compiles"),
     "lm-eval": ("lm_eval", "lm-evaluation-harness"),
     "plots": ("matplotlib", "qstar plot"),
     "ray": ("ray", "more than one machine"),
@@ -66,6 +68,8 @@ def examine(self_test: bool = True) -> Iterator[Finding]:
     cache = _guarded("model cache", _cache)
     yield cache
     yield from _extras()
+    if find_spec("llama_cpp") is not None:
+        yield _guarded("llama.cpp", _llama_cpp)
     if not self_test:
         return
     if "bad" in (packages.status, torch.status):
@@ -160,6 +164,23 @@ def _cache() -> Finding:
     return Finding("model cache", "note", f"{folder}: {state}; the next use converts it (about 20 s)")
 
 
+def _llama_cpp() -> Finding:
+    from ..models.llama_cpp.language_model import default_threads
+    from ..models.llama_cpp.library import library
+
+    version, api = metadata.version("llama-cpp-python"), library()
+    place = "a GPU" if api.llama_supports_gpu_offload() else "the CPU"
+    units = [name for name in ("AVX2", "AVX512", "AVX512_VNNI", "NEON") if f"{name} = 1" in _text(api)]
+    return Finding(
+        "llama.cpp", "good", f"llama-cpp-python {version}, on {place}, {', '.join(units) or 'no vector units'}, "
+        f"{default_threads()} thread(s); --engine llama.cpp, or --model file.gguf"
+    )  # fmt: skip
+
+
+def _text(api: Any) -> str:
+    return str(api.llama_print_system_info().decode(errors="replace"))
+
+
 def _unwritable(folder: Path) -> str:
     """Return why nothing can be written there, or nothing."""
     try:
@@ -172,8 +193,6 @@ def _unwritable(folder: Path) -> str:
 
 
 def _extras() -> Iterator[Finding]:
-    from importlib.util import find_spec
-
     missing = {name: purpose for name, (module, purpose) in _EXTRAS.items() if find_spec(module) is None}
     if missing:
         listed = "; ".join(f"{name} ({purpose})" for name, purpose in missing.items())

@@ -13,7 +13,17 @@ from ..agents.planning.registry import CONTENDERS
 from ..checks import check_writable
 from ..errors import ConfigurationError, UnknownNameError
 from .console import out, quiet, report_progress, say_json
-from .options import JsonOption, RayOption, ThreadsOption, TrustOption, WorkersOption, complete, known_tasks, workers_on
+from .options import (
+    EngineOption,
+    JsonOption,
+    RayOption,
+    ThreadsOption,
+    TrustOption,
+    WorkersOption,
+    complete,
+    known_tasks,
+    workers_on,
+)
 
 __all__ = ["evaluate", "plot"]
 
@@ -46,6 +56,7 @@ def evaluate(
     ray: RayOption = None,
     workers: WorkersOption = None,
     threads: ThreadsOption = 1,
+    engine: EngineOption = None,
     trust: TrustOption = False,
 ) -> None:
     """Compare decoders at equal LM tokens on a task's held-out prompts, and write a report with plots.
@@ -66,7 +77,7 @@ def evaluate(
     quiet()
     with report_progress("steps") as report:
         found = evaluate_tasks(
-            [load_task(task, trust_remote_code=trust) for task in tasks],
+            [load_task(task, trust_remote_code=trust, engine=engine) for task in tasks],
             folder,
             decoders=names,
             budgets=limits,

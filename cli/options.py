@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..agents.distributed.ray_workers import RayWorkers
 
 __all__ = [
+    "EngineOption",
     "JsonOption",
     "RayOption",
     "TaskArgument",
@@ -70,6 +71,13 @@ TaskArgument = Annotated[str, typer.Argument(**_TASK)]
 TrustOption = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Let the language model run code of its author, if it brings any."),
+]
+EngineOption = Annotated[
+    str | None,
+    typer.Option(
+        help="'torch', or 'llama.cpp' for the GGUF file of the model.",
+        autocompletion=complete(lambda: ("torch", "llama.cpp")),
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 

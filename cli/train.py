@@ -15,6 +15,7 @@ from ..checks import check_writable
 from .console import err, out, quiet, report_progress, say_json
 from .decode import FIGURES, formatted
 from .options import (
+    EngineOption,
     JsonOption,
     RayOption,
     TaskArgument,
@@ -51,6 +52,7 @@ def train(
     ray: RayOption = None,
     workers: WorkersOption = None,
     threads: ThreadsOption = 1,
+    engine: EngineOption = None,
     trust: TrustOption = False,
 ) -> None:
     """Train a Q-function for a task by searching its training prompts, then try it on its held-out prompts.
@@ -66,7 +68,7 @@ def train(
     from ..errors import RewardError, TrainingDivergedError
     from ..tasks import load_task
 
-    spec = load_task(task, trust_remote_code=trust)
+    spec = load_task(task, trust_remote_code=trust, engine=engine)
     folder = folder or Path("runs") / f"{spec.name}-{seed}"
     start_workers = workers_on(ray, workers, threads)
     quiet()

@@ -4,6 +4,7 @@ from .base import HandleHolder as HandleHolder
 from .base import LanguageModel as LanguageModel
 from .base import Outputs as Outputs
 from .base import PrefixEngine as PrefixEngine
+from .llama_cpp.language_model import LlamaCppLM as LlamaCppLM
 from .registry import language_model_names as language_model_names
 from .registry import load_language_model as load_language_model
 from .registry import register_language_model as register_language_model

@@ -12,6 +12,7 @@ from ..errors import ConfigurationError, UnknownNameError
 from .api.language_model import load_openai_compatible
 from .base import LanguageModel
 from .embedded_model import EMBEDDED_MODELS
+from .llama_cpp.language_model import load_llama_cpp
 from .tabular import TOY, load_toy
 from .transformers_lm import load_transformers
 
@@ -25,8 +26,13 @@ _LOADERS: dict[str, Loader] = {
     TOY: load_toy,
     **dict.fromkeys(EMBEDDED_MODELS, load_transformers),
     **dict.fromkeys(("http://*", "https://*"), load_openai_compatible),
+    "*.gguf": load_llama_cpp,
     "*": load_transformers,  # local folders and hub ids
 }
+
+
+# By the name that ``load_language_model(…, engine=…)`` takes.
+_ENGINES: dict[str, Loader] = {"torch": load_transformers, "llama.cpp": load_llama_cpp}
 
 
 def language_model_names() -> list[str]:
@@ -67,16 +73,24 @@ def register_language_model(name: str) -> Callable[[Loader], Loader]:
 
 
 def load_language_model(
-    name: str = "smollm2-135m-instruct", device: str = "auto", dtype: str = "auto", **options: Any
+    name: str = "smollm2-135m-instruct",
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    engine: str = "auto",
+    **options: Any,
 ) -> LanguageModel:
     """Load a language model, once per process however often it is asked for with the same arguments.
 
     Args:
         name: ``"smollm2-135m-instruct"`` (the embedded default), ``"toy"``, a registered name, a local folder, a
-            hub id, or the address of an API such as ``"http://127.0.0.1:8080/v1"``.
+            hub id, the path of a ``.gguf`` file, which llama.cpp runs, or the address of an API such as
+            ``"http://127.0.0.1:8080/v1"``.
         device: ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
         dtype: ``"auto"`` (bfloat16 where the hardware computes it natively, else float32), ``"float32"``, …
-        options: Further options of the loader. For models of transformers: ``prepack`` and ``hidden_layers`` (see
+        engine: ``"torch"``, or ``"llama.cpp"`` for the GGUF file of a known name or a path; ``"auto"``: by the name.
+        options: Further options of the loader. For llama.cpp: ``n_gpu_layers``, ``threads`` and ``flash_attention``
+            (see :class:`LlamaCppLM`). For models of transformers: ``prepack`` and ``hidden_layers`` (see
             :class:`TransformersLM`), ``weights`` (``"model"``, ``"flat"``, ``"float16"``; see
             ``load_transformers``), and what ``AutoModelForCausalLM.from_pretrained`` takes (``revision``,
             ``device_map``, ``quantization_config``, …). For an address: those of :class:`OpenAICompatibleLM`.
@@ -85,10 +99,14 @@ def load_language_model(
         The model, shared by everybody in this process who asked with the same arguments.
 
     Raises:
-        UnknownNameError: The name is neither known, nor a folder, nor a model that the hub (or its cache) has.
-        ConfigurationError: The device does not exist, the dtype is not one, or the loader has no such option.
+        UnknownNameError: The name is neither known, nor a folder, nor a file, nor a model that the hub (or its cache)
+            has; or there is no such engine.
+        ConfigurationError: The device does not exist, the dtype is not one, the loader has no such option, or the
+            engine is not installed.
         CacheError: The cache folder cannot be written.
     """
+    if engine not in ("auto", *_ENGINES):
+        raise UnknownNameError("engine", engine, ["auto", *_ENGINES])
     if not name:
         raise ConfigurationError("a model name is empty; give a known name, a hub id or a local folder")
     known = language_model_names()
@@ -98,6 +116,6 @@ def load_language_model(
         # Told at once: without a network, asking the hub takes a minute.
         raise UnknownNameError("model", name, known, "A local folder or a hub id works too.")
     try:
-        return _LOADERS[pattern](name, device, dtype, **options)
+        return (_LOADERS[pattern] if engine == "auto" else _ENGINES[engine])(name, device, dtype, **options)
     except UnknownNameError as error:
         raise UnknownNameError("model", name, known, error.hint) from error.__cause__

@@ -73,13 +73,14 @@ def task_names() -> list[str]:
     return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
 
 
-def load_task(name: str | Path, *, trust_remote_code: bool = False) -> Task:
+def load_task(name: str | Path, *, trust_remote_code: bool = False, engine: str | None = None) -> Task:
     """Read a task by name, or from the path of a YAML file.
 
     Args:
         name: A task's name, or a path that ends in ``.yaml`` or ``.yml``.
         trust_remote_code: Let the language model run the Python code in its own repository. A task file cannot allow
             this by itself: it is data, which may come from a stranger.
+        engine: The engine of the language model in place of the task's (see :func:`load_language_model`).
 
     Raises:
         UnknownNameError: There is no such task or file.
@@ -108,10 +109,12 @@ def load_task(name: str | Path, *, trust_remote_code: bool = False) -> Task:
         raise ConfigurationError(
             f"task file {path}: env.model_kwargs is a mapping of arguments, got {task.env['model_kwargs']!r}"
         )
-    if trust_remote_code:
-        options = {**(task.env.get("model_kwargs") or {}), "trust_remote_code": True}
-        return task.model_copy(update={"env": {**task.env, "model_kwargs": options}})
-    if asked := next(_code_runners(task.env.get("model_kwargs"), "env.model_kwargs"), None):
+    options = {"trust_remote_code": True} if trust_remote_code else {}
+    options |= {} if engine is None else {"engine": engine}
+    changed = {**task.env, "model_kwargs": {**(task.env.get("model_kwargs") or {}), **options}}
+    task = task.model_copy(update={"env": changed}) if options else task
+    asked = next(_code_runners(task.env.get("model_kwargs"), "env.model_kwargs"), None)
+    if asked and not trust_remote_code:
         raise ConfigurationError(
             f"task file {path}: {asked} would run code of the model's author; read that code, then allow it with "
             "--trust-remote-code, or load_task(..., trust_remote_code=True)"

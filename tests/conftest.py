@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import functools
 import shutil
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -25,6 +26,16 @@ if TYPE_CHECKING:
 # No test depends on time, and every run of the suite tries the same examples.
 settings.register_profile("qstar", deadline=None, derandomize=True)
 settings.load_profile("qstar")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say whether the tests of the llama.cpp engine could run."""
+    try:
+        found = f"ran with llama-cpp-python {metadata.version('llama-cpp-python')}"
+    except metadata.PackageNotFoundError:
+        found = "did not run, since llama-cpp-python is not installed (make llama-cpp)"
+    terminalreporter.write_line(f"The tests of the llama.cpp engine, where selected, {found}.")
+
 
 VOCABULARY = 40  # of the tiny models
 WINDOW = 4  # tokens that the tiny models with sliding windows look back

@@ -34,7 +34,10 @@ logger = logging.getLogger(__name__)
 _DEFAULT_TOKENS = 4096  # that the default budget pays for
 _FEW = 8  # tokens that nobody asked for: cheaper with outputs than in a decode of their own
 _NOBODY = -1  # the path without tokens
-_TRIAL_ERROR = 1e-2  # nats, root mean square, that a tree may differ from whole sequences in a trial
+# Nats, root mean square, that a small random tree may differ from whole sequences. llama.cpp rounds the inputs of
+# quantised weights to 8 bits, so the last bit of a sum may move an output by .4 (gemma3-270m); a wrong mask: 1.3.
+_TRIAL_ERROR, _QUANTISED_TRIAL_ERROR = 5e-2, 0.75
+_FLOAT_FILES = (0, 1, 32)  # llama.cpp's numbers of files in float32, float16 and bfloat16
 
 
 class Cells:
@@ -184,6 +187,8 @@ class LlamaEngine(TrieEngine):
 
     def _runs(self, rows: IntArray, groups: IntArray) -> Iterator[tuple[int, int, int]]:
         """Yield group, first position and the position after the last, of rows of one group that lie side by side."""
+        if not len(rows):
+            return
         positions = self._table.position[rows]
         order = np.lexsort((positions, groups))
         positions, groups = positions[order], groups[order]
@@ -417,7 +422,9 @@ def tree_error(lm: LlamaCppLM) -> str | None:
         return f"a tree does not work with it ({problem})"
     difference = outputs.logprobs - np.take_along_axis(reference, outputs.tokens, axis=1)
     error = float(np.sqrt(np.mean(difference.astype(np.float64) ** 2)))
-    return None if error <= _TRIAL_ERROR else f"in a tree its log-probabilities are off by {error:.2g} nats"
+    kind = lm.llama.api.llama_model_ftype(lm.llama.pointer) % 1024  # beyond: guessed
+    allowed = _TRIAL_ERROR if kind in _FLOAT_FILES else _QUANTISED_TRIAL_ERROR
+    return None if error <= allowed else f"in a tree its log-probabilities are off by {error:.2g} nats"
 
 
 def _token_bytes(lm: LlamaCppLM) -> int:

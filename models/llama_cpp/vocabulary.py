@@ -96,7 +96,7 @@ class Vocabulary:
 
     def decode_continuation(self, token_ids: Sequence[int]) -> str:
         """Return the text that ids add to a text before them."""
-        return b"".join(map(self._piece, token_ids)).decode(errors="replace")
+        return b"".join(map(self.token_bytes, token_ids)).decode(errors="replace")
 
     @functools.cached_property
     def special_tokens(self) -> Mapping[str, int]:
@@ -110,7 +110,8 @@ class Vocabulary:
             return ""
         return str(self._api.llama_vocab_get_text(self._vocabulary, token).decode(errors="replace"))
 
-    def _piece(self, token: int) -> bytes:
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes that a token adds to a text; none for special tokens."""
         token = int(token)
         if token not in self._pieces:
             if not 0 <= token < self.size:
