@@ -109,7 +109,7 @@ def load_task(name: str | Path, *, trust_remote_code: bool = False, engine: str 
         raise ConfigurationError(
             f"task file {path}: env.model_kwargs is a mapping of arguments, got {task.env['model_kwargs']!r}"
         )
-    options = {"trust_remote_code": True} if trust_remote_code else {}
+    options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
     options |= {} if engine is None else {"engine": engine}
     changed = {**task.env, "model_kwargs": {**(task.env.get("model_kwargs") or {}), **options}}
     task = task.model_copy(update={"env": changed}) if options else task

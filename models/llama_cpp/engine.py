@@ -13,23 +13,19 @@ Tokens that several lanes need, such as a new prompt under two branches, belong 
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import numpy as np
 
 from ...errors import LanguageModelError
 from ..base import BoolArray, FloatArray, IntArray, Outputs, free_memory
 from ..token_trie import NO_SLOT, TrieEngine, check_kv_budget, concatenate
-from .library import Context
+from .library import Context, Settings
+from .softmax import top_logprobs
 
-if TYPE_CHECKING:
-    from .language_model import LlamaCppLM
-
-__all__ = ["LlamaEngine", "log_softmax", "top_logprobs", "tree_error"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["LlamaEngine", "tree_error"]
 
 _DEFAULT_TOKENS = 4096  # that the default budget pays for
 _FEW = 8  # tokens that nobody asked for: cheaper with outputs than in a decode of their own
@@ -40,10 +36,29 @@ _TRIAL_ERROR, _QUANTISED_TRIAL_ERROR = 5e-2, 0.75
 _FLOAT_FILES = (0, 1, 32)  # llama.cpp's numbers of files in float32, float16 and bfloat16
 
 
+class LlamaTreeModel(Settings, Protocol):
+    """The part of a language model that the engine needs."""
+
+    name: str
+    kv_token_bytes: int | None
+    eos_token_ids: frozenset[int]
+    lock: AbstractContextManager[Any]
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """See :attr:`LanguageModel.special_tokens`."""
+
+    def forward(self, sequences: Sequence[Sequence[int]]) -> tuple[FloatArray, FloatArray]:
+        """See :meth:`LanguageModel.forward`."""
+
+    def plain_context(self, tokens: int) -> Context:
+        """Return an empty context for one sequence of so many tokens."""
+
+
 class Cells:
     """The memory of an engine: a context of llama.cpp, replaced by a larger one as it grows."""
 
-    def __init__(self, lm: LlamaCppLM, budget: int, spare: int) -> None:
+    def __init__(self, lm: LlamaTreeModel, budget: int, spare: int) -> None:
         """Start without a context; ``spare`` cells are beside those that the budget pays for."""
         self.budget, self.token_bytes = budget, lm.kv_token_bytes
         self.capacity = 0
@@ -71,7 +86,7 @@ class Cells:
 class LlamaEngine(TrieEngine):
     """The fast engine of llama.cpp: every token of every prefix is computed once."""
 
-    def __init__(self, lm: LlamaCppLM, *, kv_budget: int | None = None) -> None:
+    def __init__(self, lm: LlamaTreeModel, *, kv_budget: int | None = None) -> None:
         """Compute with ``lm`` and keep at most ``kv_budget`` bytes of keys and values.
 
         Args:
@@ -363,49 +378,7 @@ class LlamaEngine(TrieEngine):
         return result
 
 
-def log_softmax(logits: FloatArray) -> FloatArray:
-    """Return the log-probabilities float32 [n, V] of logits [n, V]."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    result: FloatArray = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return result
-
-
-def top_logprobs(logits: FloatArray, k: int, allowed: BoolArray | None = None) -> tuple[IntArray, FloatArray]:
-    """Return the ``k`` likeliest tokens [n, k], and their log-probabilities by the full softmax of ``logits`` [n, V].
-
-    They are the likeliest of those ``allowed`` [n, V], if that is given. ``logits`` is overwritten.
-    """
-    largest = logits.max(axis=1, keepdims=True)
-    tokens = _top(logits if allowed is None else np.where(allowed, logits, -np.inf), k)
-    top = np.take_along_axis(logits, tokens, axis=1)
-    if allowed is not None:
-        top = np.where(np.take_along_axis(allowed, tokens, axis=1), top, -np.inf)
-    np.subtract(logits, largest, out=logits)
-    np.exp(logits, out=logits)
-    logprobs = top - largest - np.log(logits.sum(axis=1, keepdims=True))
-    return tokens, logprobs.astype(np.float32, copy=False)
-
-
-def _top(values: FloatArray, k: int, width: int = 128) -> IntArray:
-    """Return the columns of the ``k`` largest values of each row, largest first.
-
-    They lie in the k blocks of columns with the largest maxima, or in the columns that fill no block.
-    """
-    n, size = values.shape
-    blocks = size // width
-    if blocks > 2 * k:
-        maxima = values[:, : blocks * width].reshape(n, blocks, width).max(axis=2)
-        best = np.sort(np.argpartition(maxima, -k, axis=1)[:, -k:], axis=1)
-        columns = (best[:, :, None] * width + np.arange(width)).reshape(n, k * width)
-        columns = np.concatenate((columns, np.tile(np.arange(blocks * width, size), (n, 1))), axis=1)
-    else:
-        columns = np.tile(np.arange(size), (n, 1))
-    candidates = np.take_along_axis(values, columns, axis=1)
-    order = np.argsort(-candidates, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(columns, order, axis=1)
-
-
-def tree_error(lm: LlamaCppLM) -> str | None:
+def tree_error(lm: LlamaTreeModel) -> str | None:
     """Compare a small random tree with whole sequences, each alone; return what is wrong, None if nothing."""
     rng, none = np.random.default_rng(0), np.empty(0, dtype=np.int64)
     ordinary = np.setdiff1d(np.arange(lm.vocab_size), [*lm.eos_token_ids, *lm.special_tokens.values()])
@@ -427,7 +400,7 @@ def tree_error(lm: LlamaCppLM) -> str | None:
     return None if error <= allowed else f"in a tree its log-probabilities are off by {error:.2g} nats"
 
 
-def _token_bytes(lm: LlamaCppLM) -> int:
+def _token_bytes(lm: LlamaTreeModel) -> int:
     """Return the bytes of keys and values of a token, over all layers, as llama.cpp would save them."""
     context, tokens, sizes = lm.plain_context(2), np.zeros(2, dtype=np.int64), []
     for position in range(2):

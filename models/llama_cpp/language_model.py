@@ -16,9 +16,10 @@ from ...checks import check_integer
 from ...errors import ConfigurationError, UnknownNameError
 from ..base import Engine, FloatArray, LanguageModel, Message, PrefixEngine
 from ..embedded_model import EMBEDDED_MODELS, gguf_path
-from .engine import LlamaEngine, log_softmax, tree_error
+from .engine import LlamaEngine, tree_error
 from .gguf_file import read_tensor
 from .library import Context, Model
+from .softmax import log_softmax
 from .vocabulary import Vocabulary
 
 __all__ = ["LlamaCppLM", "default_threads", "load_llama_cpp"]

@@ -25,8 +25,9 @@ from qstar_decoding.errors import ConfigurationError, PromptError, UnknownNameEr
 from qstar_decoding.models import LlamaCppLM, PrefixEngine, check_language_model, load_language_model
 from qstar_decoding.models.embedded_model import gguf_path
 from qstar_decoding.models.llama_cpp import engine as engine_module
-from qstar_decoding.models.llama_cpp.engine import LlamaEngine, top_logprobs
+from qstar_decoding.models.llama_cpp.engine import LlamaEngine
 from qstar_decoding.models.llama_cpp.gguf_file import read_tensor
+from qstar_decoding.models.llama_cpp.softmax import log_softmax, top_logprobs
 
 from .tiny_gguf import write
 
@@ -307,7 +308,7 @@ def quantised(lm: LlamaCppLM, budget: int | None) -> tuple[np.ndarray, np.ndarra
         context, ids = lm.plain_context(len(sequence)), np.array(sequence)
         for place in range(len(sequence)):
             logits, _ = context.extend(ids, place, place + 1, outputs=place == len(sequence) - 1)
-        alone.append(engine_module.log_softmax(logits)[0, tokens])
+        alone.append(log_softmax(logits)[0, tokens])
     assert_memory_adds_up(tree._engine)  # type: ignore[arg-type]
     return np.abs(tree.logprobs[some] - reference), np.abs(np.array(alone) - reference)
 
@@ -443,6 +444,17 @@ def test_options_that_it_does_not_have_are_named(tiny: Tiny, files: Callable[[st
         tiny("Llama").new_engine(kv_budget=0)
     with pytest.raises(ConfigurationError, match="this prompt and its continuation are 9 tokens"):
         tiny("Llama").new_engine(kv_budget=8 * int(tiny("Llama").kv_token_bytes or 0)).compute([[5] * 9], NONE, NONE, 1)
+
+
+def test_tasks_environments_and_the_doctor_know_the_engine(embedded: LlamaCppLM) -> None:
+    from qstar_decoding.cli.doctor import examine
+    from qstar_decoding.tasks import load_task
+
+    assert load_task("sentiment", engine="llama.cpp").mdp().model is embedded
+    assert DecodingMDP(reward="length", model_kwargs={"engine": "llama.cpp"}).model is embedded
+    [finding] = [finding for finding in examine(self_test=False) if finding.check == "llama.cpp"]
+    assert finding.status == "good"
+    assert "llama-cpp-python" in finding.detail
 
 
 def test_a_text_longer_than_the_default_memory(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
