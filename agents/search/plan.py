@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import importlib
 import itertools
 import math
 import re
@@ -153,10 +154,9 @@ class Plan:
         """
         page = self.tree.to_html(facts=_facts(self))
         if "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None:
-            from IPython.display import HTML, display
-
+            ipython: Any = importlib.import_module("IPython.display")  # whose functions have no types
             frame = f'<iframe srcdoc="{html.escape(page)}" style="width:100%;height:{int(height)}px;border:0"></iframe>'
-            display(HTML(frame))
+            ipython.display(ipython.HTML(frame))
             return
         with tempfile.NamedTemporaryFile("w", suffix=".html", delete=False, encoding="utf-8") as file:
             file.write(page)
