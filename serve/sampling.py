@@ -1,5 +1,7 @@
 """Sampler: one thread that draws tokens for any number of requests, from the distribution over the whole vocabulary.
 
+One file because drawing, scoring and the loop around them share the shapes of their outputs.
+
 Searches look at the k likeliest tokens only. Plain sampling, as OpenAI defines it, draws from all of them. So it has a
 loop of its own, which takes turns with the searches on the same language model and the same memory of prefixes.
 """
@@ -18,12 +20,16 @@ import numpy.typing as npt
 
 from ..envs.constraints import Constraint, Rules, StopStrings
 from ..errors import ConstraintError, EngineClosedError, InternalError
-from ..models.base import BoolArray, Engine, FloatArray, IntArray, LanguageModel
+from ..models.base import BoolArray, Engine, IntArray, LanguageModel
 
 __all__ = ["Drawing", "Drawn", "Sampler", "Step", "Token", "score"]
 
+Logprobs = npt.NDArray[np.float64]
+
 _SCORED = 64  # positions of a text that are scored in one forward
 _COMPILED = 32  # sets of rules that are kept
+_LOOKED_AT = 512  # of the likeliest tokens, before all others are sorted: 5 ms a text for a vocabulary of 49,152
+_ROUNDING = 1e-5  # by which a sum of probabilities in float32 may be wrong
 _RECENT = 128  # texts that stay in memory, so that the next turn of a chat computes its new tokens only
 
 
@@ -88,9 +94,17 @@ class Drawing:
     top: int = 0
 
     @property
-    def is_plain(self) -> bool:
-        """Whether the likeliest token is taken as it is, so that no others need be known."""
-        return self.temperature == 0 and not (self.bias or self.presence or self.frequency)
+    def looks_at(self) -> int | None:
+        """How many of the likeliest tokens are looked at first; None for all.
+
+        The likeliest alone is enough at temperature 0. Up to temperature 1 the others are bounded by what is left of
+        the probability, and hardly ever decide.
+        """
+        if self.bias or self.presence or self.frequency:
+            return None
+        if self.temperature == 0:
+            return max(self.top, 1)
+        return _LOOKED_AT if self.temperature <= 1 and not self.constraints else None
 
 
 class Drawn:
@@ -282,33 +296,50 @@ class Sampler:
 
     def _step(self, jobs: Sequence[_Job]) -> None:
         jobs = sorted(jobs, key=lambda job: job.handle >= 0)  # prompts come first
-        going = [job for job in jobs if job.handle >= 0]
-        sizes = [max(job.drawing.top, 1) if job.drawing.is_plain else self.model.vocab_size for job in jobs]
-        # A mask that allows everything keeps the engine from remembering outputs as wide as the vocabulary.
-        allowed: list[BoolArray | None] = [job.rules.allowed(job.ids) if job.rules else self._every for job in jobs]
+        vocabulary = self.model.vocab_size
+        uniform = [job.rng.random() for job in jobs]
         with self.model.lock:
-            handles, outputs = self._engine.compute(
-                [job.drawing.prompt for job in jobs if job.handle < 0],
-                np.array([job.handle for job in going], dtype=np.int64),
-                np.array([job.ids[-1] for job in going], dtype=np.int64),
-                min(max(sizes), self.model.vocab_size),
-                allowed,
-            )
-            for job, handle in zip(jobs, handles.tolist(), strict=True):
+            sizes = [min(job.drawing.looks_at or vocabulary, vocabulary) for job in jobs]
+            handles, outputs = self._compute(jobs, sizes)
+            places = [
+                _draw(job.drawing, number, job.counts, tokens, logprobs, is_all=len(tokens) == vocabulary)
+                for job, number, (tokens, logprobs) in zip(jobs, uniform, outputs, strict=True)
+            ]
+            undecided = [i for i, place in enumerate(places) if place is None]
+            if undecided:
+                _, again = self._compute([jobs[i] for i in undecided], [vocabulary] * len(undecided))
+                for i, (tokens, logprobs) in zip(undecided, again, strict=True):
+                    job, outputs[i] = jobs[i], (tokens, logprobs)
+                    places[i] = _draw(job.drawing, uniform[i], job.counts, tokens, logprobs, is_all=True)
+            for job, handle in zip(jobs, handles, strict=True):
                 job.handle = handle
-        for job, tokens, logprobs in zip(jobs, outputs.tokens, outputs.logprobs, strict=True):
+        for job, place, (tokens, logprobs) in zip(jobs, places, outputs, strict=True):
             try:
-                self._take(job, tokens, logprobs)
+                self._take(job, place, tokens, logprobs)
             except Exception as error:  # it has not spoiled the others
                 self._end(job)
                 job.out.put(error)
 
-    def _take(self, job: _Job, tokens: IntArray, logprobs: FloatArray) -> None:
+    def _compute(self, jobs: Sequence[_Job], sizes: Sequence[int]) -> tuple[list[int], list[tuple[IntArray, Logprobs]]]:
+        """Return the prefixes that texts have reached, and as many of the likeliest next tokens as are asked for."""
+        going = [job for job in jobs if job.handle >= 0]
+        # A mask that allows everything keeps the engine from remembering outputs as wide as the vocabulary.
+        allowed: list[BoolArray | None] = [job.rules.allowed(job.ids) if job.rules else self._every for job in jobs]
+        handles, (_, tokens, logprobs) = self._engine.compute(
+            [job.drawing.prompt for job in jobs if job.handle < 0],
+            np.array([job.handle for job in going], dtype=np.int64),
+            np.array([job.ids[-1] for job in going], dtype=np.int64),
+            max(sizes),
+            allowed,
+        )
+        rows = zip(tokens, logprobs.astype(np.float64), sizes, strict=True)
+        return handles.tolist(), [(some[:size], logprob[:size]) for some, logprob, size in rows]
+
+    def _take(self, job: _Job, place: int | None, tokens: IntArray, logprobs: Logprobs) -> None:
         drawing = job.drawing
-        if logprobs[0] == -np.inf:
+        if place is None:
             text = self.model.decode_continuation(job.ids)
             raise ConstraintError(f"the constraint leaves nothing to write after {text!r}; allow more")
-        place = _draw(drawing, job.rng, job.counts, tokens, logprobs.astype(np.float64))
         token = int(tokens[place])
         # What the rules forbid has no place among the alternatives.
         seen = [(int(t), _finite(p)) for t, p in zip(tokens[: drawing.top], logprobs, strict=False) if p > -np.inf]
@@ -336,12 +367,25 @@ class Sampler:
 
 def _draw(
     drawing: Drawing,
-    rng: np.random.Generator,
+    uniform: float,
     counts: Mapping[int, int],
     tokens: IntArray,
-    logprobs: npt.NDArray[np.float64],
-) -> int:
-    """Return the place of the token that is drawn, among tokens [k] with their log-probabilities [k]."""
+    logprobs: Logprobs,
+    *,
+    is_all: bool,
+) -> int | None:
+    """Return the place of the token that is drawn among the likeliest; None where that depends on the others.
+
+    Args:
+        drawing: The settings.
+        uniform: A random number from 0 to 1.
+        counts: How often each token stands in the text.
+        tokens: int64 [k], the likeliest tokens, the likeliest first.
+        logprobs: float64 [k], nats, of the softmax over the vocabulary.
+        is_all: Whether there are no others.
+    """
+    if logprobs[0] == -np.inf:
+        return None  # nothing may follow
     logits = logprobs.copy()
     changes = Counter(drawing.bias)
     for token, count in counts.items() if drawing.presence or drawing.frequency else ():
@@ -352,13 +396,31 @@ def _draw(
         logits[place[list(changes)]] += np.array(list(changes.values()))
     if drawing.temperature == 0:
         return int(logits.argmax())
-    logits = (logits - logits.max()) / drawing.temperature
+    power, first = 1 / drawing.temperature, logits.max()
     order = np.argsort(-logits, kind="stable")
-    mass = np.exp(logits[order]).cumsum()
-    # The smallest set with the share top_p of all mass, and at least one token.
-    last = int(np.searchsorted(mass, drawing.top_p * mass[-1]))
-    last = min(last, int(np.searchsorted(mass, mass[-1])))
-    return int(order[min(int(np.searchsorted(mass, rng.random() * mass[last], side="right")), last)])
+    mass = np.exp((logits[order] - first) * power).cumsum()
+    least = most = 0.0  # what all other tokens together weigh
+    if not is_all:
+        # A token of probability p ≤ p_k weighs p^(1/T) ≤ p · p_k^(1/T - 1) for T ≤ 1, and just that for T = 1.
+        left, unit = 1 - float(np.exp(logprobs).sum()), float(np.exp(logprobs[-1] * (power - 1) - first * power))
+        least = max(left - _ROUNDING, 0.0) * unit * (power == 1)
+        most = max(left + _ROUNDING, 0.0) * unit
+    found = {_pick(mass, float(mass[-1]) + more, drawing.top_p, uniform) for more in (least, most)}
+    decided = found.pop()
+    return None if found or decided is None else int(order[decided])
+
+
+def _pick(mass: Logprobs, total: float, top_p: float, uniform: float) -> int | None:
+    """Return the place that a random number falls at, given the cumulative mass and its total; None beyond the end."""
+    weight = total
+    if top_p < 1:  # the smallest set with this share, and at least one token
+        last = int(np.searchsorted(mass, top_p * total))
+        if last == len(mass):
+            return None
+        weight = float(mass[last])
+    found = int(np.searchsorted(mass, uniform * weight, side="right"))
+    # Several tokens may weigh nothing at the end; the first of them is the last that can be drawn.
+    return min(found, int(np.searchsorted(mass, weight))) if found < len(mass) or weight <= mass[-1] else None
 
 
 def score(
