@@ -23,6 +23,7 @@ bet; once nothing else is left it is called off, so that the search is complete 
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
 from collections.abc import Iterator
@@ -36,11 +37,9 @@ from ...errors import ConfigurationError, UnknownNameError
 from ..heuristics import BoundHeuristic, Heuristic
 from ..search.problem import Scope, Score
 from ..search.state import NO_EDGES, Edges, IntArray, Search, Status, Values
-from .decoder import Decoder
+from .beam import LevelSearch, widest
 
 __all__ = ["SEARCHES", "AStarPlanner", "Order"]
-
-_UNBUDGETED_WIDTH = 16
 
 
 class Order(NamedTuple):
@@ -70,7 +69,7 @@ SEARCHES: dict[str, Order | None] = {
 }
 
 
-class AStarPlanner(Decoder):
+class AStarPlanner(LevelSearch):
     """A*, level-synchronised by default: it prunes by the incumbent and widens in rounds.
 
     Zhou & Hansen (2005, beam-stack search) and Vadlamudi et al. (2012, anytime pack search) widen in the same spirit;
@@ -80,6 +79,8 @@ class AStarPlanner(Decoder):
     estimates f_w = g_c + w · h_c with g_c = -g and h_c = r_max - h. With an admissible h the text that ``"weighted"``
     stops at costs at most w times what the best one does.
     """
+
+    unbudgeted_width = 16
 
     def __init__(
         self,
@@ -93,6 +94,7 @@ class AStarPlanner(Decoder):
         growth: float = 2.0,
         taper: float | None = 2.0,
         prior: float = 0.0,
+        all_endings: bool = True,
         batch_size: int = 1,
         n: int = 1,
         pathmax: bool = False,
@@ -113,18 +115,14 @@ class AStarPlanner(Decoder):
             width: Edges followed a depth in the first round of ``"level"``, pops per depth before ``"capped"`` widens.
                 None for 16, and for ``"level"`` with a budget of LM tokens for as many as that pays for.
             growth: By what factor each round is wider than the one before.
-            taper: How ``"level"`` spreads a budget of LM tokens over the depths: in proportion to the number of tokens
-                still to come, to this power. 0 spreads it evenly, as a beam does, which is better on texts of a few
-                tokens, where Q is as rough at the end as at the beginning. With None the search does not look at its
-                budget, and one that is resumed equals one long run; it may then end before a text is finished.
-            prior: What a nat of the language model's log-probability counts in the order, in units of J: edges are
-                ranked by f + prior · log π(prefix), as sampling on π · exp(f / prior) prefers them. It holds back a Q
-                that promises most where it has seen least. Pruning and bounds do not use it, and searches that stop
-                by f do not take it.
+            taper: See :class:`LevelSearch`. 0 is better on texts of a few tokens, where Q is as rough at the end as at
+                the beginning. With None the search does not look at its budget, and one that is resumed equals one long
+                run; it may then end before a text is finished.
+            prior: See :class:`LevelSearch`. Pruning and bounds do not use it. Searches that stop by f do not take it.
+            all_endings: See :class:`LevelSearch`.
             batch_size: How many edges, or nodes, a best-first search pops together, for one forward.
             n: How many of the best texts are wanted: an edge is pruned by the n-th best; see :meth:`Plan.best`.
-            pathmax: Whether an edge's f is at most that of the edge which led to it (Mérő 1984; in terms of returns, a
-                minimum): no continuation is better than the best one. A text must then look good at every step.
+            pathmax: See :class:`LevelSearch`.
             scope: See :class:`Decoder`.
             score: See :class:`Decoder`.
             learn: A :class:`QStar` agent, or an :class:`OnlineLearner` made of one: its Q learns from every search,
@@ -136,24 +134,32 @@ class AStarPlanner(Decoder):
         """
         if heuristic is None and score == "reward":
             heuristic = BoundHeuristic()
-        super().__init__(env, heuristic=heuristic, scope=scope, score=score)
+        super().__init__(
+            env,
+            width=width,
+            growth=growth,
+            taper=taper,
+            prior=prior,
+            pathmax=pathmax,
+            all_endings=all_endings,
+            heuristic=heuristic,
+            scope=scope,
+            score=score,
+        )
         if search not in [*SEARCHES]:  # a list, for a task file may hold what cannot be hashed
             raise UnknownNameError("search", search, SEARCHES)
         self.order = SEARCHES[search]
         default = self.order.weight if self.order else 1.0
         self.weight = check_number("weight", default if weight is None else weight, low=0)
         self.check()
+        if growth is None:
+            raise ConfigurationError("growth is a number > 1, by which each round of A* is wider; got None")
         self.margin = math.inf if margin == math.inf else check_number("margin", margin, low=0)
-        self.growth = math.inf if growth == math.inf else check_number("growth", growth, low=1, open_low=True)
-        self.prior = check_number("prior", prior, low=0)
         if self.prior and self.order and not self.order.persistent:
             raise ConfigurationError(
                 f"search={search!r} stops when f says so, and prior={self.prior:g} would order by something else; "
                 'leave it out, or use "level", "anytime" or "capped"'
             )
-        self.pathmax = pathmax
-        self.width = None if width is None else check_integer("width", width)
-        self.taper = None if taper is None else check_number("taper", taper, low=0, high=100)
         self.batch_size, self.n_best = check_integer("batch_size", batch_size), check_integer("n", n)
         self.learner = learn.online() if callable(getattr(learn, "online", None)) else learn
         if self.learner is not None and not callable(getattr(self.learner, "finish", None)):
@@ -186,14 +192,12 @@ class AStarPlanner(Decoder):
 
         That is f, or -f_w + r_max where w is not 1, and with a prior also prior · log π.
         """
-        values = search.f[rows]
-        if self.weight != 1:
-            most, g = self.mdp.reward.upper, search.g[rows, None]
-            # With a weight of 0 the estimate counts for nothing, even where it is infinite.
-            values = g + most - (self.weight * (most - (values - g)) if self.weight else np.zeros_like(values))
-        if self.prior:
-            values = values + self.prior * search.edge_logprob(rows)
-        return values
+        if self.weight == 1:
+            return super().priority(search, rows)
+        most, g, f = self.mdp.reward.upper, search.g[rows, None], search.f[rows]
+        # With a weight of 0 the estimate counts for nothing, even where it is infinite.
+        values = g + most - (self.weight * (most - (f - g)) if self.weight else np.zeros_like(f))
+        return values + self.prior * search.edge_logprob(rows) if self.prior else values
 
 
 # -- level by level ---------------------------------------------------------------------------------------------------
@@ -201,76 +205,29 @@ class AStarPlanner(Decoder):
 
 def level_by_level(planner: AStarPlanner, search: Search) -> Iterator[Edges]:
     """Go through the depths in rounds of growing width, as long as anything can be better than what was found."""
-    margin, taper = planner.margin, planner.taper
-    unlimited = taper is None or math.isinf(search.affordable_tokens(search.mdp.max_new_tokens))
-    width = float(planner.width or (_UNBUDGETED_WIDTH if unlimited else math.inf))
+    margin, width = planner.margin, planner.first_width(search)
     while search.can_improve:
-        before = len(search.completions) + search.size
-        for depth in range(search.mdp.max_new_tokens):
-            edges = prune(search, select(planner, search, depth, width), margin)
-            if taper is not None:
-                edges = ration(search, edges, depth, taper)
-            if len(edges.rows):
-                yield edges
-        if len(search.completions) + search.size == before and width >= widest(search):
+        before = search.pops
+        yield from planner.round(search, width, functools.partial(prune, search, margin=margin))
+        if search.pops == before and width >= widest(search):
             # Every edge that promised anything has been followed. Others may have better use for a budget in common;
             # if not, stop betting.
             search.is_exhausted = True
             while search.shared is not None and not search.shared.all_exhausted:
                 yield NO_EDGES
             margin = math.inf
-        width = math.ceil(width * planner.growth) if math.isfinite(width) else width
+        width = planner.wider(width)
 
 
-def widest(search: Search) -> int:
-    """Return the largest number of edges at any depth."""
-    return int(np.bincount(search.depth[: search.size]).max()) * search.mdp.top_k
-
-
-def select(planner: AStarPlanner, search: Search, depth: int, width: float) -> Edges:
-    """Return the ``width`` edges of highest priority among all at this depth, followed or not, best first."""
-    rows = search.at_depth(depth)
-    legal_row, action = np.nonzero(search.status[rows] != Status.MASKED)
-    row: IntArray = rows[legal_row]
-    # Stable: ties go to what was found first, then to the likelier token, on every machine.
-    best = np.argsort(-planner.priority(search, rows)[legal_row, action], kind="stable")
-    best = best[: None if math.isinf(width) else int(width)]
-    return Edges(row[best], action[best])
-
-
-def prune(search: Search, edges: Edges, margin: float) -> Edges:
+def prune(search: Search, edges: Edges, *, margin: float) -> Edges:
     """Return the edges that are still to be followed and may beat the incumbent.
 
     No bet is made on an edge that ends the text: to know what it is worth costs no forward of the language model.
     """
-    is_open = search.status[edges] == Status.OPEN
     can_win = search.bound[edges] > search.pruning_threshold
     may_win = (search.f[edges] >= search.nth_best - margin) | math.isinf(margin)
     ends = search.finish[edges] != Finish.NO
-    keep = is_open & can_win & (may_win | ends)
-    return Edges(edges.rows[keep], edges.actions[keep])
-
-
-def ration(search: Search, edges: Edges, depth: int, taper: float) -> Edges:
-    """Return the leading edges that this depth's share of the budget pays for, and all that end the text.
-
-    With n tokens still to come, a depth gets n**taper parts of what is left once every later depth has a token.
-    """
-    still_to_come = search.mdp.max_new_tokens - 1 - depth
-    affordable = search.affordable_tokens(still_to_come + 1)
-    if math.isinf(affordable) or not still_to_come:
-        return edges
-    # What is left pays for fewer prefixes where the heuristic looks ahead, at the price that they have had so far.
-    room = affordable * search.size / (search.size + search.heuristic_tokens)
-    shares = np.arange(1, still_to_come + 1, dtype=np.float64) ** taper
-    most = 1 + max(int((room - still_to_come) * shares[-1] / shares.sum()), 0)
-    if search.budget.seconds is not None:
-        # The time of a step is known from smaller ones: it may grow fourfold before it is measured again.
-        most = min(most, 4 * search.largest_step)
-    continuing = search.finish[edges] == Finish.NO
-    keep = ~continuing | (np.cumsum(continuing) <= most)
-    if search.budget.pops is not None:  # which edges that end a text use up too
-        keep &= np.cumsum(keep) <= most
+    keep = can_win & (may_win | ends)
     return Edges(edges.rows[keep], edges.actions[keep])
 
 
@@ -285,7 +242,7 @@ def best_first(planner: AStarPlanner, search: Search, order: Order) -> Iterator[
     """
     queue = Queue(planner, search, order.whole_nodes)
     pops = np.zeros(search.mdp.max_new_tokens, dtype=np.int64)
-    cap, margin = float(planner.width or _UNBUDGETED_WIDTH) if order.capped else math.inf, planner.margin
+    cap, margin = float(planner.width or planner.unbudgeted_width) if order.capped else math.inf, planner.margin
     waiting: list[Entry] = []
     idle = False
     while search.can_improve:
@@ -314,7 +271,7 @@ def best_first(planner: AStarPlanner, search: Search, order: Order) -> Iterator[
             yield Edges(*np.array(batch, dtype=np.int64).T)
         elif waiting:
             # Widen; if that alone did not help, every edge that promised anything has been followed: stop betting.
-            cap, margin = cap * planner.growth, math.inf if idle else margin
+            cap, margin = cap * (planner.growth or 1.0), math.inf if idle else margin
             idle = True
             queue.put_back(waiting)
         else:

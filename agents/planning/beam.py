@@ -1,72 +1,179 @@
-"""Beam search and diverse beam search."""
+"""Level-synchronous search, of which beam search is the plain case, and diverse beam search."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from ...checks import check_integer, check_number
-from ...errors import ConfigurationError
-from ..heuristics import Heuristic
-from ..search.state import Edges, IntArray, Search, Status
+from ...envs import Finish
+from ..search.state import Edges, IntArray, Search, Status, Values
 from .decoder import Decoder
 
-__all__ = ["BeamSearch", "DiverseBeamSearch"]
-
-_UNBUDGETED_BEAM = 8  # transformers' documentation uses 4 to 10
+__all__ = ["BeamSearch", "DiverseBeamSearch", "LevelSearch"]
 
 
-class BeamSearch(Decoder):
-    """Keep the ``width`` likeliest prefixes of each length; the texts they end in are reranked by J.
+class LevelSearch(Decoder):
+    r"""Level-synchronous search: at each depth the edges of highest priority, in rounds of growing width.
 
-    With a heuristic prefixes are kept by f = g + h instead. Edges that finish leave the beam with a completion.
+    Beam search is this and no more; A\* also prunes, remembers open edges, and certifies. Both have the same settings.
+
+    Attributes:
+        unbudgeted_width: The width, where neither ``width`` nor a budget of LM tokens gives one.
     """
+
+    unbudgeted_width = 8  # transformers' documentation uses 4 to 10
 
     def __init__(
         self,
         env: Any,
         *,
         width: int | None = None,
-        rerank: bool = True,
-        heuristic: Heuristic | None = None,
+        growth: float | None = None,
+        taper: float | None = None,
+        prior: float = 0.0,
+        pathmax: bool = False,
+        all_endings: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Decode with a beam.
+        """Search in the MDP of ``env``.
 
         Args:
             env: An environment or a :class:`DecodingMDP`.
-            width: Prefixes of each length, by default as many as what is left of the budget surely pays for: what texts
-                that end early do not need makes the rest of the beam wider.
-            rerank: Whether the reward is asked to choose among the finished texts; if not, the one of highest f is
-                proposed, without a heuristic the likeliest.
-            heuristic: See the class.
+            width: Edges a depth in the first round; None for as many as the budget pays for.
+            growth: By what factor each round is wider than the one before; None for a single round.
+            taper: How a budget of LM tokens is spread over the depths: in proportion to the number of tokens still to
+                come, to this power. 0 spreads it evenly. None does not look at the budget.
+            prior: What a nat of the language model's log-probability counts in the order, in units of J: edges are
+                ranked by f + prior · log π(prefix), as sampling on π · exp(f / prior) prefers them. It holds back a Q
+                that promises most where it has seen least.
+            pathmax: Whether an edge's f is at most that of the edge which led to it (Mérő 1984; in terms of returns, a
+                minimum): no continuation is better than the best one. A text must then look good at every step.
+            all_endings: Whether edges that end a text take no place of others; they cost no forward of the model.
             kwargs: See :class:`Decoder`.
 
         Raises:
             ConfigurationError: An argument is out of range.
         """
-        super().__init__(env, heuristic=heuristic, **kwargs)
-        if width is not None and width < 1:
-            raise ConfigurationError(f"width is an integer >= 1 or None, got {width!r}")
-        self.width = width
+        super().__init__(env, **kwargs)
+        self.width = None if width is None else check_integer("width", width)
+        if growth is not None and growth != math.inf:
+            growth = check_number("growth", growth, low=1, open_low=True)
+        self.growth, self.pathmax, self.all_endings = growth, pathmax, all_endings
+        self.taper = None if taper is None else check_number("taper", taper, low=0, high=100)
+        self.prior = check_number("prior", prior, low=0)
+
+    def priority(self, search: Search, rows: IntArray) -> Values:
+        """Return what the edges of these rows are ranked by, float64 [n, k]: f, with a prior also prior · log π."""
+        values = search.f[rows]
+        return values + self.prior * search.edge_logprob(rows) if self.prior else values
+
+    def first_width(self, search: Search) -> float:
+        """Return the width of the first round; infinite where the taper rations a budget."""
+        unlimited = self.taper is None or math.isinf(search.affordable_tokens(search.mdp.max_new_tokens))
+        return float(self.width or (self.unbudgeted_width if unlimited else math.inf))
+
+    def wider(self, width: float) -> float:
+        """Return the width of the next round."""
+        grown = width * (self.growth or 1.0)
+        return math.ceil(grown) if math.isfinite(grown) else grown
+
+    def round(self, search: Search, width: float, keep: Callable[[Edges], Edges]) -> Iterator[Edges]:
+        """Go through the depths once, and yield of the ``width`` best edges of each those that ``keep`` keeps.
+
+        Edges that were followed before count among the best: a round is as wide as it would be in a new tree.
+        """
+        for depth in range(search.mdp.max_new_tokens):
+            edges = self._best(search, depth, width)
+            is_open = search.status[edges] == Status.OPEN
+            edges = keep(Edges(edges.rows[is_open], edges.actions[is_open]))
+            if self.taper is not None:
+                edges = self._ration(search, edges, depth)
+            if len(edges.rows):
+                yield edges
+
+    def _best(self, search: Search, depth: int, width: float) -> Edges:
+        """Return the ``width`` edges of highest priority among all at this depth, followed or not, best first."""
+        rows = search.at_depth(depth)
+        legal_row, action = np.nonzero(search.status[rows] != Status.MASKED)
+        row: IntArray = rows[legal_row]
+        # Stable: ties go to what was found first, then to the likelier token, on every machine.
+        best = np.argsort(-self.priority(search, rows)[legal_row, action], kind="stable")
+        if math.isfinite(width):
+            best = best[: int(width)]
+        return Edges(row[best], action[best])
+
+    def _ration(self, search: Search, edges: Edges, depth: int) -> Edges:
+        """Return the leading edges that this depth's share of the budget pays for, endings as ``all_endings`` says.
+
+        With n tokens still to come, a depth gets n**taper parts of what is left once every later depth has a token.
+        """
+        assert self.taper is not None
+        still_to_come = search.mdp.max_new_tokens - 1 - depth
+        affordable = search.affordable_tokens(still_to_come + 1)
+        if math.isinf(affordable) or (self.all_endings and not still_to_come):
+            return edges
+        steps = max(still_to_come, 1)
+        # What is left pays for fewer prefixes where the heuristic looks ahead, at the price that they have had so far.
+        room = affordable * search.size / (search.size + search.heuristic_tokens)
+        shares = np.arange(1, steps + 1, dtype=np.float64) ** self.taper
+        most = 1 + max(int((room - steps) * shares[-1] / shares.sum()), 0)
+        if search.budget.seconds is not None:
+            # The time of a step is known from smaller ones: it may grow fourfold before it is measured again.
+            most = min(most, 4 * search.largest_step)
+        counted = (search.finish[edges] == Finish.NO) | (not self.all_endings)
+        keep = ~counted | (np.cumsum(counted) <= most)
+        if search.budget.pops is not None:  # which edges that end a text use up too
+            keep &= np.cumsum(keep) <= most
+        return Edges(edges.rows[keep], edges.actions[keep])
+
+
+def widest(search: Search) -> int:
+    """Return the largest number of edges at any depth."""
+    return int(np.bincount(search.depth[: search.size]).max()) * search.mdp.top_k
+
+
+class BeamSearch(LevelSearch):
+    """Keep the ``width`` likeliest prefixes of each length; the texts they end in are reranked by J.
+
+    With a heuristic prefixes are kept by f = g + h instead. By default edges that finish take places of the beam, and
+    the beam is as wide at every depth as the rest of the budget pays for: what texts that end early do not need makes
+    it wider. With a ``growth``, what is left after a round pays for a wider one in the same tree.
+    """
+
+    def __init__(
+        self, env: Any, *, width: int | None = None, taper: float | None = None, rerank: bool = True, **kwargs: Any
+    ) -> None:
+        """Decode with a beam.
+
+        Args:
+            env: An environment or a :class:`DecodingMDP`.
+            width: See :class:`LevelSearch`; None for 8 without a budget of LM tokens.
+            taper: See :class:`LevelSearch`. None for 0, or with a ``width`` for no look at the budget.
+            rerank: Whether the reward is asked to choose among the finished texts; if not, the one of highest f is
+                proposed, without a heuristic the likeliest.
+            kwargs: Further settings: see :class:`LevelSearch` and :class:`Decoder`.
+
+        Raises:
+            ConfigurationError: An argument is out of range.
+        """
+        super().__init__(env, width=width, taper=0.0 if taper is None and width is None else taper, **kwargs)
         if not rerank:
             self.score = "q"
 
     def select(self, search: Search) -> Iterator[Edges]:
         """Yield the edges of one level at a time."""
-        width = self.width or 1
-        for depth in range(search.mdp.max_new_tokens):
-            width = self.width or max(width, affordable_width(search, depth))
-            rows = search.at_depth(depth)
-            row, action = np.nonzero(search.status[rows] == Status.OPEN)
-            best = np.argsort(-search.f[rows[row], action], kind="stable")[:width]
-            if not len(best):
+        width = self.first_width(search)
+        while True:
+            before = search.pops
+            yield from self.round(search, width, lambda edges: edges)
+            if self.growth is None or (search.pops == before and width >= widest(search)):
                 return
-            yield Edges(rows[row[best]], action[best])
+            width = self.wider(width)
 
 
 class DiverseBeamSearch(Decoder):
@@ -115,4 +222,4 @@ def affordable_width(search: Search, depth: int = 0) -> int:
     """Return how many prefixes of each length, from this depth on, the rest of the budget surely pays for."""
     steps = max(search.mdp.max_new_tokens - 1 - depth, 1)
     affordable = search.affordable_tokens(steps)
-    return _UNBUDGETED_BEAM if math.isinf(affordable) else max(int(affordable) // steps, 1)
+    return LevelSearch.unbudgeted_width if math.isinf(affordable) else max(int(affordable) // steps, 1)

@@ -63,7 +63,7 @@ class Decoder(ABC):
         scope: What upper bounds speak of.
         score: What ranks finished texts.
         n_best: How many of the best texts are wanted.
-        pathmax: See :class:`AStarPlanner`.
+        pathmax: See :class:`LevelSearch`.
         processes: The processes of its requests.
         learner: Learns from its searches; None for a decoder that does not learn.
     """
