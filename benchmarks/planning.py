@@ -1,11 +1,12 @@
 """What A* expands, what it costs beside the language model, and whether it earns its place beside Q.
 
-    python benchmarks/planning.py exact|overhead|duel|pruning|certificates [--json FILE]
+    python benchmarks/planning.py exact|overhead|duel|ablation|certificates [--json FILE]
 
 exact         expansions to the optimum for heuristics from none to perfect, on trees small enough to enumerate
 overhead      seconds that the planner itself takes, and what a long queue costs
-duel          the same Q and prompts: A* against beam on g + Q, sampling on Q and MCTS; a budget each, and one for all
-pruning       the parts of A*'s lead over a beam on the same Q: width schedule, and pruning by the incumbent
+duel          the same Q and prompts: A* against every other decoder on Q, all tuned alike; a budget each, and one for
+              all prompts; --fair: seven tasks and three seeds
+ablation      what each part of Q* is worth: Q, taper, prior, pathmax, pruning by f and by U, all endings, backtracking
 certificates  the gap that remains, by budget and α, and how many texts are proven to be the best of their tree
 """
 
@@ -13,16 +14,18 @@ import argparse
 import itertools
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 from rich.table import Table
 from rows import add_json_option, out, row, write
 
 from qstar_decoding.agents import (
     CONTENDERS,
     AStarPlanner,
+    BeamSearch,
     BoundHeuristic,
     OracleHeuristic,
     QHeuristic,
@@ -32,11 +35,13 @@ from qstar_decoding.agents import (
     evaluate,
     paired_bootstrap,
 )
-from qstar_decoding.agents.evaluation.comparison import TUNING_PROMPTS
+from qstar_decoding.agents.evaluation.comparison import Comparison
+from qstar_decoding.agents.learning.checkpoints import pretrained_names
 from qstar_decoding.agents.search.budget import Budget
-from qstar_decoding.envs import DecodingMDP, TabularLM, TokenDecodingVecEnv, load_prompts
+from qstar_decoding.agents.search.state import Edges
+from qstar_decoding.envs import DecodingMDP, Finish, TabularLM, TokenDecodingVecEnv, load_prompts
 from qstar_decoding.rewards import as_reward
-from qstar_decoding.tasks import load_task
+from qstar_decoding.tasks import load_task, task_names
 
 BUDGETS = [50, 100, 200, 400, 800]
 
@@ -216,106 +221,138 @@ def overhead(repeats=5):
 
 # -- duel -------------------------------------------------------------------------------------------------------------
 
+FAIR_TASKS = ("review", "keywords", "relevance", "countdown-3", "countdown-4", "game-of-24", "reasoning-gym")
 
-def duel(names=("sentiment", "keywords"), budgets=BUDGETS):
+
+def rivals_of():
+    """Every decoder on the same Q, Q* last; the one routine of comparisons tunes all, with as many trials."""
+    return [name for name, spec in CONTENDERS.items() if spec.uses == "q" and spec.grid and name != "Q*"] + ["Q*"]
+
+
+class Bar:
+    """A line of progress that a comparison tells what it does."""
+
+    def __init__(self, shown, name):
+        self.shown, self.name, self.task = shown, name, shown.add_task(name)
+
+    def __call__(self, text, done, total):
+        self.shown.update(self.task, description=f"{self.name}: {text}", completed=done, total=total)
+
+
+def objectives(comparison):
+    """J by decoder and budget, float64 [prompts], means over seeds."""
+    found = {}
+    for one in comparison.rows():
+        value = math.nan if one["objective"] is None else one["objective"]
+        found.setdefault((one["decoder"], one["budget"]), {}).setdefault(one["prompt_index"], []).append(value)
+    return {key: np.array([np.mean(values) for _, values in sorted(by.items())]) for key, by in found.items()}
+
+
+def duel(names=("sentiment", "keywords"), budgets=BUDGETS, seeds=1, folder="runs/duel"):
+    """Cells and settings are kept in the folder: a second call goes on where the first one was stopped."""
     rows = []
     for name in names:
+        if name not in task_names() or name not in pretrained_names():
+            out.print(f"{name}: left out, since the package ships no task or no Q-function of that name")
+            continue
         task = load_task(name)
-        mdp, q = task.mdp(), QHeuristic(name)
-        dev, test = task.prompts.of("dev")[:TUNING_PROMPTS], task.prompts.of("test")
-        rivals = ["beam on g + Q", "VAS", "MCTS", "Q*"]
-
-        def make(rival, setting=None, mdp=mdp, q=q, task=task):
-            return CONTENDERS[rival].make(mdp, q, 0, task.planner, **(setting or {}))
-
-        settings = {}
-        for rival in progress(rivals, f"{name}: tuning on dev prompts"):
-            trials = list(CONTENDERS[rival].grid) or [{}]
-            means = [evaluate(make(rival, trial), dev, 200).objectives.mean() for trial in trials]
-            settings[rival] = trials[int(np.argmax(means))]
-        found = {
-            (rival, budget, shared): evaluate(
-                make(rival, settings[rival]), test, budget * (len(test) if shared else 1), shared=shared
-            )
-            for rival, budget, shared in progress(
-                [(r, b, s) for s in (False, True) for b in budgets for r in (rivals if not s else ["Q*"])],
-                f"{name}: decoding",
-            )
-        }
-        title = f"{name}: {len(test)} held-out prompts, J; settings " + ", ".join(
-            f"{rival} {setting}" for rival, setting in settings.items() if setting
+        rivals, test = rivals_of(), task.prompts.of("test")
+        comparison = Comparison(task, Path(folder) / name, rivals, budgets, seeds, [name])
+        with Progress(console=Console(stderr=True), transient=True) as shown:
+            comparison.run(Bar(shown, name))
+        found = objectives(comparison)
+        settings = {rival: comparison.setting(rival) for rival in rivals}
+        one_budget = AStarPlanner(
+            comparison.mdp, heuristic=comparison.heuristics[0], **{**task.planner, **settings["Q*"]}
+        )
+        for budget in progress(budgets, f"{name}: one budget for all"):
+            found["shared", budget] = evaluate(one_budget, test, budget * len(test), shared=True).objectives
+        title = f"{name}: {len(test)} held-out prompts, {seeds} seeds, J; settings " + ", ".join(
+            f"{rival} {setting}" for rival, setting in settings.items()
         )
         table = table_of(title, "decoder", *map(str, budgets))
         for rival in rivals:
-            table.add_row(rival, *(f"{found[rival, b, False].objectives.mean():.3f}" for b in budgets))
-        table.add_row("Q*, one budget for all", *(f"{found['Q*', b, True].objectives.mean():.3f}" for b in budgets))
-        ahead, behind = {False: 0, True: 0}, {False: 0, True: 0}
-        for shared in (False, True):
+            table.add_row(rival, *(f"{np.nanmean(found[rival, b]):.3f}" for b in budgets))
+        table.add_row("Q*, one budget for all", *(f"{np.nanmean(found['shared', b]):.3f}" for b in budgets))
+        for ours, label in (("Q*", name), ("shared", f"{name}, one budget for all prompts")):
+            ahead = behind = 0
             cells = []
             for budget in budgets:
-                best = max(rivals[:-1], key=lambda r: found[r, budget, False].objectives.mean())
-                difference = found["Q*", budget, shared].objectives - found[best, budget, False].objectives
+                best = max(rivals[:-1], key=lambda r: np.nanmean(found[r, budget]))
+                difference = found[ours, budget] - found[best, budget]
                 low, high = paired_bootstrap(difference)
-                ahead[shared] += low > 0
-                behind[shared] += high < 0
-                cells.append(f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]\n({best})")
-            label = "one budget for all" if shared else "Q*"
-            table.add_row(f"{label} minus the best other", *cells)
-        out.print(table)
-        for shared, label in ((False, name), (True, f"{name}, one budget for all prompts")):
-            halves = [
-                found["Q*", half, shared].objectives.mean() >= found["beam on g + Q", whole, False].objectives.mean()
+                ahead, behind = ahead + (low > 0), behind + (high < 0)
+                cells.append(f"{np.nanmean(difference):+.3f} [{low:+.3f}, {high:+.3f}]\n({best})")
+            table.add_row(f"{'Q*' if ours == 'Q*' else 'one budget for all'} minus the best other", *cells)
+            halves = sum(
+                np.nanmean(found[ours, half]) >= np.nanmean(found["beam on g + Q", whole])
                 for half, whole in itertools.pairwise(budgets)
-            ]
-            out.print(
-                f"{label}: the beam's J is reached with half its tokens at {sum(halves)} of {len(halves)} budgets"
             )
-            wanted = (None, None, None) if shared else (0, 3, len(halves))
+            wanted = (0, 3, len(budgets) - 1) if ours == "Q*" else (None, None, None)
             rows += [
-                row(f"{label}: significantly behind", behind[shared], "budgets", wanted[0], higher_is_better=False),
-                row(f"{label}: significantly ahead", ahead[shared], "budgets", wanted[1]),
-                row(f"{label}: the beam's J with half its tokens", sum(halves), "budgets", wanted[2]),
+                row(f"{label}: significantly behind", behind, "budgets", wanted[0], higher_is_better=False),
+                row(f"{label}: significantly ahead", ahead, "budgets", wanted[1]),
+                row(f"{label}: the beam's J with half its tokens", int(halves), "budgets", wanted[2]),
             ]
+        out.print(table)
     return rows
 
 
-# -- pruning ----------------------------------------------------------------------------------------------------------
+# -- ablation ---------------------------------------------------------------------------------------------------------
 
 
-def pruning(names=("sentiment", "keywords"), budgets=(50, 100, 200)):
-    """The same Q and the task's own settings; an infinite margin prunes by U only, never by f."""
+class WithoutBounds(AStarPlanner):
+    """A* that never prunes by U; its bets by f stay."""
+
+    def prune(self, search, edges, *, margin):
+        keep = (search.f[edges] >= search.nth_best - margin) | (search.finish[edges] != Finish.NO)
+        return Edges(edges.rows[keep], edges.actions[keep])
+
+
+# What is taken away, alone each time: the settings that do it, or the class.
+ABLATIONS = {
+    "Q": {"heuristic": BoundHeuristic()},
+    "taper": {"taper": 0.0},
+    "prior": {"prior": 0.0},
+    "pathmax": {"pathmax": False},
+    "pruning by f": {"margin": math.inf},
+    "pruning by U": {},
+    "all endings": {"all_endings": False},
+    "backtracking": {"growth": None},
+}
+
+
+def ablation(names=("sentiment", "keywords", "relevance"), budgets=(50, 100, 200)):
+    """Q* with the task's settings, a prior and pathmax, against the same with one part less; the beam has its own."""
     rows = []
     for name in names:
         task = load_task(name)
         mdp, q, test = task.mdp(), QHeuristic(name), task.prompts.of("test")
-        beam = CONTENDERS["beam on g + Q"].make(mdp, q, 0, task.planner)
-        decoders = {"beam on g + Q": beam} | {
-            label: AStarPlanner(mdp, heuristic=q, **{**task.planner, **options})
-            for label, options in {
-                "A*, as wide at every depth, no pruning by f": {"taper": 0.0, "margin": math.inf},
-                "A*, taper 2, no pruning by f": {"margin": math.inf},
-                "A*, taper 2, pruning by f (the default)": {},
-            }.items()
-        }
+        whole = {"prior": 0.1, "pathmax": True, **task.planner, "heuristic": q, "search": "level"}
+        decoders = {"Q*": AStarPlanner(mdp, **whole)}
+        for part, changes in ABLATIONS.items():
+            kind = WithoutBounds if part == "pruning by U" else AStarPlanner
+            decoders[part] = kind(mdp, **{**whole, **changes})
+        shared = {key: whole[key] for key in ("heuristic", "prior", "pathmax")}
+        decoders["all that is A*"] = BeamSearch(mdp, **shared, taper=2.0, all_endings=True, growth=2.0)
         found = {
-            (label, budget): evaluate(decoders[label], test, budget).objectives
-            for label, budget in progress(list(itertools.product(decoders, budgets)), f"{name}: decoding")
+            (label, budget): evaluate(decoder, test, budget).objectives
+            for (label, decoder), budget in progress(
+                list(itertools.product(decoders.items(), budgets)), f"{name}: decoding"
+            )
         }
-        table = table_of(f"{name}: {len(test)} held-out prompts, J", "decoder", *map(str, budgets))
-        for label in decoders:
-            table.add_row(label, *(f"{found[label, budget].mean():.3f}" for budget in budgets))
-        *_, schedule, default = decoders
-        for title, better, worse in (
-            ("width schedule (and prior)", schedule, "beam on g + Q"),
-            ("pruning by f", default, schedule),
-        ):
+        table = table_of(
+            f"{name}: {len(test)} held-out prompts, J, and what is lost without", "part", *map(str, budgets)
+        )
+        table.add_row("Q*", *(f"{np.nanmean(found['Q*', budget]):.3f}" for budget in budgets))
+        for part in list(decoders)[1:]:
             cells = []
             for budget in budgets:
-                difference = found[better, budget] - found[worse, budget]
+                difference = found["Q*", budget] - found[part, budget]
                 low, high = paired_bootstrap(difference)
-                cells.append(f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]")
-                rows.append(row(f"{name}, {budget} LM tokens: {title}", difference.mean(), "J"))
-            table.add_row(f"difference: {title}", *cells)
+                cells.append(f"{np.nanmean(difference):+.3f} [{low:+.3f}, {high:+.3f}]")
+                rows.append(row(f"{name}, {budget} LM tokens: worth of {part}", np.nanmean(difference), "J"))
+            table.add_row(part, *cells)
         out.print(table)
     return rows
 
@@ -349,11 +386,20 @@ def certificates(prompts=20, budgets=(100, 400, 1600), alphas=(0.02, 0.1, 0.3, 1
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {function.__name__: function for function in (exact, overhead, duel, pruning, certificates)}
+    parts = {function.__name__: function for function in (exact, overhead, duel, ablation, certificates)}
     parser.add_argument("part", choices=parts)
+    parser.add_argument("--fair", action="store_true", help="duel: all tasks of the comparison, three seeds")
+    parser.add_argument("--tasks", nargs="+", help="duel, ablation: these tasks")
     add_json_option(parser)
     arguments = parser.parse_args()
-    rows = parts[arguments.part]()
+    if (arguments.fair and arguments.part != "duel") or (
+        arguments.tasks and arguments.part not in ("duel", "ablation")
+    ):
+        parser.error(f"{arguments.part} does not take that option")
+    options = {"names": FAIR_TASKS, "seeds": 3, "folder": "runs/duel-fair"} if arguments.fair else {}
+    if arguments.tasks:
+        options["names"] = arguments.tasks
+    rows = parts[arguments.part](**options)
     write(rows, arguments.json)
 
 

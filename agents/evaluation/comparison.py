@@ -34,7 +34,6 @@ from .outcomes import Outcomes, evaluate
 
 __all__ = ["Cell", "Comparison"]
 
-TRIALS = 4
 TUNING_PROMPTS = 20  # of the dev prompts: enough to tell settings of a grid apart, and most of the cost of a small run
 _TIMED_PROMPTS = 2
 
@@ -284,7 +283,8 @@ class Comparison:
         return {
             name: setting.model_dump()
             for name, setting in known.items()
-            if name in CONTENDERS and (setting.chosen is None or setting.chosen < len(CONTENDERS[name].grid))
+            # Those of a table with another grid are tuned again.
+            if name in CONTENDERS and (setting.chosen is None or len(setting.dev) == len(CONTENDERS[name].grid))
         }
 
     def _tune(
@@ -292,7 +292,7 @@ class Comparison:
     ) -> Iterator[str]:
         """Try the settings of decoders on the dev prompts; yield each name when its best one is written down."""
         known, budget = self._settings(), self.budgets[len(self.budgets) // 2]
-        trials = {name: len(CONTENDERS[name].grid[:TRIALS]) if self.tune else 0 for name in names}
+        trials = {name: len(CONTENDERS[name].grid) if self.tune else 0 for name in names}
         means: dict[str, dict[int, float]] = {name: {} for name in names}
         jobs = [
             Job("try_setting", (name, trial, budget), f"tuning {name}")

@@ -91,7 +91,7 @@ class AStarPlanner(LevelSearch):
         weight: float | None = None,
         margin: float = 0.1,
         width: int | None = None,
-        growth: float = 2.0,
+        growth: float | None = 2.0,
         taper: float | None = 2.0,
         prior: float = 0.0,
         all_endings: bool = True,
@@ -114,7 +114,8 @@ class AStarPlanner(LevelSearch):
                 too, so 0 prunes a little too much. ``"astar"``, ``"qstar"`` and ``"weighted"`` have none.
             width: Edges followed a depth in the first round of ``"level"``, pops per depth before ``"capped"`` widens.
                 None for 16, and for ``"level"`` with a budget of LM tokens for as many as that pays for.
-            growth: By what factor each round is wider than the one before.
+            growth: By what factor each round is wider than the one before. None for a single round of ``"level"``, so
+                that it never returns to an edge that it has passed over.
             taper: See :class:`LevelSearch`. 0 is better on texts of a few tokens, where Q is as rough at the end as at
                 the beginning. With None the search does not look at its budget, and one that is resumed equals one long
                 run; it may then end before a text is finished.
@@ -152,8 +153,8 @@ class AStarPlanner(LevelSearch):
         default = self.order.weight if self.order else 1.0
         self.weight = check_number("weight", default if weight is None else weight, low=0)
         self.check()
-        if growth is None:
-            raise ConfigurationError("growth is a number > 1, by which each round of A* is wider; got None")
+        if growth is None and self.order is not None:
+            raise ConfigurationError(f'growth=None is for search="level"; search={search!r} needs a number > 1')
         self.margin = math.inf if margin == math.inf else check_number("margin", margin, low=0)
         if self.prior and self.order and not self.order.persistent:
             raise ConfigurationError(
@@ -199,6 +200,16 @@ class AStarPlanner(LevelSearch):
         values = g + most - (self.weight * (most - (f - g)) if self.weight else np.zeros_like(f))
         return values + self.prior * search.edge_logprob(rows) if self.prior else values
 
+    def prune(self, search: Search, edges: Edges, *, margin: float) -> Edges:
+        """Return those of some open edges that may beat the incumbent.
+
+        No bet is made on an edge that ends the text: to know what it is worth costs no forward of the language model.
+        """
+        can_win = search.bound[edges] > search.pruning_threshold
+        may_win = (search.f[edges] >= search.nth_best - margin) | math.isinf(margin)
+        keep = can_win & (may_win | (search.finish[edges] != Finish.NO))
+        return Edges(edges.rows[keep], edges.actions[keep])
+
 
 # -- level by level ---------------------------------------------------------------------------------------------------
 
@@ -208,7 +219,9 @@ def level_by_level(planner: AStarPlanner, search: Search) -> Iterator[Edges]:
     margin, width = planner.margin, planner.first_width(search)
     while search.can_improve:
         before = search.pops
-        yield from planner.round(search, width, functools.partial(prune, search, margin=margin))
+        yield from planner.round(search, width, functools.partial(planner.prune, search, margin=margin))
+        if planner.growth is None:
+            return
         if search.pops == before and width >= widest(search):
             # Every edge that promised anything has been followed. Others may have better use for a budget in common;
             # if not, stop betting.
@@ -217,18 +230,6 @@ def level_by_level(planner: AStarPlanner, search: Search) -> Iterator[Edges]:
                 yield NO_EDGES
             margin = math.inf
         width = planner.wider(width)
-
-
-def prune(search: Search, edges: Edges, *, margin: float) -> Edges:
-    """Return the edges that are still to be followed and may beat the incumbent.
-
-    No bet is made on an edge that ends the text: to know what it is worth costs no forward of the language model.
-    """
-    can_win = search.bound[edges] > search.pruning_threshold
-    may_win = (search.f[edges] >= search.nth_best - margin) | math.isinf(margin)
-    ends = search.finish[edges] != Finish.NO
-    keep = can_win & (may_win | ends)
-    return Edges(edges.rows[keep], edges.actions[keep])
 
 
 # -- best first -------------------------------------------------------------------------------------------------------

@@ -87,12 +87,13 @@ class LevelSearch(Decoder):
 
         Edges that were followed before count among the best: a round is as wide as it would be in a new tree.
         """
+        share = 1
         for depth in range(search.mdp.max_new_tokens):
             edges = self._best(search, depth, width)
             is_open = search.status[edges] == Status.OPEN
             edges = keep(Edges(edges.rows[is_open], edges.actions[is_open]))
             if self.taper is not None:
-                edges = self._ration(search, edges, depth)
+                edges, share = self._ration(search, edges, depth, share)
             if len(edges.rows):
                 yield edges
 
@@ -107,29 +108,35 @@ class LevelSearch(Decoder):
             best = best[: int(width)]
         return Edges(row[best], action[best])
 
-    def _ration(self, search: Search, edges: Edges, depth: int) -> Edges:
+    def _ration(self, search: Search, edges: Edges, depth: int, before: int) -> tuple[Edges, int]:
         """Return the leading edges that this depth's share of the budget pays for, endings as ``all_endings`` says.
 
-        With n tokens still to come, a depth gets n**taper parts of what is left once every later depth has a token.
+        With n tokens still to come, a depth gets n**taper parts of what is left once every later depth has a token. The
+        last depth costs nothing: where endings take places, it has as many as the depth ``before``, or more.
+
+        Returns:
+            The edges, and the share.
         """
         assert self.taper is not None
         still_to_come = search.mdp.max_new_tokens - 1 - depth
         affordable = search.affordable_tokens(still_to_come + 1)
         if math.isinf(affordable) or (self.all_endings and not still_to_come):
-            return edges
-        steps = max(still_to_come, 1)
+            return edges, before
         # What is left pays for fewer prefixes where the heuristic looks ahead, at the price that they have had so far.
         room = affordable * search.size / (search.size + search.heuristic_tokens)
-        shares = np.arange(1, steps + 1, dtype=np.float64) ** self.taper
-        most = 1 + max(int((room - steps) * shares[-1] / shares.sum()), 0)
+        if still_to_come:
+            shares = np.arange(1, still_to_come + 1, dtype=np.float64) ** self.taper
+            share = 1 + max(int((room - still_to_come) * shares[-1] / shares.sum()), 0)
+        else:
+            share = max(before, int(room))
         if search.budget.seconds is not None:
             # The time of a step is known from smaller ones: it may grow fourfold before it is measured again.
-            most = min(most, 4 * search.largest_step)
+            share = min(share, 4 * search.largest_step)
         counted = (search.finish[edges] == Finish.NO) | (not self.all_endings)
-        keep = ~counted | (np.cumsum(counted) <= most)
+        keep = ~counted | (np.cumsum(counted) <= share)
         if search.budget.pops is not None:  # which edges that end a text use up too
-            keep &= np.cumsum(keep) <= most
-        return Edges(edges.rows[keep], edges.actions[keep])
+            keep &= np.cumsum(keep) <= share
+        return Edges(edges.rows[keep], edges.actions[keep]), share
 
 
 def widest(search: Search) -> int:

@@ -28,7 +28,14 @@ class RebaseSearch(Decoder):
     """
 
     def __init__(
-        self, env: Any, *, width: int | None = None, balance: float = 0.1, seed: int = 0, **kwargs: Any
+        self,
+        env: Any,
+        *,
+        width: int | None = None,
+        balance: float = 0.1,
+        temperature: float = 1.0,
+        seed: int = 0,
+        **kwargs: Any,
     ) -> None:
         """Keep ``width`` prefixes of each length in all, by default what the budget surely pays for.
 
@@ -36,6 +43,7 @@ class RebaseSearch(Decoder):
             env: An environment or a :class:`DecodingMDP`.
             width: Number of prefixes of each length.
             balance: τ, in units of J; small ones favour the best prefix.
+            temperature: Of the language model that children are drawn from.
             seed: Draws depend on the seed and the prompt only.
             kwargs: See :class:`Decoder`.
 
@@ -45,6 +53,7 @@ class RebaseSearch(Decoder):
         super().__init__(env, **kwargs)
         self.width = None if width is None else check_integer("width", width)
         self.balance, self.seed = check_number("balance", balance, low=0, open_low=True), seed
+        self.temperature = check_number("temperature", temperature, low=0, open_low=True)
 
     def select(self, search: Search) -> Iterator[Edges]:
         """Yield the edges of one level at a time."""
@@ -64,7 +73,7 @@ class RebaseSearch(Decoder):
                 count = min(max(round(left * share[i] / weight), 0), int(legal[i].sum())) if weight > 0 else 0
                 left, weight = left - count, weight - share[i]
                 logprobs = search.mdp.tree.logprobs[search.node[rows[i]]].astype(np.float64)
-                noisy = np.where(legal[i], logprobs + rng.gumbel(size=logprobs.shape), -np.inf)
+                noisy = np.where(legal[i], logprobs / self.temperature + rng.gumbel(size=logprobs.shape), -np.inf)
                 edges += [(int(rows[i]), int(action)) for action in np.argsort(-noisy)[:count]]
             if not edges:
                 return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from ...envs import DecodingMDP
 from ...errors import UnknownNameError
 from ..heuristics import Heuristic, LookAheadHeuristic, ZeroHeuristic
 from .astar import AStarPlanner
-from .beam import BeamSearch, DiverseBeamSearch
+from .beam import BeamSearch, DiverseBeamSearch, LevelSearch
 from .decoder import Decoder
 from .greedy import ARGSDecoder, GreedyDecoder
 from .levin import LevinTreeSearch
@@ -35,7 +36,7 @@ class DecoderSpec:
         source: The paper that it comes from.
         uses: The best informed thing that it looks at. A task with ``score="q"`` excludes those that use the reward.
         settings: Arguments that it always gets.
-        grid: Settings that are tried on the dev prompts. Every decoder that has any has four.
+        grid: Settings that are tried on the dev prompts. Every decoder that has any has :data:`TRIALS`.
         random: Whether it draws, so that several seeds are worth running.
         budgeted: Whether it can make use of a larger budget.
         command: Name of the class on the command line; empty where another row of the table has it.
@@ -71,7 +72,8 @@ class DecoderSpec:
         Args:
             heuristic: The heuristic; None for decoders that use none.
             seed: The seed, for decoders that draw.
-            planner: The task's arguments of the planner. A* takes them all, other decoders on Q take ``score`` alone.
+            planner: The task's arguments of the planner. A* takes them all, a beam those of level-synchronous search,
+                other decoders on Q ``score`` alone.
 
         Raises:
             UnknownNameError: ``planner`` has an argument that the planner does not know.
@@ -82,13 +84,23 @@ class DecoderSpec:
             for key in planner:
                 if key not in known:
                     raise UnknownNameError("argument of planner", str(key), known)
-            taken = planner if self.kind is AStarPlanner else {k: v for k, v in planner.items() if k == "score"}
+            shared = {"score"} | (_LEVEL_SETTINGS if issubclass(self.kind, LevelSearch) else set())
+            taken = planner if self.kind is AStarPlanner else {k: v for k, v in planner.items() if k in shared}
             options |= {"heuristic": heuristic, **taken}
         return options
 
 
-def _grid(name: str, *values: Any) -> list[dict[str, Any]]:
-    return [{name: value} for value in values]
+TRIALS = 8  # settings of every decoder that has any
+
+
+def _grid(**values: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return all combinations of the values, :data:`TRIALS` in all."""
+    return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+
+
+# What a task may set for every search that is level-synchronous. Width and rounds are part of what is compared.
+_LEVEL_SETTINGS = {"taper", "prior", "pathmax", "all_endings"}
+_LEVELS = {"taper": (2.0, 0.0, 1.0, 3.0), "prior": (0.0, 0.1)}
 
 
 # By name in a comparison.
@@ -101,7 +113,7 @@ CONTENDERS: dict[str, DecoderSpec] = {
         "ancestral sampling",
         "lm",
         {"n": 1},
-        _grid("temperature", 1.0, 0.7, 0.5, 0.3),
+        _grid(temperature=(1.0, 0.7, 0.5, 0.3), top_p=(1.0, 0.95)),
         random=True,
         budgeted=False,
     ),
@@ -110,7 +122,7 @@ CONTENDERS: dict[str, DecoderSpec] = {
         "Holtzman et al. 2020",
         "lm",
         {"n": 1},
-        _grid("top_p", 0.95, 0.9, 0.8, 0.6),
+        _grid(top_p=(0.95, 0.9, 0.8, 0.6), temperature=(1.0, 0.7)),
         random=True,
         budgeted=False,
     ),
@@ -119,7 +131,7 @@ CONTENDERS: dict[str, DecoderSpec] = {
         "Wang et al. 2023",
         "lm",
         {},
-        _grid("temperature", 1.0, 0.7, 0.5, 0.3),
+        _grid(temperature=(1.0, 0.7, 0.5, 0.3), top_p=(1.0, 0.9)),
         random=True,
         command="majority",
     ),
@@ -128,18 +140,31 @@ CONTENDERS: dict[str, DecoderSpec] = {
         "Aggarwal et al. 2023",
         "lm",
         {},
-        _grid("temperature", 1.0, 0.7, 0.5, 0.3),
+        _grid(temperature=(1.0, 0.7, 0.5, 0.3), top_p=(1.0, 0.9)),
         random=True,
         command="adaptive-vote",
     ),
-    "beam": DecoderSpec(BeamSearch, "the likeliest text", "lm", {"rerank": False}),
-    "beam reranked": DecoderSpec(BeamSearch, "beam search, the best J of the beam", "reward", command="beam"),
+    "beam": DecoderSpec(
+        BeamSearch,
+        "the likeliest text",
+        "lm",
+        {"rerank": False},
+        _grid(taper=(0.0, 1.0, 2.0, 3.0), all_endings=(False, True)),
+    ),
+    "beam reranked": DecoderSpec(
+        BeamSearch,
+        "beam search, the best J of the beam",
+        "reward",
+        {},
+        _grid(taper=(0.0, 1.0, 2.0, 3.0), all_endings=(False, True)),
+        command="beam",
+    ),
     "diverse beam": DecoderSpec(
         DiverseBeamSearch,
         "Vijayakumar et al. 2018",
         "reward",
         {},
-        _grid("diversity", 0.01, 0.03, 0.1, 0.3),
+        _grid(diversity=(0.01, 0.03, 0.1, 0.3), groups=(4, 2)),
         command="diverse-beam",
     ),
     "best-of-n": DecoderSpec(
@@ -147,7 +172,7 @@ CONTENDERS: dict[str, DecoderSpec] = {
         "Stiennon et al. 2020",
         "reward",
         {},
-        _grid("temperature", 1.3, 1.0, 0.7, 0.5),
+        _grid(temperature=(1.3, 1.0, 0.7, 0.5), top_p=(1.0, 0.9)),
         random=True,
         command="sample",
     ),
@@ -156,7 +181,7 @@ CONTENDERS: dict[str, DecoderSpec] = {
         "Kool et al. 2019; Shi et al. 2020",
         "reward",
         {},
-        _grid("temperature", 1.3, 1.0, 0.7, 0.5),
+        _grid(temperature=(1.3, 1.0, 0.7, 0.5), top_p=(1.0, 0.9)),
         random=True,
         command="unique",
     ),
@@ -169,16 +194,19 @@ CONTENDERS: dict[str, DecoderSpec] = {
         "Lu et al. 2022",
         "reward",
         {"margin": 0.5},
-        [{"heuristic": LookAheadHeuristic(length, width=width)} for length, width in ((1, 3), (2, 2), (4, 1), (4, 3))],
+        _grid(
+            heuristic=[LookAheadHeuristic(length, width=width) for length, width in ((1, 3), (2, 2), (4, 1), (4, 3))],
+            taper=(2.0, 0.0),
+        ),
     ),
-    "A* without Q": DecoderSpec(AStarPlanner, "ours, h = bound", "reward", {}, _grid("taper", 0.0, 1.0, 2.0, 3.0)),
+    "A* without Q": DecoderSpec(AStarPlanner, "ours, h = bound", "reward", {}, _grid(**_LEVELS)),
     "Levin": DecoderSpec(LevinTreeSearch, "Orseau et al. 2018", "reward", command="levin"),
     "ARGS": DecoderSpec(
         ARGSDecoder,
         "Khanov et al. 2024",
         "potential",
         {},
-        _grid("reward_weight", 1.0, 3.0, 10.0, 30.0),
+        _grid(reward_weight=(0.3, 1.0, 2.0, 3.0, 6.0, 10.0, 30.0, 100.0)),
         budgeted=False,
         command="args",
     ),
@@ -187,7 +215,7 @@ CONTENDERS: dict[str, DecoderSpec] = {
         "Lew et al. 2023; Puri et al. 2025",
         "potential",
         {"twist": "potential"},
-        _grid("beta", 0.02, 0.05, 0.1, 0.3),
+        _grid(beta=(0.02, 0.05, 0.1, 0.3), threshold=(0.5, 1.0)),
         random=True,
     ),
     "arg max Q": DecoderSpec(GreedyDecoder, "Q-learning alone", "q", budgeted=False),
@@ -196,7 +224,7 @@ CONTENDERS: dict[str, DecoderSpec] = {
         "Han et al. 2024; Mudgal et al. 2024",
         "q",
         {},
-        _grid("beta", 0.02, 0.05, 0.1, 0.2),
+        _grid(beta=(0.02, 0.05, 0.1, 0.2), temperature=(1.0, 0.5)),
         random=True,
     ),
     "ILQL": DecoderSpec(
@@ -204,24 +232,47 @@ CONTENDERS: dict[str, DecoderSpec] = {
         "Snell et al. 2023",
         "q",
         {},
-        [{"beta": b, "temperature": t} for b, t in ((0.05, 1.0), (0.05, 0.5), (0.1, 0.5), (0.2, 0.3))],
+        _grid(beta=(0.02, 0.05, 0.1, 0.2), temperature=(1.0, 0.5)),
         random=True,
         command="ilql",
     ),
-    "beam on g + Q": DecoderSpec(BeamSearch, "beam search, f = g + Q", "q"),
+    "beam on g + Q": DecoderSpec(BeamSearch, "beam search, f = g + Q", "q", {}, _grid(**_LEVELS)),
     "blockwise": DecoderSpec(
-        BlockwiseDecoder, "Mudgal et al. 2024", "q", {}, _grid("block", 2, 4, 8, 12), random=True, command="blockwise"
+        BlockwiseDecoder,
+        "Mudgal et al. 2024",
+        "q",
+        {},
+        _grid(block=(2, 4, 8, 12), temperature=(1.0, 0.7)),
+        random=True,
+        command="blockwise",
     ),
     "MCTS": DecoderSpec(
-        MCTS, "Silver et al. 2017; Feng et al. 2023", "q", {}, _grid("exploration", 0.1, 0.3, 1.0, 3.0), command="mcts"
+        MCTS,
+        "Silver et al. 2017; Feng et al. 2023",
+        "q",
+        {},
+        _grid(exploration=(0.1, 0.3, 1.0, 3.0), temperature=(1.0, 2.0)),
+        command="mcts",
     ),
     "REBASE": DecoderSpec(
-        RebaseSearch, "Wu et al. 2024", "q", {}, _grid("balance", 0.02, 0.05, 0.1, 0.3), random=True, command="rebase"
+        RebaseSearch,
+        "Wu et al. 2024",
+        "q",
+        {},
+        _grid(balance=(0.02, 0.05, 0.1, 0.3), temperature=(1.0, 0.7)),
+        random=True,
+        command="rebase",
     ),
     "SMC on Q": DecoderSpec(
-        ParticleFilter, "Zhao et al. 2024", "q", {}, _grid("beta", 0.02, 0.05, 0.1, 0.3), random=True, command="smc"
+        ParticleFilter,
+        "Zhao et al. 2024",
+        "q",
+        {},
+        _grid(beta=(0.02, 0.05, 0.1, 0.3), threshold=(0.5, 1.0)),
+        random=True,
+        command="smc",
     ),
-    "Q*": DecoderSpec(AStarPlanner, "ours", "q", {}, _grid("taper", 2.0, 0.0, 1.0, 3.0), command="astar"),
+    "Q*": DecoderSpec(AStarPlanner, "ours", "q", {}, _grid(**_LEVELS), command="astar"),
 }
 
 _BY_COMMAND = {spec.command: spec for spec in CONTENDERS.values() if spec.command}

@@ -113,7 +113,7 @@ def test_tuning_takes_the_best_of_the_grid_and_keeps_it(tmp_path, q):
     comparison = compare(tmp_path, qs=[q], tune=True)
     setting = comparison.setting("best-of-n")
     trials = json.loads((tmp_path / "settings.json").read_text())["best-of-n"]["dev"]
-    assert len(trials) == len(CONTENDERS["best-of-n"].grid) == 4
+    assert len(trials) == len(CONTENDERS["best-of-n"].grid) == 8
     assert max(trials, key=trials.get) == repr(setting)
     assert comparison.setting("greedy") == {}
 
