@@ -2,6 +2,7 @@
 
     python benchmarks/engine.py [--model NAME] [--device cpu] [--dtype auto] [--repeats 5] [--json FILE]
     python benchmarks/engine.py --scaling
+    python benchmarks/engine.py --rivals
 
 The two sides of a comparison run in turn in this process, on the same model object in the same dtype. A figure is the
 median of its repeats, a ratio the median of the repeats' ratios. ``--scaling`` shows how the time of a step grows with
@@ -15,6 +16,7 @@ import time
 
 import gymnasium as gym
 import numpy as np
+import rivals
 import torch
 import transformers
 from rich.console import Console
@@ -36,7 +38,11 @@ class Bench:
     """One language model and everything that is timed on it."""
 
     def __init__(self, model, device, dtype, repeats):
-        self.lm, self.repeats, self.rng = load_language_model(model, device, dtype), repeats, np.random.default_rng(0)
+        self.lm, self.repeats, self.rng = (
+            load_language_model(model, device, dtype, prepack=True),
+            repeats,
+            np.random.default_rng(0),
+        )
         self.finished = 0
         self.words = " ".join(load_task("sentiment").prompts.of("train")).split()
 
@@ -345,8 +351,14 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some of: " + ", ".join(NAMES))
     parser.add_argument("--scaling", action="store_true", help="show how the time of a step grows, and nothing else")
+    parser.add_argument("--rivals", action="store_true", help="compare the ways to run a model; see rivals.py")
     add_json_option(parser)
     arguments = parser.parse_args()
+    if arguments.rivals:
+        device, dtype = ("cpu" if arguments.device == "auto" else arguments.device), arguments.dtype
+        dtype = "float32" if dtype == "auto" and device == "cpu" else dtype
+        write(rivals.compare(arguments.model, device, dtype, [1, 4, 8, 16, 32, 64], 20), arguments.json)
+        return
     if unknown := set(arguments.only or ()) - set(NAMES):
         parser.error(f"--only takes {', '.join(NAMES)}; got {', '.join(sorted(unknown))}")
     transformers.utils.logging.set_verbosity_error()

@@ -11,12 +11,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .base import IntArray
 from .token_trie import TokenTable
 
-__all__ = ["ForwardState", "KeyValuePool", "QueryBlock", "group_queries", "tree_attention", "tree_attention_in"]
+__all__ = [
+    "ForwardState",
+    "KeyValuePool",
+    "QueryBlock",
+    "group_queries",
+    "to_device",
+    "tree_attention",
+    "tree_attention_in",
+]
 
 _IMPLEMENTATION = "qstar_tree"
 
@@ -227,6 +236,12 @@ def tree_attention_in(model: Any, forward: ForwardState) -> Iterator[None]:
             config._attn_implementation = implementation
 
 
+def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """Return a tensor of an array; a copy to a GPU goes through pinned memory and does not wait."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def group_queries(
     table: TokenTable,
     prompts: Mapping[int, IntArray],
@@ -266,8 +281,8 @@ def _block(
 ) -> QueryBlock:
     """Group the queries ``rows[members]``: up to ``limit`` of one prompt make a piece, and pieces share groups."""
 
-    def tensor(array: IntArray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+    def tensor(array: NDArray[Any]) -> Tensor:
+        return to_device(array, device)
 
     # Sorted by prompt, then by age, which keeps the branches of one search together.
     members = members[np.lexsort((rows[members], table.prompt_id[rows[members]]))]
@@ -313,7 +328,7 @@ def _block(
         queries=tensor(index.ravel()),
         slots=tensor(slots),
         span=slice(int(slots[0]), int(slots[-1]) + 1) if in_place else None,
-        visible=torch.from_numpy(visible).to(device),
+        visible=tensor(visible),
         distance=distance,
         packed=tensor(group * shape[1] + place),
         members=tensor(members),

@@ -20,13 +20,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import LanguageModelError
 from .base import BoolArray, FloatArray, IntArray, Outputs, free_memory, top_logprobs
 from .flat.packed_weights import PackedWeights
 from .token_trie import TrieEngine, check_kv_budget, concatenate
-from .tree_attention import ForwardState, KeyValuePool, group_queries, tree_attention_in
+from .tree_attention import ForwardState, KeyValuePool, group_queries, to_device, tree_attention_in
 
 __all__ = ["TreeEngine", "TreeModel"]
 
@@ -137,8 +138,8 @@ class TreeEngine(TrieEngine):
         """Run the model over ``rows`` packed into one sequence; return the outputs at ``places`` [m], ascending."""
         lm, device, table = self._lm, self._lm.device, self._table
 
-        def tensor(array: IntArray) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+        def tensor(array: NDArray[Any]) -> Tensor:
+            return to_device(array, device)
 
         blocks = group_queries(table, self._prompts, rows, continuations, self._window, device)
         forward = ForwardState(self._pool, tensor(table.slot[rows]), blocks, self._windows)
@@ -164,9 +165,9 @@ class TreeEngine(TrieEngine):
             if allowed is not None and any(one is not None for one in allowed):
                 everything = np.ones(logits.shape[1], dtype=bool)
                 stacked = np.stack([everything if one is None else one for one in allowed])
-                mask = torch.from_numpy(stacked).to(device)
+                mask = tensor(stacked)
             logprobs, tokens = top_logprobs(logits, top_k, mask)
-            outputs = Outputs(hidden.cpu().numpy(), tokens.cpu().numpy(), logprobs.cpu().numpy())
+            outputs = _on_host(hidden, tokens, logprobs)
         if np.isnan(outputs.logprobs).any():
             raise LanguageModelError(
                 f"language model {lm.name!r} computed NaN after a prefix; load it with another dtype (dtype='float32')"
@@ -176,3 +177,16 @@ class TreeEngine(TrieEngine):
     def _is_out_of_memory(self, error: RuntimeError) -> bool:
         # On CPUs PyTorch raises no more than a RuntimeError, which can mean anything.
         return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def _on_host(hidden: Tensor, tokens: Tensor, logprobs: Tensor) -> Outputs:
+    """Return outputs as arrays; from a GPU in one copy, the only place of a step at which the host waits."""
+    if hidden.device.type == "cpu":
+        return Outputs(hidden.numpy(), tokens.numpy(), logprobs.numpy())
+    return unpack_outputs(torch.cat((hidden, tokens.float(), logprobs), dim=1).cpu().numpy(), tokens.shape[1])
+
+
+def unpack_outputs(rows: FloatArray, k: int) -> Outputs:
+    """Take apart float32 [n, d + 2 k]: hidden states, tokens (float32 is exact below 2^24) and log-probabilities."""
+    hidden, tokens, logprobs = np.split(rows, [rows.shape[1] - 2 * k, rows.shape[1] - k], axis=1)
+    return Outputs(np.ascontiguousarray(hidden), tokens.astype(np.int64), np.ascontiguousarray(logprobs))

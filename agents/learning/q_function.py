@@ -22,7 +22,7 @@ from ...errors import CheckpointError, ConfigurationError
 from ..search.state import IntArray, Values
 from .checkpoints import CONFIG, WEIGHTS, locate_checkpoint, read_json, read_whole, replacing, wrap_damage
 from .hub import push_folder
-from .policies import ScorerConfig, TokenScorer
+from .scorer import ScorerConfig, TokenScorer
 
 __all__ = [
     "QFunction",

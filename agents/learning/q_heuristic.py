@@ -11,9 +11,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from stable_baselines3 import DQN
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.vec_env import SubprocVecEnv
 
 from ...checks import check_number
 from ...envs import DecodingMDP, Prompt
@@ -23,7 +20,6 @@ from ...rewards import Reward, WeightedSum, as_reward
 from ..heuristics import BoundHeuristic, Composable, Heuristic
 from ..search.state import IntArray, Values
 from .checkpoints import pretrained_names
-from .policies import TokenQPolicy
 from .q_function import LearnedFunction, QFunction, QSpec, QuantileMean
 
 __all__ = [
@@ -272,6 +268,8 @@ def _trained_on(agent: Any) -> QSpec:
             "a wrapper changes the rewards or observations of the agent's environment, so its values are in other "
             "units than J, or mean other states; train it without, and change the reward model instead"
         )
+    from stable_baselines3.common.vec_env import SubprocVecEnv
+
     # An MDP cannot be fetched from another process.
     elsewhere = env is not None and isinstance(env.unwrapped, SubprocVecEnv)
     mdp = None if env is None or elsewhere else mdp_of(env)
@@ -297,6 +295,8 @@ def _saw_normalised(agent: Any) -> bool:
     last, original = getattr(agent, "_last_obs", None), getattr(agent, "_last_original_obs", None)
     if not isinstance(last, dict) or not isinstance(original, dict):
         return False
+    from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
     if not isinstance(agent, OffPolicyAlgorithm):
         return True  # without VecNormalize, on-policy agents have no unnormalised observation
     rows = [{key: value[i] for key, value in last.items()} for i in range(len(last["remaining"]))]
@@ -337,6 +337,10 @@ def export_sb3(q: Any, path: str | Path, env: Any) -> Path:
         ConfigurationError: Q has another network, or is quantiles.
         CheckpointError: Q was trained for another model, k or observation layout than ``env`` has.
     """
+    from stable_baselines3 import DQN
+
+    from .policies import TokenQPolicy
+
     q = as_q_function(q)
     scorer = q.scorer
     if scorer.n_quantiles is not None:

@@ -694,6 +694,14 @@ def test_packed_weights_keep_to_their_share_of_memory(tiny_lm: TinyLM) -> None:
         assert [one_copy.size_for(n) for n in (16, 32, 64)] == [16, None, None]
 
 
+def test_the_single_copy_from_a_gpu_is_taken_apart() -> None:
+    hidden, logprobs = torch.randn(3, 5), torch.randn(3, 2)
+    tokens = torch.tensor([[0, 1], [262_143, 128_255], [(1 << 24) - 1, 7]])
+    outputs = tree_engine.unpack_outputs(torch.cat((hidden, tokens.float(), logprobs), 1).numpy(), 2)
+    for ours, theirs in zip(outputs, (hidden, tokens, logprobs), strict=True):
+        assert torch.equal(torch.from_numpy(ours), theirs)
+
+
 def test_layouts_are_made_once_they_are_worthwhile(tiny_lm: TinyLM) -> None:
     model = tiny_lm("Llama").model
     if PackedWeights(model).size_for(16) is None:

@@ -1,0 +1,156 @@
+"""The network that scores every candidate token with the same weights; it needs no stable-baselines3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ...checks import check_integer
+from ...deprecated import with_old_names
+
+__all__ = ["ScorerConfig", "TokenScorer"]
+
+_NATS = 0.2  # brings log-probabilities to the scale of the other inputs
+
+
+_Size = Annotated[int, Field(gt=0)]
+
+
+@dataclass(frozen=True)
+class ScorerConfig:
+    """Arguments of a :class:`TokenScorer`, as a checkpoint states them.
+
+    Attributes:
+        hidden_size: Width d of the language model's hidden state.
+        candidate_dims: Numbers e per candidate token.
+        width: Width of the scorer's own layers.
+        dropout: Probability, on the hidden state; its 576 numbers are easily learnt by heart.
+        dueling: Learn the state's value on its own; the untrained Q then has the log-prob's differences only.
+        heads: Size of the ensemble.
+        n_quantiles: Return so many quantiles of the return instead of its mean; one head only.
+    """
+
+    hidden_size: _Size
+    candidate_dims: _Size
+    width: _Size = 256
+    dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
+    dueling: bool = False
+    heads: _Size = 1
+    n_quantiles: _Size | None = None
+
+    def policy_kwargs(self) -> dict[str, Any]:
+        """Return the arguments of a TokenQPolicy with such a network."""
+        return {"width": self.width, "dropout": self.dropout, "dueling": self.dueling, "heads": self.heads}
+
+
+@with_old_names(answers="head_outputs")
+class TokenScorer(nn.Module):
+    """Q(s, a) for every candidate a, from the state and that candidate alone, with the same weights for all.
+
+    Neither the order (the scorer is equivariant) nor the number of the candidates matters, so values learnt for a token
+    hold at every rank. State and token meet in a sum and in a product of projections. A linear function
+    of log-prob, potential and remaining budget is added: it explains most of the fluency to come.
+
+    With ``dueling``, Q(s, a) = V(s) + A(s, a) - the mean of A over the legal actions (Wang et al. 2016, eq. 9, which
+    has no masks): V learns from every action taken in a state, A from their differences. With ``n_quantiles``, the
+    output is quantiles of the return (Dabney et al. 2018). With several ``heads`` on one body (Osband et al. 2016),
+    which an agent trains on different samples, Q is their maximum: optimistic where they disagree.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        candidate_dims: int,
+        *,
+        width: int = 256,
+        dropout: float = 0.1,
+        dueling: bool = False,
+        heads: int = 1,
+        n_quantiles: int | None = None,
+        logprob_weight: float = 0.02,
+    ) -> None:
+        """Build the network.
+
+        Args:
+            hidden_size: See :class:`ScorerConfig`, as for all but the last argument.
+            candidate_dims: See there.
+            width: See there.
+            dropout: See there.
+            dueling: See there.
+            heads: See there.
+            n_quantiles: See there.
+            logprob_weight: The untrained Q is this times the log-prob, the one term of the return that is known.
+
+        Raises:
+            ConfigurationError: There are several heads and quantiles, or none.
+        """
+        super().__init__()
+        check_integer("heads", heads, high=None if n_quantiles is None else 1)
+        self.config = ScorerConfig(hidden_size, candidate_dims, width, dropout, dueling, heads, n_quantiles)
+        self.heads, self.n_quantiles = heads, n_quantiles
+        outputs = heads if n_quantiles is None else n_quantiles
+        self.register_buffer("hidden_mean", torch.zeros(hidden_size))
+        self.register_buffer("hidden_scale", torch.ones(hidden_size))
+        self.dropout = nn.Dropout(dropout)
+        self.state = nn.Linear(hidden_size, width)
+        self.token = nn.Linear(candidate_dims + 3, width)
+        self.state_gate = nn.Linear(hidden_size, width)
+        self.token_gate = nn.Linear(candidate_dims, width, bias=False)
+        self.body = nn.Sequential(
+            nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, width), nn.LayerNorm(width), nn.SiLU()
+        )
+        self.head = nn.Linear(width, outputs)
+        self.direct = nn.Linear(3, 1)
+        # The untrained Q is known; random weights serve only to make several heads differ.
+        nn.init.normal_(self.head.weight, std=0.01 if heads > 1 else 0.0)
+        nn.init.zeros_(self.direct.weight)
+        with torch.no_grad():
+            self.direct.weight[0, 0] = logprob_weight / _NATS
+        self.value: nn.Sequential | None = None
+        if dueling:
+            self.value = nn.Sequential(
+                nn.Linear(hidden_size + 2, width), nn.LayerNorm(width), nn.SiLU(), last := nn.Linear(width, outputs)
+            )
+            nn.init.zeros_(last.weight)
+
+    hidden_mean: Tensor
+    hidden_scale: Tensor
+
+    def standardize(self, hidden: Tensor) -> None:
+        """Standardise hidden states by mean and standard deviation of ``hidden`` [n, d] from now on.
+
+        A few of a language model's hidden dimensions are far larger than the others (Timkey & van Schijndel 2021) and
+        would hide them from the first layer. Until this is called, hidden states enter as they are.
+        """
+        self.hidden_mean = hidden.float().mean(dim=0)
+        self.hidden_scale = 1 / hidden.float().std(dim=0).clamp(min=1e-3)
+
+    def forward(self, observation: Mapping[str, Tensor]) -> Tensor:
+        """Return Q, float [B, k], for a batch of ``TokenDecoding-v0``'s observations; masked actions get one too.
+
+        With ``n_quantiles``, quantiles [B, n_quantiles, k], as sb3-contrib's networks do.
+        """
+        outputs = self.head_outputs(observation)
+        return outputs.amax(dim=2) if self.n_quantiles is None else outputs.transpose(1, 2)
+
+    def head_outputs(self, observation: Mapping[str, Tensor]) -> Tensor:
+        """Return the outputs of all heads, float [B, k, heads], or all quantiles, [B, k, n_quantiles]."""
+        logprobs = observation["logprobs"].float()
+        batch, k = logprobs.shape
+        of_state = torch.cat((observation["potential"].float(), observation["remaining"].float()), dim=1)
+        scalars = torch.cat((logprobs.unsqueeze(-1) * _NATS, of_state.unsqueeze(1).expand(batch, k, 2)), dim=-1)
+        hidden = self.dropout((observation["hidden"].float() - self.hidden_mean) * self.hidden_scale)
+        candidates = observation["candidates"].float().view(batch, k, -1)
+        x = self.state(hidden).unsqueeze(1) + self.token(torch.cat((candidates, scalars), dim=-1))
+        x = x + self.state_gate(hidden).unsqueeze(1) * self.token_gate(candidates)
+        q: Tensor = self.head(self.body(x)) + self.direct(scalars)  # [B, k, outputs]
+        if self.value is not None:
+            allowed = observation["action_mask"].float().unsqueeze(-1)
+            mean = (q * allowed).sum(dim=1, keepdim=True) / allowed.sum(dim=1, keepdim=True).clamp(min=1)
+            q = self.value(torch.cat((hidden, of_state), dim=1)).unsqueeze(1) + q - mean
+        return q
