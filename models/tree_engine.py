@@ -72,7 +72,7 @@ class TreeEngine(TrieEngine):
             ConfigurationError: ``kv_budget`` is not positive.
         """
         check_kv_budget(kv_budget)
-        budget = kv_budget or min(free_memory(model.device) // 4, 4 << 30)
+        budget = kv_budget or default_kv_budget(model.device)
         super().__init__(model, KeyValuePool(budget, model.kv_token_bytes))
         config = model.model.config.get_text_config()
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
@@ -177,6 +177,11 @@ class TreeEngine(TrieEngine):
     def _is_out_of_memory(self, error: RuntimeError) -> bool:
         # On CPUs PyTorch raises no more than a RuntimeError, which can mean anything.
         return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def default_kv_budget(device: torch.device) -> int:
+    """Return the bytes of keys and values where nothing else is asked for: a quarter of the free ones, 4 GiB at most."""
+    return min(free_memory(device) // 4, 4 << 30)
 
 
 def _on_host(hidden: Tensor, tokens: Tensor, logprobs: Tensor) -> Outputs:
