@@ -180,7 +180,7 @@ class TreeEngine(TrieEngine):
 
 
 def default_kv_budget(device: torch.device) -> int:
-    """Return the bytes of keys and values where nothing else is asked for: a quarter of the free ones, 4 GiB at most."""
+    """Return the default bytes of keys and values: a quarter of the free ones, 4 GiB at most."""
     return min(free_memory(device) // 4, 4 << 30)
 
 
