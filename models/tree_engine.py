@@ -160,7 +160,8 @@ class TreeEngine(TrieEngine):
             )
             hidden, logits = hidden[:count].float(), logits[:count].float()
             if count < len(places):
-                hidden, logits = hidden[back], logits[back]
+                again = tensor(back)
+                hidden, logits = hidden[again], logits[again]
             mask = None
             if allowed is not None and any(one is not None for one in allowed):
                 everything = np.ones(logits.shape[1], dtype=bool)
