@@ -34,6 +34,7 @@ _EXTRAS = {
     "lm-eval": ("lm_eval", "lm-evaluation-harness"),
     "plots": ("matplotlib", "qstar plot"),
     "ray": ("ray", "more than one machine"),
+    "serve": ("prometheus_client", "qstar serve"),
     "rewards": ("sentence_transformers", "relevance, profanity, readability, mathematics, reasoning-gym"),
 }
 

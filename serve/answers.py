@@ -150,8 +150,9 @@ class ChatAnswer(Answer):
 
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self.token_text(token)
-        # Of a part of a character there is no text, and so no way back to its bytes.
-        return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+        # A part of a character has no text, but a language model may know its bytes.
+        raw = text.encode() if "\ufffd" not in text else self._lm.token_bytes(token)
+        return {"token": text, "logprob": logprob, "bytes": list(raw) if raw or not text else None}
 
 
 class CompletionAnswer(Answer):
