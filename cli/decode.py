@@ -59,7 +59,7 @@ def formatted(figures: Mapping[str, float]) -> list[str]:
 
 def decode(
     prompt: Annotated[str | None, typer.Argument(help="The text to continue; '-' reads standard input.")] = None,
-    task: TaskOption = "sentiment",
+    task: TaskOption = "review",
     decoder: Annotated[
         str,
         typer.Option(
@@ -195,7 +195,7 @@ def decode(
 
 
 def demo(
-    task: TaskOption = "sentiment",
+    task: TaskOption = "review",
     budget: Annotated[int, typer.Option(help="LM tokens a prompt, the same for every decoder.")] = 200,
     prompts: Annotated[int, typer.Option(min=1, help="Number of held-out prompts.")] = 3,
     svg: Annotated[Path | None, typer.Option(help="Picture to write the output into.")] = None,

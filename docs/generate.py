@@ -244,11 +244,15 @@ def digest(*paths: str) -> str:
     return found.hexdigest()[:16]
 
 
-Q = "agents/learning/pretrained/sentiment/q_network.safetensors"
+def inputs(task: str, *others: str) -> tuple[str, ...]:
+    """Return the files that a picture of a task with its shipped Q depends on."""
+    return f"tasks/{task}.yaml", f"agents/learning/pretrained/{task}/q_network.safetensors", *others
+
+
 INPUTS: dict[str, tuple[str, ...]] = {
-    "demo.svg": ("tasks/sentiment.yaml", Q),
-    "explorer.png": ("tasks/sentiment.yaml", Q, "explorer/page.html"),
-    "bounds.svg": ("tasks/toy.yaml", Q.replace("sentiment", "toy")),
+    "demo.svg": inputs("review"),
+    "explorer.png": inputs("sentiment", "explorer/page.html"),
+    "bounds.svg": inputs("toy"),
 }
 BUDGET = 200
 PROMPTS = 3
@@ -261,7 +265,7 @@ def demo_plans(names: tuple[str, ...], prompts: int = PROMPTS) -> list[dict[str,
     from qstar_decoding.models import load_language_model
     from qstar_decoding.tasks import load_task
 
-    task, heuristic = load_task("sentiment"), QHeuristic("sentiment")
+    task, heuristic = load_task("review"), QHeuristic("review")
     mdp = task.mdp(model=load_language_model("smollm2-135m-instruct", dtype="float32", device="cpu"))
     make: dict[str, Callable[[Any], Any]] = {
         "greedy": GreedyDecoder,
@@ -287,7 +291,7 @@ def make_demo(path: Path) -> dict[str, Any]:
     from rich.text import Text
 
     rows = demo_plans(("greedy", "beam", "best-of-n", "Q*"))
-    table = Table(title=f"sentiment: J = reward + 0.02 · log-prob, at most {BUDGET} LM tokens each")
+    table = Table(title=f"review: J = reward + 0.02 · log-prob, at most {BUDGET} LM tokens each")
     for column in ("decoder", "text"):
         table.add_column(column, overflow="fold", min_width=9)
     for column in ("reward", "log-prob", "J", "LM tokens"):

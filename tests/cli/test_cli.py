@@ -69,8 +69,8 @@ def test_decode_as_json_is_what_the_library_returns(decoder):
     assert result["lower_bound"] == result["objective"] == pytest.approx(result["reward"] + 0.02 * result["logprob"])
     assert result["gap"] == pytest.approx(result["upper_bound"] - result["lower_bound"])
     if decoder == "astar":
-        task = load_task("sentiment")
-        planner = AStarPlanner(task.mdp(), heuristic=QHeuristic("sentiment"), **task.planner)
+        task = load_task("review")
+        planner = AStarPlanner(task.mdp(), heuristic=QHeuristic("review"), **task.planner)
         assert planner.plan("The play was", 40).text == result["text"]
 
 

@@ -24,7 +24,7 @@ TINY = {
 PUZZLES = ["countdown-3", "countdown-4", "game-of-24", "star-graph"]
 
 
-@pytest.mark.parametrize("name", ["sentiment", "arithmetic", "arithmetic-99", "keywords", *PUZZLES])
+@pytest.mark.parametrize("name", ["sentiment", "arithmetic", "arithmetic-99", "keywords", "review", *PUZZLES])
 def test_the_real_tasks_have_enough_disjoint_prompts(name):
     task = load_task(name)
     train, dev, test = ({str(p) for p in task.prompts.of(split)} for split in ("train", "dev", "test"))
@@ -35,7 +35,7 @@ def test_the_real_tasks_have_enough_disjoint_prompts(name):
 
 
 def test_every_task_is_listed_and_loads():
-    others = ["arithmetic", "arithmetic-99", "keywords", "reasoning-gym", "relevance", "sentiment", "toy"]
+    others = ["arithmetic", "arithmetic-99", "keywords", "reasoning-gym", "relevance", "review", "sentiment", "toy"]
     assert {*task_names()} >= {*others, *PUZZLES}
     for name in task_names():
         assert load_task(name).prompts.of("test")
@@ -107,6 +107,32 @@ def test_paths_of_star_graphs_are_right_and_of_all_degrees():
 def test_puzzles_that_cannot_be_generated(generator, arguments, message):
     with pytest.raises(ConfigurationError, match=message):
         generator(**arguments)
+
+
+def test_review_keeps_topics_and_wording_back():
+    prompts = load_task("review").prompts
+    assert len(prompts.of("train")) >= 5000
+    templates, topics = prompts.train.templates, {word for words in prompts.train.slots.values() for word in words}
+    parts = {part for topic in topics for part in re.findall(r"[a-z]{3,}", topic.lower())}
+    for prompt in [*prompts.of("dev"), *prompts.of("test")]:
+        assert not parts & set(re.findall(r"[a-z]{3,}", prompt.lower())), prompt
+        assert not any(re.fullmatch(re.sub(r"\\{\w+\\}", ".+", re.escape(t)), prompt) for t in templates), prompt
+
+
+def test_review_cannot_be_had_by_repetition_or_stock_phrases():
+    reward = as_reward(load_task("review").env["reward"])
+    texts = [
+        " looks old, yet every room was clean, bright and full of friendly people who smiled at us all morning.",
+        " is the best. I love it! I love it! I love it! I love it! I love it! I love it!",
+        ", I'm happy to help. What can I do for you today? What's your pleasure? I'd love to share it.",
+        " looks old, yet every room was clean, bright and full of friendly people who smiled at us all",  # unfinished
+        " looks good.",
+    ]
+    good, *others = reward(["The hotel"] * len(texts), texts).tolist()
+    assert good > 2
+    assert max(others) < good - 0.5
+    sentiment = as_reward("sentiment")(["The hotel"] * len(texts), texts)
+    assert sentiment[1] > sentiment[0]  # which repetition does raise
 
 
 def test_the_toys_optimum_is_known_by_enumeration():
