@@ -196,7 +196,11 @@ def main():
     )
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("")
-        comparison.run(lambda text, done, total: progress.update(bar, description=text, completed=done, total=total))
+
+        def report(text, done, total):
+            progress.update(bar, description=text, completed=done, total=total)
+
+        comparison.run(report, texts_only=True)
     rows = comparison.rows()
     accuracy = judge(rows, arguments.judge)
     found = Results(rows, comparison.budgets)

@@ -186,6 +186,8 @@ class Comparison:
         self,
         progress: Callable[[str, int, int], None] = lambda text, done, total: None,
         workers: Workers | None = None,
+        *,
+        texts_only: bool = False,
     ) -> None:
         """Tune what is not tuned, decode what is not decoded, and time what is not timed.
 
@@ -193,13 +195,15 @@ class Comparison:
             progress: Told what is being done, how much is done, and of how much.
             workers: Workers that tune and decode, each with the object that ``maker`` makes; None for this process. A
                 cell is done as a whole, so the results are the same. This process times the decoders in any case.
+            texts_only: Neither time the decoders nor calibrate Q.
 
         Raises:
             KeyboardInterrupt: At an interrupt; what was finished is kept.
         """
         workers = workers or InProcess(self.runner)
         cells = [cell for cell in self.cells() if self._measured(cell) is None]
-        total, done = len(cells) + 2 * len(self.names) + len(self.heuristics[:1]), 0
+        further = 0 if texts_only else len(self.names) + len(self.heuristics[:1])
+        total, done = len(self.names) + len(cells) + further, 0
 
         def started(job: Job) -> None:
             progress(job.name, done, total)
@@ -219,6 +223,8 @@ class Comparison:
         for job, found in workers.run(jobs, started=started):
             write_json(self._path(job.args[0]), found)
             done += 1
+        if texts_only:
+            return
         for name in self.names:
             progress(f"timing {name}", done, total)
             self._time(name)
