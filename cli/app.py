@@ -40,7 +40,7 @@ meet, the text is certified to be the best.
 
   qstar decode "The movie was" --n 3 --json         the three best texts, for a script
 
-  qstar train sentiment --seed 0 --out runs/my-q    train a Q (about 11 minutes on 2 cores)
+  qstar train review --seed 0 --out runs/my-q       train a Q (about 10 minutes on 2 cores)
 
   qstar decode "The movie was" --q runs/my-q        search with it
 

@@ -59,7 +59,7 @@ def train(
 
     The folder --out gets checkpoints (safetensors and JSON), TensorBoard logs and diagnostics. Diagnostics are J on the
     dev prompts and the calibration of Q, as numbers and as one picture. However the training ends, Ctrl-C and kill
-    included, --resume goes on from the last checkpoint. The task 'sentiment' takes about 11 minutes on 2 cores.
+    included, --resume goes on from the last checkpoint. The task 'review' takes about 10 minutes on 2 cores.
 
     With --ray, workers search, and this process learns from what they find. The result does not depend on their number.
     """

@@ -23,6 +23,9 @@ class Sentiment(Reward):
     The prompt does not count, so that a glowing prompt leaves something to be gained. The potential is the polarity
     of the unfinished completion.
 
+    A search raises it by repetition ("I love it. I love it."): the task ``sentiment`` is kept as an example of that.
+    Combine it with rewards that pull the other way, as the task ``review`` does.
+
     Scoring takes some 50 µs a text; the first `Sentiment` of a process loads the lexicon, some 60 ms.
     """
 
