@@ -19,7 +19,9 @@ import csv
 import importlib.util
 import math
 import re
+import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,7 @@ from qstar_decoding.errors import QStarError
 from qstar_decoding.rewards import make_reward
 from qstar_decoding.tasks import load_task
 
+HERE = Path(__file__).parent
 DECODERS = ["greedy", "best-of-n", "beam reranked", "beam on g + Q", "Q*"]
 BUDGETS = [50, 100, 200, 400, 800]
 
@@ -156,16 +159,26 @@ def figures(found):
 
 
 def texts(found, budget, count=10, seed=0):
-    """Return Markdown with the texts of all decoders for some prompts, drawn by seed, unedited."""
-    lines = []
+    """Return a Markdown page with the texts of all decoders for some prompts, drawn by seed, unedited."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
+    lines = [
+        f"# Texts of the task {found.task}",
+        "",
+        f"**{count} of the {found.prompts} held-out prompts, drawn by seed {seed}; no text is edited or left out.**",
+        "",
+        f"The budget is {budget} LM tokens a prompt.",
+        "Gold is the probability that a text is positive, of a classifier that no decoder optimised.[^texts]",
+        "",
+    ]
     for index in sorted(np.random.default_rng(seed).choice(found.prompts, count, replace=False).tolist()):
         rows = [found.rows_at(name, budget, prompt_index=index, seed=0)[0] for name in found.names]
-        lines += [f"**{rows[0]['prompt']}** …", "", "| decoder | text | gold |", "|---|---|---:|"]
+        lines += [f"**{rows[0]['prompt']}** …", "", "| decoder | text | J | gold |", "|---|---|---:|---:|"]
         for line in rows:
-            text = line["text"].replace("|", "\\|").replace("\n", " ⏎ ").replace("*", "\\*")
-            lines.append(f"| {line['decoder'].replace('*', chr(92) + '*')} | {text} | {line['gold']:.2f} |")
+            name, text = (re.sub(r"([*|_`<])", r"\\\1", line[key]).replace("\n", " ⏎ ") for key in ("decoder", "text"))
+            lines.append(f"| {name} | {text} | {line['objective']:.2f} | {line['gold']:.2f} |")
         lines.append("")
-    return "\n".join(lines)
+    made = f"on {date.today()}, commit {commit.stdout.strip() or 'unknown'}."
+    return "\n".join([*lines, f"[^texts]: Made by `python benchmarks/review.py --texts docs/texts.md` {made}", ""])
 
 
 def main():

@@ -348,9 +348,10 @@ def make_explorer(path: Path) -> dict[str, Any]:
                 )
                 browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
                 page = browser.new_page(viewport={"width": 1280, "height": 1000})
+                page.set_default_timeout(300_000)  # a busy machine takes minutes to load the language model
                 page.goto(f"http://127.0.0.1:{listener.getsockname()[1]}")
                 page.locator("#go:enabled").click()  # task sentiment, its first held-out prompt, A* on the shipped Q
-                page.locator(".card a[download]").wait_for(timeout=120_000)
+                page.locator(".card a[download]").wait_for()
                 page.click("text=Open the tree")
                 page.locator(".tree .item.best").nth(3).click()
                 page.locator(".side b:not(:empty)").wait_for()

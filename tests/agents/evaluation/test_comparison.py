@@ -73,7 +73,12 @@ def test_an_interrupted_comparison_goes_on(tmp_path, q, monkeypatch):
     comparison.run()
     whole = compare(tmp_path / "other", qs=[q])
     monkeypatch.setattr(comparison_module, "evaluate", evaluate)
+    whole.run(texts_only=True)
+    assert comparison.rows() == whole.rows()
+    assert comparison.timings().keys() == {*comparison.names}
+    assert whole.timings() == {}
     whole.run()
+    assert whole.timings().keys() == {*comparison.names}
     assert comparison.rows() == whole.rows()
 
 
