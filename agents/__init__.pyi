@@ -40,6 +40,7 @@ from .planning.astar import SEARCHES as SEARCHES
 from .planning.astar import AStarPlanner as AStarPlanner
 from .planning.beam import BeamSearch as BeamSearch
 from .planning.beam import DiverseBeamSearch as DiverseBeamSearch
+from .planning.beam import LevelSearch as LevelSearch
 from .planning.decoder import Decoder as Decoder
 from .planning.decoder import Stream as Stream
 from .planning.engine import SearchEngine as SearchEngine

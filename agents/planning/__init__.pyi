@@ -3,6 +3,7 @@ from .astar import AStarPlanner as AStarPlanner
 from .astar import Order as Order
 from .beam import BeamSearch as BeamSearch
 from .beam import DiverseBeamSearch as DiverseBeamSearch
+from .beam import LevelSearch as LevelSearch
 from .decoder import Decoder as Decoder
 from .decoder import Stream as Stream
 from .engine import SearchEngine as SearchEngine
