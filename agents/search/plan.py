@@ -154,9 +154,11 @@ class Plan:
         """
         page = self.tree.to_html(facts=_facts(self))
         if "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None:
-            ipython: Any = importlib.import_module("IPython.display")  # whose functions have no types
-            frame = f'<iframe srcdoc="{html.escape(page)}" style="width:100%;height:{int(height)}px;border:0"></iframe>'
-            ipython.display(ipython.HTML(frame))
+            notebook: Any = importlib.import_module("IPython.display")
+            style = f"width:100%;height:{int(height)}px;border:0"
+            notebook.display(
+                notebook.HTML(f'<div><iframe srcdoc="{html.escape(page)}" style="{style}"></iframe></div>')
+            )
             return
         with tempfile.NamedTemporaryFile("w", suffix=".html", delete=False, encoding="utf-8") as file:
             file.write(page)
