@@ -346,11 +346,20 @@ def read_q_function(folder: Path) -> QFunction:
         if (spec.hidden_size, spec.candidate_dims) != (network.hidden_size, network.candidate_dims):
             raise CheckpointError(f"{folder / CONFIG} is damaged: the sizes of trained_on and network differ")
         weights = load_file(folder / WEIGHTS)
-        with torch.device("meta"):  # no memory is taken before the sizes are known to be right
-            shapes = {name: value.shape for name, value in TokenScorer(**asdict(network)).state_dict().items()}
-        if wrong := [name for name, value in weights.items() if shapes.get(name) != value.shape]:
+        outputs = network.heads if network.n_quantiles is None else network.n_quantiles
+        # These fix all sizes, so no memory is taken before they are known to be right.
+        sizes = {
+            "state.weight": (network.width, network.hidden_size),
+            "token.weight": (network.width, network.candidate_dims + 3),
+            "head.weight": (outputs, network.width),
+        }
+        wrong = [name for name, size in sizes.items() if name not in weights or tuple(weights[name].shape) != size]
+        if not wrong:
+            scorer = TokenScorer(**asdict(network))
+            shapes = {name: value.shape for name, value in scorer.state_dict().items()}
+            wrong = [name for name, value in weights.items() if shapes.get(name) != value.shape]
+        if wrong:
             raise CheckpointError(f"{folder} is damaged: config and weights differ in {wrong[0]!r}")
-        scorer = TokenScorer(**asdict(network))
         # Constants that an older checkpoint lacks stay as they are made: without effect.
         scorer.load_state_dict({**dict(scorer.named_buffers()), **weights})
     return QFunction(

@@ -227,6 +227,7 @@ def test_no_modelling_code_is_imported(tmp_path: Path) -> None:
         "import sys; from qstar_decoding.models import load_language_model; from qstar_decoding.envs import TokenTree\n"
         f"lm = load_language_model({save(tmp_path)!r}, 'cpu', 'float32', weights='flat')\n"
         "TokenTree(lm, 4).roots([[5, 6, 7]])\n"
+        "from qstar_decoding.agents import AStarPlanner, QHeuristic; QHeuristic('sentiment')\n"
         "assert 'transformers' in sys.modules\n"
         "print([m for m in ('transformers.modeling_utils', 'torch._dynamo', 'stable_baselines3') if m in sys.modules])"
     )
