@@ -172,7 +172,8 @@ class Run:
                         return
                     continue
                 try:
-                    await asyncio.wait_for(changed.wait(), patience)
+                    async with asyncio.timeout(patience):  # wait_for can swallow a cancel in Python 3.11
+                        await changed.wait()
                 except TimeoutError:
                     yield None
         finally:
