@@ -11,7 +11,7 @@ from typing import Any
 import uvicorn
 
 from qstar_decoding.serve.app import create_app
-from qstar_decoding.serve.listening import DrainingServer, PatientProtocol, listening
+from qstar_decoding.serve.listening import PatientProtocol, listening
 
 BODY = {"model": "tiny", "prompt": "ab", "max_tokens": 4, "seed": 0}
 
@@ -109,7 +109,7 @@ def live(engine, *, silence_seconds=20.0, **options):
             timeout_keep_alive=5,
             timeout_graceful_shutdown=1,
         )
-        server = DrainingServer(config, drain=lambda: None, left=lambda: 0, drain_seconds=1)
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:

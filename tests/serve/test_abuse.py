@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import json
 import random
@@ -19,13 +20,22 @@ from .live import BODY, live, parsed, receive_all, request
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "ab"}], "max_tokens": 4, "seed": 0}
 PATHS = {"/v1/completions": BODY, "/v1/chat/completions": CHAT}
 LONG = {"model": "astar/tiny", "prompt": "a", "max_tokens": 900, "qstar": {"top_k": 8, "budget": 9000}}
-LIMITS = Limits(body_bytes=20_000, body_seconds=0.5, send_seconds=2.0, live=600, requests=600)
+LIMITS = Limits(body_bytes=20_000, send_seconds=2.0, live=600, requests=600)
+GUARD = {"limits": LIMITS, "keys": ["right", "other"], "hosts": ["127.0.0.1"]}
 
 
 @pytest.fixture(scope="module")
 def server():
-    with live(make_engine(), limits=LIMITS, keys=["right", "other"], hosts=["127.0.0.1"], silence_seconds=0.5) as s:
-        yield s
+    with live(make_engine(), **GUARD) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def hasty():
+    """A server that waits half a second for what clients have to say."""
+    guard = {**GUARD, "limits": dataclasses.replace(LIMITS, body_seconds=0.5)}
+    with live(make_engine(), silence_seconds=0.5, **guard) as server:
+        yield server
 
 
 KEY = {"Authorization": "Bearer right"}
@@ -152,7 +162,7 @@ def test_damaged_bodies_are_answered(server):
     assert still_works(server)
 
 
-def test_bytes_that_are_no_request(server):
+def test_bytes_that_are_no_request(hasty):
     rng = random.Random(2)
     for raw in (
         b"\r\n" * 100,
@@ -162,44 +172,44 @@ def test_bytes_that_are_no_request(server):
         b"GET / HTTP/9.9\r\n\r\n",
         rng.randbytes(5000),
     ):
-        status, _ = parsed(server.send(raw))
+        status, _ = parsed(hasty.send(raw))
         assert status in (0, 400, 403), raw[:20]
     two_lengths = b"Transfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n0\r\n\r\n"
     split = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n" + two_lengths
-    assert parsed(server.send(split))[0] in (0, 400, 401)
-    assert still_works(server)
+    assert parsed(hasty.send(split))[0] in (0, 400, 401)
+    assert still_works(hasty)
 
 
 # -- slow and half-open ----------------------------------------------------------------------------------------------
 
 
-def test_connections_that_say_nothing_or_never_end_are_closed(server):
-    whole = request(json.dumps(BODY).encode(), server.port, headers=KEY)
+def test_connections_that_say_nothing_or_never_end_are_closed(hasty):
+    whole = request(json.dumps(BODY).encode(), hasty.port, headers=KEY)
     beginnings = [b"", b"POST /v1/comp", whole[:-5], whole[: whole.index(b"\r\n\r\n") + 4]]
     connections = [
-        socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(5) for _ in beginnings
+        socket.create_connection(("127.0.0.1", hasty.port), timeout=20) for _ in range(5) for _ in beginnings
     ]
     for i, connection in enumerate(connections):
         connection.sendall(beginnings[i % len(beginnings)])
-    assert server.post(BODY, headers=KEY)[0] == 200  # they hold nobody up
+    assert hasty.post(BODY, headers=KEY)[0] == 200  # they hold nobody up
     for i, connection in enumerate(connections):
-        status, _ = parsed(receive_all(connection))  # ends, for the server closes it
+        status, _ = parsed(receive_all(connection))  # ends, for the hasty closes it
         connection.close()
         assert status == (408 if i % len(beginnings) > 1 else 0)
-    assert still_works(server)
+    assert still_works(hasty)
 
 
-def test_a_request_that_drips_in_is_refused_in_time(server):
-    raw = request(json.dumps(BODY).encode(), server.port, headers=KEY)
+def test_a_request_that_drips_in_is_refused_in_time(hasty):
+    raw = request(json.dumps(BODY).encode(), hasty.port, headers=KEY)
     head = raw.index(b"\r\n\r\n") + 4
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", hasty.port), timeout=20) as connection:
         connection.sendall(raw[:head])
         with contextlib.suppress(ConnectionError):
             for byte in raw[head:-1]:
                 connection.sendall(bytes([byte]))
                 time.sleep(0.03)
         assert parsed(receive_all(connection))[0] in (408, 0)
-    assert still_works(server)
+    assert still_works(hasty)
 
 
 def test_half_closed_and_reset_connections(server):
