@@ -8,6 +8,7 @@ import json
 import random
 import socket
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -104,6 +105,12 @@ def test_a_case_of_the_table(server, name, body, headers, status):
         assert set(answer["error"]) == {"message", "type", "param", "code"}
         assert len(answer["error"]["message"].splitlines()) == 1
     assert still_works(server)
+
+
+def test_the_docs_show_the_table():
+    rows = [f"| {name} | {status} |" for name, _, _, status in CASES]
+    page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+    assert "\n".join(rows) in page, "put this table into docs/serve.md:\n" + "\n".join(rows)
 
 
 # -- every field with every type -------------------------------------------------------------------------------------
