@@ -28,7 +28,8 @@ TARGET = 0.5  # J of a right answer is above, of a wrong one below: α · log π
 MOST = 1600
 GOALS = {("countdown-3", 100): 0.97, ("countdown-4", 400): 0.80, ("game-of-24", 800): 0.74}
 ANYTIME = [{"search": "anytime", "weight": w} for w in (1.0, 2.0, 4.0, 8.0)]
-SEARCHES = [{"search": "level"}, {"search": "capped", "width": 1}, *ANYTIME]
+CAPPED = [{"search": "capped", "width": width} for width in (1, 2, 4)]
+SEARCHES = [{"search": "level"}, *CAPPED, *ANYTIME]
 
 
 class InOrder(Decoder):
