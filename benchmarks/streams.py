@@ -11,9 +11,11 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
@@ -32,11 +34,11 @@ SERVER = """
 import sys, time, xllamacpp
 parameters, streams = xllamacpp.CommonParams(), int(sys.argv[2])
 parameters.model.path = sys.argv[1]
-parameters.hostnames, parameters.port = ["127.0.0.1"], 0
+parameters.hostnames, parameters.port = ["127.0.0.1"], int(sys.argv[4])
 parameters.n_parallel, parameters.n_ctx = streams, 256 * streams
 parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = int(sys.argv[3])
 parameters.verbosity = -1
-print(xllamacpp.Server(parameters).listening_address, flush=True)
+server = xllamacpp.Server(parameters)
 time.sleep(1e6)
 """
 
@@ -84,10 +86,21 @@ def single_stream(lm, text):
 @contextlib.contextmanager
 def server(gguf, streams, threads):
     """Run llama.cpp's server, and give its address."""
-    command = [sys.executable, "-c", SERVER, str(gguf), str(streams), str(threads)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", SERVER, str(gguf), str(streams), str(threads), str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        yield next(line.strip() for line in process.stdout if line.startswith("http"))
+        address = f"http://127.0.0.1:{port}"
+        while process.poll() is None:
+            with contextlib.suppress(urllib.error.URLError, ConnectionError):
+                urllib.request.urlopen(f"{address}/v1/models", timeout=10).close()
+                break
+            time.sleep(0.1)
+        else:
+            raise RuntimeError(f"llama.cpp's server ended with status {process.returncode}")
+        yield address
     finally:
         process.kill()
         process.wait()
