@@ -23,7 +23,8 @@ class Budget(CheckedKeywords):
             prompt itself does not count. A budget therefore means the same for every decoder and in every order.
         reward_calls: Completions that the reward model may score.
         seconds: Wall-clock time, looked at between steps. A search with a deadline finishes one text first, greedily,
-            and widens then, as far as its measured speed allows.
+            and widens then, as far as its measured speed allows. Where that text is not finished in time, the search
+            may take as long again for it: an unfinished text is of no use.
         kv_bytes: Bytes of keys and values of the prefixes processed, the prompt's included.
         pops: Edges followed, those that end a text included.
         gap: The search stops once UB - LB is at most this, in units of J; a number >= 0.

@@ -25,6 +25,7 @@ __all__ = ["NO_EDGES", "Edges", "IntArray", "Search", "Status", "Values"]
 
 # J and U that differ by less count as equal: sums of the same float64 numbers in another order differ by about 1e-15.
 EPSILON = 1e-9
+_GRACE = 2  # times its deadline, for a search that has no text yet
 _MEASURED_STEPS = 24  # from which the speed of a search with a deadline is estimated
 # Unit round-offs, relative: of float32, in which log-probabilities come, and of float64, in which bounds are summed.
 _FLOAT32, _FLOAT64 = 2.0**-24, 2.0**-53
@@ -245,8 +246,9 @@ class Search:
 
     @property
     def is_late(self) -> bool:
-        """Whether its deadline has passed."""
-        return self.budget.seconds is not None and self.seconds >= self.budget.seconds
+        """Whether its deadline has passed; a search that has no text yet may take as long again to finish one."""
+        seconds = self.budget.seconds
+        return seconds is not None and self.seconds >= seconds * (_GRACE if self.best is None else 1)
 
     @property
     def is_over(self) -> bool:

@@ -67,6 +67,17 @@ def test_a_deadline_returns_a_finished_text_by_every_search(search):
     assert plan.stop == "length"
 
 
+def test_a_text_that_is_not_finished_in_time_has_as_long_again():
+    before = CLOCK.now
+    plan = AStarPlanner(slow()).plan("a", Budget(seconds=0.03))  # one text takes 11 steps of 4.5 ms
+    assert plan.stop == "length"
+    assert plan.stop_reason == "budget"
+    assert 0.045 < CLOCK.now - before < 0.06
+    plan = AStarPlanner(slow()).plan("a", Budget(seconds=0.02))
+    assert plan.stop == "partial"
+    assert CLOCK.now - before < 0.06 + 0.05
+
+
 def test_a_deadline_is_used_to_widen():
     before = CLOCK.now
     plan = AStarPlanner(slow()).plan("a", Budget(seconds=0.6))
