@@ -51,6 +51,7 @@ def serve(
     """Serve the language model and its searches behind OpenAI's interface."""
     try:
         from ..agents.planning.engine import SearchEngine
+        from ..models.devices import one_compute_thread
         from ..serve.app import create_app
         from ..serve.guard import Limits
         from ..serve.listening import LOOPBACK
@@ -67,7 +68,7 @@ def serve(
             f"{_KEY_VARIABLE}"
         )
     quiet()
-    with status(f"loading {model}"):
+    with status(f"loading {model}"), one_compute_thread():
         engine = SearchEngine(model, reward=reward, max_live=max_live)
         limits = Limits(
             body_bytes=max_body,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigurationError
@@ -9,7 +11,25 @@ from ..errors import ConfigurationError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["resolve_device", "resolve_dtype"]
+__all__ = ["one_compute_thread", "resolve_device", "resolve_dtype"]
+
+
+@contextlib.contextmanager
+def one_compute_thread() -> Iterator[None]:
+    """Let torch compute in the calling thread alone while the context lasts.
+
+    Every thread that computes in parallel keeps OpenMP workers of its own. Where a process has more of them than cores,
+    they sleep between operations instead of waiting actively, and small forwards take half as long again. So a thread
+    that only loads a model must not keep any.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def resolve_device(device: str) -> torch.device:

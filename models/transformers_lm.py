@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from .flat.packed_weights import PackedWeights
 from .base import Engine, FloatArray, LanguageModel, Message, PrefixEngine, bytes_of_piece, free_memory
-from .devices import resolve_device, resolve_dtype
+from .devices import one_compute_thread, resolve_device, resolve_dtype
 from .embedded_model import EMBEDDED_MODELS, embedded_model_folder
 
 # The model of transformers as it is; its numbers in a flat forward; numbers of half precision in a flat forward.
@@ -384,6 +384,7 @@ def load_transformers(
     return _LOADED[tapping]
 
 
+@one_compute_thread()
 def _load(
     name: str, device: torch.device, dtype: torch.dtype, prepack: bool | str, options: dict[str, Any]
 ) -> TransformersLM:

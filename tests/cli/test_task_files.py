@@ -223,7 +223,7 @@ def test_a_planner_that_cannot_be_made_is_named(tmp_path, monkeypatch, planner, 
         *[("env", {"model": value}) for value in (3, ["toy"], {"name": "toy"}, None, True)],
         *[("env", {"reward": value}) for value in (3, ["pangram"], {"pangram": 1}, None, 0.5)],
         *[("planner", {"margin": value}) for value in ("0.1", [1], None, -1, float("nan"), True)],
-        *[("planner", {"growth": value}) for value in ("2", [2], None, 1, float("nan"))],
+        *[("planner", {"growth": value}) for value in ("2", [2], 1, float("nan"))],
         *[("planner", {"taper": value}) for value in ("2", [2], -1, 1e30, float("nan"))],
     ],
 )

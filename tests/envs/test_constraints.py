@@ -169,7 +169,8 @@ def test_the_tree_under_a_mask_is_that_of_an_uncached_forward(lm):
         (lambda: BannedStrings(), "non-empty strings"),
         (lambda: BannedStrings(["a", "b"]), "each as an argument"),
         (lambda: MinTokens(0), "count"),
-        (lambda: make_mdp("a+"), "constraint is a Constraint"),
+        (lambda: make_mdp(3), "constraint is a Constraint"),
+        (lambda: make_mdp("a+"), "unknown constraint"),
     ],
 )
 def test_what_is_no_constraint_is_refused(make, message):

@@ -164,7 +164,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_backend_is_a_row_of_the_table() -> None:
     asked: list[Any] = []
 
-    @register_language_model("*.gguf")
+    @register_language_model("*.weights")
     def load_file(name: str, device: str, dtype: str, **options: Any) -> TabularLM:
         asked.append((name, device, dtype, options))
         return TabularLM.random(3, 1, name=name)
@@ -173,15 +173,15 @@ def test_a_backend_is_a_row_of_the_table() -> None:
     def load_mine(name: str, device: str, dtype: str) -> TabularLM:
         return TabularLM.random(4, 1, name=name)
 
-    assert load_language_model("some/folder/model.gguf", n_threads=2).name == "some/folder/model.gguf"
-    assert asked == [("some/folder/model.gguf", "auto", "auto", {"n_threads": 2})]
+    assert load_language_model("some/folder/model.weights", n_threads=2).name == "some/folder/model.weights"
+    assert asked == [("some/folder/model.weights", "auto", "auto", {"n_threads": 2})]
     assert load_language_model("mine").vocab_size == 4
     assert language_model_names() == ["toy", *EMBEDDED_MODELS, "mine"]
     with pytest.raises(UnknownNameError) as caught:
         load_language_model("mines")
     assert caught.value.known[0] == "mine"
     assert DecodingMDP("mine", reward="length", top_k=2).model.name == "mine"
-    for taken in ("mine", "toy", "*.gguf", "*", NAME):
+    for taken in ("mine", "toy", "*.weights", "*.gguf", "*", NAME):
         with pytest.raises(ConfigurationError, match="is registered already; choose another name"):
             register_language_model(taken)
     with pytest.raises(ConfigurationError, match="a non-empty string"):

@@ -21,7 +21,7 @@ from qstar_decoding.agents import (
 )
 from qstar_decoding.agents.search.problem import Processes
 from qstar_decoding.envs import DecodingMDP, ForcedStrings, RegexConstraint, TabularLM
-from qstar_decoding.errors import CheckpointError, ConfigurationError, PromptError
+from qstar_decoding.errors import CheckpointError, ConfigurationError, PromptError, UnknownNameError
 from qstar_decoding.rewards import as_reward
 
 LM = TabularLM.random(6, 2, seed=3)
@@ -163,7 +163,8 @@ def test_a_changed_plan_is_resumed_by_its_planner_and_by_no_other():
         ({"top_k": True}, ConfigurationError, "top_k is an integer"),
         ({"stop": ""}, ConfigurationError, "stop is a non-empty string"),
         ({"stop": 5}, ConfigurationError, "stop is a non-empty string"),
-        ({"constraint": "[a-z]"}, ConfigurationError, "constraint is a Constraint"),
+        ({"constraint": 3}, ConfigurationError, "constraint is a Constraint"),
+        ({"constraint": "[a-z]"}, UnknownNameError, "unknown constraint"),
         ({"logprob_weight": -1}, ConfigurationError, "logprob_weight is a finite number"),
         ({"logprob_weight": math.nan}, ConfigurationError, "logprob_weight is a finite number"),
         ({"reward": "sentimant"}, ConfigurationError, "known, nearest first: 'sentiment'"),

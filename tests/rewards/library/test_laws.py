@@ -18,7 +18,9 @@ from ..samples import PAIRS, gym_entries
 @pytest.mark.parametrize("name", sorted({*reward_names()} - {*registry.WITH_ARGUMENTS, "coherence"}))
 def test_every_registered_reward_keeps_the_laws(name):
     entry = next(iter(gym_entries().values()))
-    check_reward(name, completions=[" " + entry["answer"]], columns={"entry": entry})
+    check_reward(
+        name, completions=[" " + entry["answer"]], columns={"entry": entry, "numbers": [3, 7, 25], "target": 4}
+    )
 
 
 @pytest.mark.filterwarnings("error")
