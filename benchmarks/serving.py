@@ -269,7 +269,8 @@ def deadlines(options):
 def same(plan, other, exact):
     """Return whether two plans are equal, or the same text with J within the rounding of a float32 model."""
     if not exact:
-        return plan.token_ids == other.token_ids and abs(plan.objective - other.objective) < 1e-4
+        close = np.isclose(plan.objective, other.objective, rtol=0, atol=1e-4, equal_nan=True)  # NaN: unfinished
+        return plan.token_ids == other.token_ids and bool(close)
     return (plan.token_ids, plan.objective, plan.lower_bound, plan.upper_bound, plan.usage.lm_tokens) == (
         other.token_ids,
         other.objective,
