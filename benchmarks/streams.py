@@ -123,6 +123,7 @@ def server_speed(address, texts, count, steps):
             done = sum(pool.map(lambda i: complete(texts[i % len(texts)], tokens), range(count)))
         return done, time.perf_counter() - start
 
+    run(1)  # the prompts
     first, alone = run(1)
     done, seconds = run(steps + 1)
     return (done - first) / max(seconds - alone, 1e-9)
