@@ -156,31 +156,31 @@ def decode(
         mdp = new_mdp()
     heuristic = _heuristic(mdp, spec, q, adapted=reward is not None and learn is None) if chosen.uses == "q" else None
     options = decoder_options(decoder, spec.planner, heuristic, seed)
-    learned = getattr(heuristic, "q", None)
-    settings = {
-        "task": spec.model_dump(mode="json", include={"env", "planner"}),
-        "changes": changes | {name: repr(value) for name, value in constraint.items()},
-        "decoder": [decoder, budget, n, seed, learned and learned.fingerprint()],
-        **({} if learn is None else {"learn": True}),
-    }
-    if source is not None and start_workers is not None:
-        from ..agents.distributed.batch import BatchDecoder
-
-        with start_workers(partial(BatchDecoder.make, new_mdp, decoder, options, limits, n)) as pool:
-            _decode_lines(lines, broken, pool, results, settings, keep_going)
-        return
     with contextlib.ExitStack() as stack:
         if learn is not None:
             options["learn"] = learner = stack.enter_context(_learner(learn, mdp, spec, seed))
             mdp = learner.mdp
-        planner = make_decoder(decoder, mdp, **options)
         if source is not None:
             from ..agents.distributed.batch import BatchDecoder
             from ..agents.distributed.jobs import InProcess
 
-            here = InProcess(BatchDecoder(planner, decoder, limits, n))
-            _decode_lines(lines, broken, here, results, settings, keep_going)
+            learned = getattr(heuristic, "q", None)
+            settings = {
+                "task": spec.model_dump(mode="json", include={"env", "planner"}),
+                "changes": changes | {name: repr(value) for name, value in constraint.items()},
+                "decoder": [decoder, budget, n, seed, learned and learned.fingerprint()],
+                **({} if learn is None else {"learn": True}),
+            }
+            pool: Workers
+            if start_workers is None:
+                pool = InProcess(BatchDecoder(make_decoder(decoder, mdp, **options), decoder, limits, n))
+            else:
+                pool = stack.enter_context(
+                    start_workers(partial(BatchDecoder.make, new_mdp, decoder, options, limits, n))
+                )
+            _decode_lines(lines, broken, pool, results, settings, keep_going)
             return
+        planner = make_decoder(decoder, mdp, **options)
         with follow(limits.lm_tokens) as show:
             plan = planner.plan(start, limits, progress=show)
         if tree is not None:
