@@ -68,7 +68,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold a lock between processes while the context lasts.
 
     Args:
-        path: The lock's file; made if there is none.
+        path: The lock's file, ``.lock`` in the folder that it locks or ``.NAME.lock`` beside it; made if there is none.
         wait: Whether to wait for another process that holds it.
 
     Raises:
@@ -78,8 +78,9 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
+        place = path.parent / path.name.removeprefix(".").removesuffix("lock").removesuffix(".")
         raise ConfigurationError(
-            f"another process is writing into {path.parent}; wait until it ends, or give another folder"
+            f"another process is writing into {place}; wait until it ends, or give another name"
         ) from error
     try:
         yield

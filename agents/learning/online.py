@@ -7,7 +7,7 @@ import copy
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -20,7 +20,7 @@ from stable_baselines3.common.logger import Logger
 from ...checks import check_integer, check_number, check_writable
 from ...envs import DecodingMDP, Observer
 from ...envs.mdp import mdp_of
-from ...errors import ConfigurationError
+from ...errors import CheckpointError, ConfigurationError
 from ...files import locked
 from ..heuristics import BoundHeuristic, Heuristic
 from ..search.loop import score_completions
@@ -171,7 +171,7 @@ class OnlineLearner:
             settings: See the constructor.
 
         Raises:
-            CheckpointError: The checkpoint is damaged, or belongs to another environment.
+            CheckpointError: The checkpoint is damaged, or belongs to another environment, reward or α.
             ConfigurationError: The folder holds something else, another process learns there, or see the constructor.
         """
         folder = Path(folder)
@@ -179,10 +179,12 @@ class OnlineLearner:
         check_writable(folder.parent)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.parent / f".{folder.name}.lock", wait=False):
-            saved = folder if find_checkpoint(folder) else None
+            # A folder with a part of a checkpoint is damaged: loading it says so, and nothing is overwritten.
+            begun = find_checkpoint(folder) or (folder.is_dir() and any(folder.iterdir()))
+            saved = folder if begun else None
             learner = cls(agent(saved), folder=folder, **settings)
             if saved is not None:
-                learner._restore(load_q_function(saved).description.get("heuristics"))
+                learner._restore(folder, load_q_function(saved).description)
             try:
                 yield learner
             finally:
@@ -248,13 +250,33 @@ class OnlineLearner:
 
     def _save(self, folder: Path, **description: Any) -> None:
         guard = {name: asdict(results) for name, results in self._results.items()}
-        self.agent.save(folder, version=self.version, heuristics=guard, **description)
+        self.agent.save(folder, version=self.version, heuristics=guard, objective=self._objective(), **description)
         self._saved = time.monotonic()
 
-    def _restore(self, saved: Any) -> None:
-        """Take back the results that :meth:`save` wrote; anything else is no evidence."""
+    def _objective(self) -> dict[str, Any]:
+        """Return what the values that Q learns are made of."""
+        return {"reward": self.mdp.reward.name, "logprob_weight": self.mdp.logprob_weight}
+
+    def _restore(self, folder: Path, saved: Mapping[str, Any]) -> None:
+        """Take back the results that :meth:`save` wrote; anything else is no evidence.
+
+        Raises:
+            CheckpointError: Q learned from values of another objective there.
+        """
+        here, there = self._objective(), saved.get("objective")
+        known = there if isinstance(there, Mapping) else {}  # a folder that was trained otherwise does not say it
+        different = [
+            f"{name} {known[name]!r} (learned) against {value!r} (here)"
+            for name, value in here.items()
+            if known.get(name, value) != value
+        ]
+        if different:
+            raise CheckpointError(
+                f"{folder} learned another objective: {', '.join(different)}. Learn in another folder; a planner may "
+                f"begin with this Q as its own heuristic (--q {folder}, QHeuristic({str(folder)!r}))"
+            )
         with contextlib.suppress(ValidationError):
-            self._results = TypeAdapter(dict[str, _Results]).validate_python(saved)
+            self._results = TypeAdapter(dict[str, _Results]).validate_python(saved.get("heuristics"))
 
     def _drawn(self) -> str:
         """Draw a heuristic by Thompson sampling."""

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from qstar_decoding.agents.learning.checkpoints import find_checkpoint
 from qstar_decoding.cli import app as cli
-from qstar_decoding.errors import ConfigurationError
+from qstar_decoding.errors import CheckpointError, ConfigurationError
 from qstar_decoding.files import locked
 
 PAIRS = ["".join(pair) for pair in itertools.product("abcdefg", repeat=2)]
@@ -54,6 +54,33 @@ def test_the_next_call_goes_on_from_what_was_learned(tmp_path, prompts):
     assert "J" in qstar("decode", "ab", "--task", "toy", "--budget", 24, "--q", folder).output
 
 
+def test_a_folder_learns_one_objective(tmp_path, prompts):
+    """Values of another reward or α are in other units: neither the experience nor the guard may mix them."""
+    folder = tmp_path / "q"
+    qstar("decode", "ab", "--task", "toy", "--budget", 24, "--learn", folder)
+    before = (folder / "training_state.json").read_bytes()
+    for option, value, named in (("--reward", "length", "3 \\* pangram"), ("--logprob-weight", "0.2", "0.05")):
+        with pytest.raises(CheckpointError, match=f"{named}.*--q"):
+            qstar("decode", "ab", "--task", "toy", "--budget", 24, "--learn", folder, option, value)
+    assert (folder / "training_state.json").read_bytes() == before
+    qstar("decode", "ab", "--task", "toy", "--budget", 24, "--learn", folder, "--max-new-tokens", 6)  # J as before
+    other = qstar(
+        "decode", "ab", "--task", "toy", "--budget", 24, "--learn", tmp_path / "r", "--reward", "length", "--q", folder
+    )
+    assert "given" in other.output
+
+
+@pytest.mark.parametrize("file", ["config.json", "q_network.safetensors", "experience.safetensors"])
+def test_a_damaged_folder_is_never_overwritten(tmp_path, file):
+    folder = tmp_path / "q"
+    qstar("decode", "ab", "--task", "toy", "--budget", 24, "--learn", folder)
+    (folder / file).unlink()
+    left = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises((CheckpointError, ConfigurationError), match="checkpoint"):
+        qstar("decode", "ab", "--task", "toy", "--budget", 24, "--learn", folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == left
+
+
 def test_a_kill_loses_no_result_and_q_goes_on(tmp_path):
     many, folder, out = tmp_path / "many.jsonl", tmp_path / "q", tmp_path / "out.jsonl"
     many.write_text("".join(json.dumps(pair * 3) + "\n" for pair in PAIRS * 4))
@@ -78,7 +105,7 @@ def test_a_kill_loses_no_result_and_q_goes_on(tmp_path):
 
 def test_a_second_process_is_refused_before_it_begins(tmp_path, prompts):
     folder = tmp_path / "q"
-    with locked(tmp_path / ".q.lock"), pytest.raises(ConfigurationError, match="another process"):
+    with locked(tmp_path / ".q.lock"), pytest.raises(ConfigurationError, match=rf"another process.* {folder};"):
         qstar(*options(tmp_path, prompts, "out.jsonl"), "--learn", folder)
     assert not (tmp_path / "out.jsonl").exists()
 
