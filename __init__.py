@@ -9,7 +9,7 @@ from gymnasium.envs.registration import register
 
 from . import deprecated
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 register(
     id="TokenDecoding-v0",
