@@ -133,13 +133,13 @@ def _torch() -> Finding:
         return Finding("torch", "bad", f"torch multiplies wrongly: {product.tolist()}", "install torch anew")
     from ..models.base import free_memory
     from ..models.devices import resolve_device, resolve_dtype
-    from ..models.tree_engine import default_kv_budget
+    from ..models.token_trie import kv_budget_or_default
 
     device = resolve_device("auto")
     dtype = str(resolve_dtype("auto", device)).removeprefix("torch.")
     detail = f"{torch.__version__}, device {device}, {dtype}, {torch.get_num_threads()} CPU thread(s)"
     free = free_memory(device)
-    budget = default_kv_budget(device)
+    budget = kv_budget_or_default(None, device)
     detail += f"; {free / 1e9:.1f} GB free, of which keys and values take up to {budget / 1e9:.1f} GB by default"
     if torch.version.cuda and device.type == "cpu":
         return Finding("torch", "note", f"{detail}; built for CUDA {torch.version.cuda}, but there is no usable GPU")

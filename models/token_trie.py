@@ -6,7 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakSet
 
 import numpy as np
@@ -14,14 +14,22 @@ from numpy.typing import NDArray
 
 from ..columns import GrowableColumns
 from ..errors import ConfigurationError
-from .base import BoolArray, HandleHolder, IntArray, Outputs
+from .base import BoolArray, HandleHolder, IntArray, Outputs, free_memory
 
-__all__ = ["NO_SLOT", "Memory", "TokenTable", "TrieEngine", "check_kv_budget", "concatenate"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["NO_SLOT", "Memory", "TokenTable", "TrieEngine", "concatenate", "kv_budget_or_default"]
 
 logger = logging.getLogger(__name__)
 
 NO_SLOT = -1  # the slot of a token whose keys and values are not in memory
 _NO_ROWS = np.empty(0, dtype=np.int64)
+
+# Memory grows to the first number of tokens as they come. It grows further, up to the budget, where eviction costs:
+# where more than one token in so many was computed before and evicted.
+_FIRST_TOKENS = 4096
+_ONE_AGAIN_IN = 16
 
 
 class LockedModel(Protocol):
@@ -139,6 +147,8 @@ class TrieEngine(ABC):
         self._registered = self._dead = 0  # holders ever, and those that were dead when unused rows were last removed
         self._in_progress = _NO_ROWS  # what the call in progress asks for
         self._clock = 0
+        self._enough = _FIRST_TOKENS  # tokens that the memory grows to, within the budget
+        self._computed = self._computed_again = 0
 
     @property
     def kv_bytes(self) -> int:
@@ -274,8 +284,11 @@ class TrieEngine(ABC):
         if len(rows) > len(self._free) and self._registered - len(self._holders) != self._dead:
             self.release_unused()
         missing = len(rows) - len(self._free)
-        if missing > 0 and pool.capacity < pool.max_slots:
-            capacity = min(max(2 * pool.capacity, pool.capacity + missing, 256), pool.max_slots)
+        if missing > 0 and self._computed_again * _ONE_AGAIN_IN > self._computed:
+            self._enough = max(self._enough, 2 * pool.capacity)
+        most = min(max(self._enough, len(keep)), pool.max_slots)
+        if missing > 0 and pool.capacity < most:
+            capacity = min(max(2 * pool.capacity, pool.capacity + missing, 256), most)
             added = range(pool.capacity, capacity)
             pool.grow(capacity)  # first, since it may run out of memory
             self._free.extend(reversed(added))
@@ -341,8 +354,10 @@ class TrieEngine(ABC):
             return concatenate([self._run(asked[:half], top_k, masks[0]), self._run(asked[half:], top_k, masks[1])])
         self._clock += 1
         table = self._table
-        table.last_used[ancestors] = self._clock
         missing = ancestors[table.slot[ancestors] == NO_SLOT]
+        self._computed += len(missing)
+        self._computed_again += int(np.count_nonzero(table.last_used[missing]))
+        table.last_used[ancestors] = self._clock
         # A row asked for is computed even if it is in memory: its output is what was asked for.
         only_rows = np.count_nonzero(table.slot[rows] == NO_SLOT) == len(missing)
         compute = rows if only_rows else np.union1d(missing, rows)
@@ -382,14 +397,15 @@ class TrieEngine(ABC):
         """Tell whether an error means that memory ran out."""
 
 
-def check_kv_budget(kv_budget: int | None) -> None:
-    """Check a budget of bytes for keys and values.
+def kv_budget_or_default(kv_budget: int | None, device: torch.device | None = None) -> int:
+    """Return the most bytes of keys and values: those given, else a quarter of the free memory, at most 4 GiB.
 
     Raises:
-        ConfigurationError: It is not positive.
+        ConfigurationError: The number given is not positive.
     """
     if kv_budget is not None and kv_budget <= 0:
         raise ConfigurationError(f"kv_budget is a number of bytes > 0 (or None), got {kv_budget!r}")
+    return kv_budget or min(free_memory(device) // 4, 4 << 30)
 
 
 def concatenate(parts: Sequence[Outputs]) -> Outputs:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
+import mmap
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -53,7 +55,7 @@ class KeyValuePool:
     def layer(self, index: int, keys: Tensor, values: Tensor) -> Tensor:
         """Return a layer's memory; its first use makes it, in the shape of the model's keys and values."""
         if index not in self._layers:
-            self._layers[index] = keys.new_empty(self.capacity, keys.shape[1], keys.shape[3] + values.shape[3])
+            self._layers[index] = _memory_like(keys, (self.capacity, keys.shape[1], keys.shape[3] + values.shape[3]))
         return self._layers[index]
 
     @property
@@ -69,10 +71,30 @@ class KeyValuePool:
     def grow(self, slots: int) -> None:
         """Make place for ``slots`` tokens, layer by layer, so that at most one layer is in memory twice."""
         for index, old in self._layers.items():
-            new = old.new_empty((slots, *old.shape[1:]))
+            new = _memory_like(old, (slots, *old.shape[1:]))
             new[: self.capacity] = old[: self.capacity]  # longer, if memory ran out half-way through an earlier growth
             self._layers[index] = new
         self.capacity = slots
+
+
+def _memory_like(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return memory of this shape with a tensor's dtype and device; on a CPU it is mapped.
+
+    Mapped pages take no memory until they are written, and all of them go back to the system when they are freed. The
+    C library would keep the smaller memory of a pool that has grown, for tensors that never come.
+
+    Raises:
+        RuntimeError: There is no memory for it.
+    """
+    count = math.prod(shape)
+    if tensor.device.type != "cpu" or not count:
+        return tensor.new_empty(shape)
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    try:
+        pages = mmap.mmap(-1, count * tensor.element_size(), **private)
+    except OSError as error:
+        raise RuntimeError(f"cannot allocate memory for {count} numbers of keys and values: {error}") from error
+    return torch.frombuffer(pages, dtype=tensor.dtype).view(shape)
 
 
 @dataclass

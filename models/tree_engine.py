@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import LanguageModelError
-from .base import BoolArray, FloatArray, IntArray, Outputs, free_memory, top_logprobs
+from .base import BoolArray, FloatArray, IntArray, Outputs, top_logprobs
 from .flat.packed_weights import PackedWeights
-from .token_trie import TrieEngine, check_kv_budget, concatenate
+from .token_trie import TrieEngine, concatenate, kv_budget_or_default
 from .tree_attention import ForwardState, KeyValuePool, group_queries, to_device, tree_attention_in
 
 __all__ = ["TreeEngine", "TreeModel"]
@@ -71,8 +71,7 @@ class TreeEngine(TrieEngine):
         Raises:
             ConfigurationError: ``kv_budget`` is not positive.
         """
-        check_kv_budget(kv_budget)
-        budget = kv_budget or default_kv_budget(model.device)
+        budget = kv_budget_or_default(kv_budget, model.device)
         super().__init__(model, KeyValuePool(budget, model.kv_token_bytes))
         config = model.model.config.get_text_config()
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
@@ -178,11 +177,6 @@ class TreeEngine(TrieEngine):
     def _is_out_of_memory(self, error: RuntimeError) -> bool:
         # On CPUs PyTorch raises no more than a RuntimeError, which can mean anything.
         return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-
-
-def default_kv_budget(device: torch.device) -> int:
-    """Return the default bytes of keys and values: a quarter of the free ones, 4 GiB at most."""
-    return min(free_memory(device) // 4, 4 << 30)
 
 
 def _on_host(hidden: Tensor, tokens: Tensor, logprobs: Tensor) -> Outputs:

@@ -20,14 +20,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from ...errors import LanguageModelError
-from ..base import BoolArray, FloatArray, IntArray, Outputs, free_memory
-from ..token_trie import NO_SLOT, TrieEngine, check_kv_budget, concatenate
+from ..base import BoolArray, FloatArray, IntArray, Outputs
+from ..token_trie import NO_SLOT, TrieEngine, concatenate, kv_budget_or_default
 from .library import Context, Settings
 from .softmax import top_logprobs
 
 __all__ = ["LlamaEngine", "tree_error"]
 
-_DEFAULT_TOKENS = 4096  # that the default budget pays for
 _FEW = 8  # tokens that nobody asked for: cheaper with outputs than in a decode of their own
 _NOBODY = -1  # the path without tokens
 # Nats, root mean square, that a small random tree may differ from whole sequences. llama.cpp rounds the inputs of
@@ -91,13 +90,12 @@ class LlamaEngine(TrieEngine):
 
         Args:
             lm: The language model.
-            kv_budget: In bytes; None for 4,096 tokens, and more where one text is longer, within a quarter of the free
-                memory.
+            kv_budget: In bytes; None takes a quarter of the free memory, at most 4 GiB.
 
         Raises:
             ConfigurationError: ``kv_budget`` is not positive.
         """
-        check_kv_budget(kv_budget)
+        budget = kv_budget_or_default(kv_budget)
         if lm.kv_token_bytes is None:
             lm.kv_token_bytes = _token_bytes(lm)
         total = int(lm.llama.api.llama_max_parallel_sequences())
@@ -106,8 +104,7 @@ class LlamaEngine(TrieEngine):
         self._copies = 2 if lm.llama.api.llama_model_n_swa(lm.llama.pointer) else 1
         self._lanes = 3 * total // 8
         self._shelves = (total - self._lanes) // self._copies
-        self._is_default, self._most = kv_budget is None, free_memory() // 4
-        super().__init__(lm, Cells(lm, kv_budget or min(_DEFAULT_TOKENS * lm.kv_token_bytes, self._most), total))
+        super().__init__(lm, Cells(lm, budget, total))
         self._tip = np.full(self._lanes, _NOBODY)  # the row at the end of the path that a lane holds
         self._lane_of: dict[int, int] = {}  # by that row
         self._last_decode = np.zeros(self._lanes, dtype=np.int64)
@@ -129,10 +126,7 @@ class LlamaEngine(TrieEngine):
     # Memory
 
     def _fits(self, rows: IntArray) -> bool:
-        positions = self._table.position[rows]
-        if self._is_default and (longest := int(positions.max()) + 1) > self._pool.max_slots:
-            self._pool.budget = max(self._pool.budget, min(longest * self._pool.token_bytes, self._most))
-        return super()._fits(rows) and int(np.bincount(positions).max()) <= self._shelves
+        return super()._fits(rows) and int(np.bincount(self._table.position[rows]).max()) <= self._shelves
 
     def _allocate(self, rows: IntArray, keep: IntArray) -> None:
         super()._allocate(rows, keep)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,9 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qstar_decoding.envs import PrefixEngine, TabularLM, TokenTree, TransformersLM, TreeEngine
+from qstar_decoding.agents import AStarPlanner
+from qstar_decoding.envs import DecodingMDP, PrefixEngine, TabularLM, TokenTree, TransformersLM, TreeEngine
 from qstar_decoding.errors import ConfigurationError
-from qstar_decoding.models import base, testing, tree_attention, tree_engine
+from qstar_decoding.models import base, testing, token_trie, tree_attention, tree_engine
 from qstar_decoding.models.flat.packed_weights import PackedWeights
 
 TinyLM = Callable[[str], TransformersLM]
@@ -452,17 +453,17 @@ def test_memory_that_cannot_grow_leaves_the_tree_as_it_was(
     tree = TokenTree(lm, TOP_K)
     prompts = [[5, 6, 7], np.random.default_rng(0).integers(VOCABULARY, size=300).tolist()]
     tree.roots(prompts[:1])
-    before, allocate, calls = contents(tree), torch.Tensor.new_empty, 0
+    before, allocate, calls = contents(tree), tree_attention._memory_like, 0
 
-    def fail_at_second_layer(tensor: torch.Tensor, *size: Any) -> torch.Tensor:
+    def fail_at_second_layer(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == 2:
             raise torch.OutOfMemoryError("no memory left")
-        return allocate(tensor, *size)
+        return allocate(tensor, shape)
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "new_empty", fail_at_second_layer)
+        patch.setattr(tree_attention, "_memory_like", fail_at_second_layer)
         with pytest.raises(torch.OutOfMemoryError):
             tree.roots(prompts)
     assert_same(before, contents(tree))
@@ -578,6 +579,44 @@ def test_memory_stays_flat_over_endless_prompts(tiny_lm: TinyLM) -> None:
     assert (np.max(sizes, axis=0) <= [16, 8 * 21, 2 * 8 * 21, 20, 20, 8 * 21, 512]).all()
     assert {size for size, *_ in sizes} == {16}
     assert_slots_add_up(tree)
+
+
+@pytest.mark.parametrize("revisits", [False, True])
+def test_memory_grows_only_where_eviction_costs(
+    tiny_lm: TinyLM, monkeypatch: pytest.MonkeyPatch, revisits: bool
+) -> None:
+    monkeypatch.setattr(token_trie, "_FIRST_TOKENS", 40)
+    lm, rng = tiny_lm("Llama"), np.random.default_rng(0)
+    tree = TokenTree(lm, TOP_K, engine=lm.new_engine())
+    engine: Any = tree.engine
+    prompts = [[first, *rng.integers(VOCABULARY, size=5).tolist()] for first in range(40)]
+    roots = np.concatenate([tree.roots([prompt]) for prompt in prompts])
+    assert engine._pool.capacity == 40
+    assert engine._computed_again == 0
+    for step in range(TOP_K) if revisits else ():
+        for root in roots:
+            tree.expand(root[None], np.array([step]))
+    # 40 prompts of 6 tokens with three continuations each are 360 tokens; from 320 on, none was computed again.
+    assert (320 if revisits else 40) <= engine._pool.capacity <= (640 if revisits else 40)
+    assert_exact(tree, prompts)
+
+
+def test_bytes_after_many_prompts_are_bounded(tiny_lm: TinyLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_trie, "_FIRST_TOKENS", 512)
+    lm = tiny_lm("Llama")
+    process = DecodingMDP(lm, reward="length", top_k=TOP_K, max_new_tokens=8, max_prefixes=400)
+    planner, rng = AStarPlanner(process), np.random.default_rng(0)
+    held = []
+    for _ in range(60):
+        planner.plan(" ".join(f"w{i}" for i in rng.integers(2, VOCABULARY, size=12)), 40)
+        engine, tree = cast("Any", process.tree.engine), process.tree
+        known = sum(column.nbytes for row in engine._known.values() for column in row)
+        columns = sum(column.nbytes for column in tree._columns.used().values())
+        held.append((engine.kv_bytes, known, columns, len(engine._trie), engine._table.size))
+    assert held[-1][0] <= 512 * (lm.kv_token_bytes or 0)
+    # Between two evictions the tree grows from half of its limit to the limit and one more search.
+    assert len(process.tree) <= 400 + 53
+    assert (np.max(held[30:], axis=0) <= 1.3 * np.max(held[:30], axis=0)).all()
 
 
 # --------------------------------------------------------------------------------------------------- out of memory

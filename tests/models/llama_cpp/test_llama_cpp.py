@@ -22,7 +22,7 @@ pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make
 from qstar_decoding.agents import AStarPlanner
 from qstar_decoding.envs import DecodingMDP, TokenTree, TransformersLM
 from qstar_decoding.errors import ConfigurationError, PromptError, UnknownNameError
-from qstar_decoding.models import LlamaCppLM, PrefixEngine, check_language_model, load_language_model
+from qstar_decoding.models import LlamaCppLM, PrefixEngine, check_language_model, load_language_model, token_trie
 from qstar_decoding.models.embedded_model import gguf_path
 from qstar_decoding.models.llama_cpp import engine as engine_module
 from qstar_decoding.models.llama_cpp.engine import LlamaEngine
@@ -457,8 +457,8 @@ def test_tasks_environments_and_the_doctor_know_the_engine(embedded: LlamaCppLM)
     assert "llama-cpp-python" in finding.detail
 
 
-def test_a_text_longer_than_the_default_memory(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "_DEFAULT_TOKENS", 10)
+def test_a_text_longer_than_the_first_memory(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_trie, "_FIRST_TOKENS", 10)
     engine = tiny("Llama").new_engine()
     prompt = list(range(1, 31))
     _, outputs = engine.compute([prompt], NONE, NONE, TOP_K)
