@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..agents.planning.registry import CONTENDERS
+from ..agents.planning.registry import CONTENDERS, TRIALS
 from ..checks import check_writable
 from ..errors import ConfigurationError, UnknownNameError
 from .console import out, quiet, report_progress, say_json
@@ -51,7 +51,7 @@ def evaluate(
     folder: Annotated[
         Path, typer.Option("--out", help="Folder to write; what is finished there is not run again.")
     ] = Path("runs/evaluation"),
-    tune: Annotated[bool, typer.Option(help="Tune the decoders on the dev prompts, with 4 trials each.")] = True,
+    tune: Annotated[bool, typer.Option(help=f"Tune the decoders on the dev prompts, with {TRIALS} trials each.")] = True,
     as_json: JsonOption = False,
     ray: RayOption = None,
     workers: WorkersOption = None,
