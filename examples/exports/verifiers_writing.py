@@ -1,6 +1,6 @@
 """A task as an environment of verifiers: the model continues a prompt, learns its score, and tries again.
 
-Installed where verifiers finds it, ``uv run eval verifiers_writing`` plays it with any model.
+In its folder, ``PYTHONPATH=. vf-eval verifiers_writing -m MODEL --client.base-url URL`` plays it with a model.
 """
 
 from collections.abc import Iterator
@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import verifiers.v1 as vf
 
 from qstar_decoding.agents import WritingGame
+
+__all__ = ["WritingEnv", "WritingTaskset"]
 
 
 class WritingConfig(vf.TasksetConfig):
@@ -24,7 +26,8 @@ class WritingTask(vf.Task[WritingData, vf.State, vf.TaskConfig]):
 
 
 class WritingEnvConfig(vf.EnvConfig):
-    writer: vf.AgentConfig = vf.AgentConfig()
+    # A plain chat in a process of this machine; the defaults of verifiers run the model in a container.
+    writer: vf.AgentConfig = vf.AgentConfig(harness={"id": "null"}, runtime={"type": "subprocess"})
     turns: int = 2
     reference: int = 0  # LM tokens of Q*'s plan for the same prompt; 0 for none
 

@@ -171,7 +171,7 @@ def test_openenv_serves_sessions_at_once(monkeypatch):
         thread.join(10)
     for prompt, seen in zip(prompts, found, strict=True):
         assert seen["prompt"] == prompt
-        assert seen["candidates"] == []  # after the end
+        assert seen["candidates"] == seen["logprobs"] == []  # after the end
         assert np.isfinite(seen["return"])
         assert isinstance(seen["reference"], str)
         plan = server.SearchEngine(server.MDP).submit(server.Request(prompt, 40)).result()

@@ -45,9 +45,9 @@ class TokenDecoding(Environment[TokenAction, TokenObservation, State]):
         return self._observation(seen, reward=float(reward), done=done, metadata=facts)
 
     def _observation(self, seen, **more):
-        mdp, node = self.env.mdp, self.env.get_state().node[0]
-        tokens = [] if more.get("done") else [mdp.token_text(int(t)) for t in mdp.tree.tokens[node]]
-        logprobs = [float(p) if ok else None for p, ok in zip(seen["logprobs"], seen["action_mask"], strict=True)]
+        listed = [] if more.get("done") else self.env.mdp.tree.tokens[self.env.get_state().node[0]]
+        tokens = [self.env.mdp.token_text(int(token)) for token in listed]
+        logprobs = [float(seen["logprobs"][i]) if seen["action_mask"][i] else None for i in range(len(tokens))]
         return TokenObservation(prompt=self._prompt, text=self._text, candidates=tokens, logprobs=logprobs, **more)
 
     @property
