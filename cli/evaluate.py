@@ -51,7 +51,7 @@ def evaluate(
     folder: Annotated[
         Path, typer.Option("--out", help="Folder to write; what is finished there is not run again.")
     ] = Path("runs/evaluation"),
-    tune: Annotated[bool, typer.Option(help=f"Tune the decoders on the dev prompts, with {TRIALS} trials each.")] = True,
+    tune: Annotated[bool, typer.Option(help=f"Tune the decoders on the dev prompts, {TRIALS} trials each.")] = True,
     as_json: JsonOption = False,
     ray: RayOption = None,
     workers: WorkersOption = None,
