@@ -17,6 +17,8 @@ __all__ = ["CountdownConstraint", "Format", "Numbers", "legal_steps", "write_ste
 Format = Literal["expression", "steps", "short steps"]
 Numbers = tuple[int, ...]  # in ascending order
 
+_MOST_NUMBERS = 5  # of an expression; with six, a mask can take minutes
+
 
 class CountdownConstraint(MovesConstraint):
     """Legal moves of a number puzzle, from the column ``numbers``: each number is used exactly once.
@@ -51,6 +53,11 @@ class CountdownConstraint(MovesConstraint):
                 f"{prompt.text[-60:]!r}"
             )
         left = tuple(sorted(numbers))
+        if self.format == "expression" and len(left) > _MOST_NUMBERS:
+            raise ConfigurationError(
+                f"{self!r} takes at most {_MOST_NUMBERS} numbers, since it looks ahead to the end of every expression; "
+                f"got {len(left)} for the prompt {prompt.text[-60:]!r}. The format 'steps' takes more"
+            )
         return _Expression(left, operators=self.operators) if self.format == "expression" else left
 
     def moves(self, state: Hashable) -> Iterable[tuple[str, Hashable]]:

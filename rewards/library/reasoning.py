@@ -121,11 +121,15 @@ class Countdown(Reward):
         for given, wanted in zip(numbers, target, strict=True):
             if given is None or wanted is None:
                 puzzles.append(None)
-            elif isinstance(given, (list, tuple)) and all(type(n) is int for n in (*given, wanted)):
+            elif (
+                isinstance(given, (list, tuple))
+                and all(type(n) is int for n in (*given, wanted))
+                and min(given, default=0) >= 0
+            ):
                 puzzles.append((list(given), wanted))
             else:
                 raise ConfigurationError(
-                    f"the columns 'numbers' and 'target' hold a list of integers and an integer, such as "
+                    f"the columns 'numbers' and 'target' hold a list of integers from 0 on and an integer, such as "
                     f"{self.example}; got {given!r} and {wanted!r}"
                 )
         return puzzles
@@ -215,8 +219,9 @@ class ReasoningGym(_Verified):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-_STEP = re.compile(r"([0-9]{1,9}) ?([-+*/]) ?([0-9]{1,9}) ?= ?([0-9]{1,18})(?: \(([0-9 ]*)\))?")
-_BEGUN_STEP = re.compile(r"([0-9]{1,9}) ?([-+*/])")
+_NUMBER = "(0|[1-9][0-9]{0,8})"  # in an expression too, no number begins with a zero
+_STEP = re.compile(rf"{_NUMBER} ?([-+*/]) ?{_NUMBER} ?= ?(0|[1-9][0-9]{{0,17}})(?: \(([0-9 ]*)\))?")
+_BEGUN_STEP = re.compile(rf"{_NUMBER} ?([-+*/])")
 _SYMBOLS = re.compile(r"[0-9]+|[-+*/()]")
 _OPERATORS: dict[type[ast.operator] | str, Callable[[Fraction, Fraction], Fraction]] = {
     **{ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv},
@@ -264,9 +269,10 @@ def _expression_possible(text: str, numbers: list[int], target: int) -> float:
 def _used(text: str) -> list[int] | None:
     """Return the numbers in an expression, ascending; None where it holds anything but numbers and operators."""
     symbols = _SYMBOLS.findall(text)
-    if len("".join(symbols)) != len(text.replace(" ", "")) or any(len(symbol) > 9 for symbol in symbols):
+    numbers = [symbol for symbol in symbols if symbol.isdigit()]
+    if len("".join(symbols)) != len(text.replace(" ", "")) or not all(re.fullmatch(_NUMBER, n) for n in numbers):
         return None
-    return sorted(int(symbol) for symbol in symbols if symbol.isdigit())
+    return sorted(map(int, numbers))
 
 
 def _value(text: str) -> Fraction | None:

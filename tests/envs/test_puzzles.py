@@ -126,6 +126,9 @@ def test_paths_follow_the_edges_of_their_prompt():
         (CountdownConstraint(), {}, "column 'numbers', a list of positive integers; got None"),
         (CountdownConstraint(), {"numbers": [3, 0]}, "got \\[3, 0\\]"),
         (CountdownConstraint(), {"numbers": "3 7"}, "got '3 7'"),
+        (CountdownConstraint(), {"numbers": [-3, 7]}, "got \\[-3, 7\\]"),
+        (CountdownConstraint(), {"numbers": [True, 7]}, "got \\[True, 7\\]"),
+        (CountdownConstraint(), {"numbers": [1, 2, 3, 4, 5, 6]}, "at most 5 numbers.*got 6.*'steps' takes more"),
         (StarGraphConstraint(), {"start": "a"}, "columns 'edges'"),
         (StarGraphConstraint(), {"edges": [["a"]], "start": "a"}, "got edges="),
         (StarGraphConstraint(), {"edges": [["a", "b"]], "start": 3}, "start=3"),
@@ -136,6 +139,14 @@ def test_prompts_that_describe_no_puzzle(constraint, columns, message):
         constraint.bind(lm(), Prompt("a", columns))
     with pytest.raises(ConfigurationError, match="reads the prompt"):
         constraint.bind(lm())
+
+
+def test_steps_take_many_numbers_and_single_ones_are_final():
+    for format in ("steps", "short steps"):
+        rule = CountdownConstraint(format).bind(lm(), Prompt("a", {"numbers": [*range(1, 13)]}))
+        assert {VOCABULARY[token] for token in np.flatnonzero(rule.allowed([]))} == {*"123456789", "12", "7*"}
+    assert completions(CountdownConstraint(), {"numbers": [5]}) == ["5"]
+    assert len(completions(CountdownConstraint(), {"numbers": [2, 2, 2, 2, 2]})) > 100
 
 
 def test_constraints_by_name():

@@ -39,10 +39,21 @@ def test_countdown_takes_expressions_and_steps_and_nothing_illegal() -> None:
     assert judge(*wrong) == [0.0] * len(wrong)
     assert judge("8/(3-8/3)", numbers=(3, 3, 8, 8), target=24) == [1.0]  # exact, by fractions
     assert judge("8/(3-8/3)", numbers=(3, 3, 8), target=24) == [0.0]
+    assert judge("0*7+4", "00*7+4", "0*7=0, 0+4=4", "0*7=0, 0+4=04", "0*07=0, 0+4=4", numbers=(0, 4, 7)) == [
+        1,
+        0,
+        1,
+        0,
+        0,
+    ]
     assert judge("1/3*3*24", "6/(1-3/4)", numbers=(1, 3, 4, 6), target=24) == [0.0, 1.0]
     assert np.isnan(reward([""], ["4"], numbers=[None], target=[4])[0])
-    for columns in ({"numbers": ["3"], "target": [4]}, {"numbers": [[3, 7]], "target": [4.5]}):
-        with pytest.raises(ConfigurationError, match="a list of integers and an integer"):
+    for columns in (
+        {"numbers": ["3"], "target": [4]},
+        {"numbers": [[3, 7]], "target": [4.5]},
+        {"numbers": [[-3, 7]], "target": [4]},
+    ):
+        with pytest.raises(ConfigurationError, match="a list of integers from 0 on and an integer"):
             reward([""], ["4"], **columns)
     with pytest.raises(ConfigurationError, match="column 'target'"):
         reward([""], ["4"], numbers=[[4]])
