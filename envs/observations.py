@@ -31,12 +31,14 @@ class States(NamedTuple):
     Attributes:
         observer: Their observer.
         tokens: int64 [n, k], the candidates' token ids.
+        context: int64 [n, w], the ids of the last w tokens, -1 where there are fewer.
         nodes: int64 [n]; not given where a feature is made again from the token ids.
         potential: float64 [n], φ; likewise.
     """
 
     observer: Observer
     tokens: IntArray
+    context: IntArray
     nodes: IntArray = np.zeros(0, dtype=np.int64)
     potential: Values = np.zeros(0)
 
@@ -48,11 +50,13 @@ class Feature:
     Attributes:
         name: Its key.
         axes: Shape of one state's entry: ``"d"`` (hidden size), ``"k"`` (actions), ``"k·e"`` (all candidates' numbers,
-            flat: stable-baselines3 takes 2-D boxes for images) or ``"1"``.
+            flat: stable-baselines3 takes 2-D boxes for images), ``"w·e"`` (likewise, of the last tokens) or ``"1"``.
+            An entry without numbers, w = 0, is left out.
         meaning: One phrase.
         values: From n states to an array [n, …].
         bounds: From an observer to the least and the greatest value; None for 0 or 1 (``MultiBinary``).
-        stored: Dtype in the experience of ``QStar``. None: it depends on ``States.tokens`` alone and is not stored.
+        stored: Dtype in the experience of ``QStar``. None: it depends on ``States.tokens`` and ``States.context`` alone
+            and is not stored.
         end: Value after the end of an episode, where there is no state.
     """
 
@@ -93,6 +97,12 @@ def _candidates(states: States) -> FloatArray:
     return states.observer.features[states.tokens].reshape(n, k * states.observer.candidate_dims)
 
 
+def _context(states: States) -> FloatArray:
+    n, w = states.context.shape
+    rows = np.where(states.context[..., None] < 0, 0.0, states.observer.features[states.context])
+    return np.asarray(rows.reshape(n, w * states.observer.candidate_dims), np.float32)
+
+
 def _candidate_bounds(observer: Observer) -> tuple[float, float]:
     high = float(np.abs(observer.features).max())
     return -high, high
@@ -118,6 +128,14 @@ FEATURES = (
         "k·e",
         "the candidate tokens' embeddings, reduced to e numbers each; ``reshape(k, e)`` gives rows",
         _candidates,
+        _candidate_bounds,
+        stored=None,
+    ),
+    Feature(
+        "context",
+        "w·e",
+        "the last w tokens' embeddings, reduced likewise, the latest last; only where ``context_tokens`` = w > 0",
+        _context,
         _candidate_bounds,
         stored=None,
     ),
@@ -167,39 +185,60 @@ def observation_table() -> str:
 class Observer:
     """Observations of states, as :data:`FEATURES` declares them.
 
-    k is the number of actions, d the width of the LM's hidden state, e is ``candidate_dims``.
+    k is the number of actions, d the width of the LM's hidden state, e is ``candidate_dims``, w is ``context_tokens``.
     After the end there is no state: everything is 0 but the mask, which is 1.
 
     Attributes:
         mdp: The states' MDP.
         space: The observation space.
         features: float32 [V, e], every token's reduced embedding.
+        declared: The features that have numbers here.
         candidate_dims: e.
+        context_tokens: w.
     """
 
     mdp: DecodingMDP
     features: FloatArray
     candidate_dims: int
+    context_tokens: int
 
-    def __init__(self, mdp: DecodingMDP, candidate_dims: int = 32) -> None:
-        """Describe the states of ``mdp``, each candidate token by ``candidate_dims`` numbers.
+    def __init__(self, mdp: DecodingMDP, candidate_dims: int = 32, context_tokens: int = 0) -> None:
+        """Describe the states of ``mdp``.
+
+        Args:
+            mdp: The process.
+            candidate_dims: Numbers per token, of the candidates and of the last tokens.
+            context_tokens: How many of the last tokens are observed.
 
         Raises:
-            ConfigurationError: ``candidate_dims`` is not a positive integer.
+            ConfigurationError: ``candidate_dims`` is not a positive integer, or ``context_tokens`` a negative one.
         """
+        self.context_tokens = check_integer("context_tokens", context_tokens, low=0)
         self.mdp, self.candidate_dims = mdp, check_integer("candidate_dims", candidate_dims)
         self.features = token_features(mdp.model, candidate_dims)
-        self.space = spaces.Dict({feature.name: feature.space(self) for feature in FEATURES})
+        self.declared = tuple(feature for feature in FEATURES if self.shape(feature) != (0,))
+        self.space = spaces.Dict({feature.name: feature.space(self) for feature in self.declared})
 
     def shape(self, feature: Feature) -> tuple[int]:
         """Return the shape of one state's entry."""
         k = self.mdp.top_k
-        sizes = {"1": 1, "d": self.mdp.model.hidden_size, "k": k, "k·e": k * self.candidate_dims}
+        sizes = {"1": 1, "d": self.mdp.model.hidden_size, "k": k}
+        sizes |= {"k·e": k * self.candidate_dims, "w·e": self.context_tokens * self.candidate_dims}
         return (sizes[feature.axes],)
 
     def stored(self) -> Layout:
         """Return shape and dtype of the features that an experience stores, by name."""
-        return {f.name: (self.shape(f), f.stored) for f in FEATURES if f.stored is not None}
+        return {f.name: (self.shape(f), f.stored) for f in self.declared if f.stored is not None}
+
+    def token_ids(self) -> Layout:
+        """Return shape and dtype of the token ids that the other features are made from, by name."""
+        context: Layout = {"context_ids": ((self.context_tokens,), np.int32)} if self.context_tokens else {}
+        return {"tokens": ((self.mdp.top_k,), np.int32), **context}
+
+    def token_ids_of(self, nodes: IntArray) -> dict[str, IntArray]:
+        """Return these token ids of ``n`` states, by name."""
+        ids = {"tokens": self.mdp.tree.tokens[nodes], "context_ids": self.mdp.tree.recent(nodes, self.context_tokens)}
+        return {name: ids[name] for name in self.token_ids()}
 
     def observe(self, potential: Values, nodes: IntArray) -> Observation:
         """Return the observations of ``n`` states, every array with a leading axis n and memory of its own.
@@ -208,17 +247,18 @@ class Observer:
             potential: float64 [n], φ of the states, as :meth:`DecodingMDP.potential` gives it.
             nodes: int64 [n].
         """
-        states = States(self, self.mdp.tree.tokens[nodes], nodes, potential)
-        return {feature.name: np.asarray(feature.values(states), feature.dtype) for feature in FEATURES}
+        context = self.mdp.tree.recent(nodes, self.context_tokens)
+        states = States(self, self.mdp.tree.tokens[nodes], context, nodes, potential)
+        return {feature.name: np.asarray(feature.values(states), feature.dtype) for feature in self.declared}
 
-    def from_tokens(self, tokens: IntArray) -> Observation:
-        """Return the features that depend on the candidates' token ids [n, k] alone, by name."""
-        states = States(self, tokens)
-        return {f.name: np.asarray(f.values(states), f.dtype) for f in FEATURES if f.stored is None}
+    def from_tokens(self, tokens: IntArray, context_ids: IntArray | None = None) -> Observation:
+        """Return the features that depend on the ids of candidates [n, k] and last tokens [n, w] alone, by name."""
+        states = States(self, tokens, np.zeros((len(tokens), 0), np.int64) if context_ids is None else context_ids)
+        return {f.name: np.asarray(f.values(states), f.dtype) for f in self.declared if f.stored is None}
 
     def terminal_observation(self, count: int) -> Observation:
         """Return ``count`` observations of what follows an episode's end."""
-        return {f.name: np.full((count, *self.shape(f)), f.end, f.dtype) for f in FEATURES}
+        return {f.name: np.full((count, *self.shape(f)), f.end, f.dtype) for f in self.declared}
 
 
 Observer.__doc__ = f"{Observer.__doc__}\n\n{observation_table()}\n"

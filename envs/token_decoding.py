@@ -46,12 +46,14 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
     which actions are legal. An illegal action raises an error and leaves the state as it was.
 
     ## Observation Space
-    A ``Dict`` of arrays, where d is the model's hidden size and e is ``candidate_dims``:
+    A ``Dict`` of arrays, where d is the model's hidden size, e is ``candidate_dims`` and w is ``context_tokens``. With
+    w = 0, the default, there is no ``context``.
 
     | Key           | Shape   | Dtype   | Range           | Meaning                                                 |
     |---------------|---------|---------|-----------------|---------------------------------------------------------|
     | `hidden`      | (d,)    | float32 | [-√d, √d]       | the last hidden state, scaled to root mean square 1     |
     | `candidates`  | (k·e,)  | float32 | bounded         | the k candidates' embeddings, projected to e dimensions |
+    | `context`     | (w·e,)  | float32 | bounded         | the last w tokens' embeddings, projected likewise       |
     | `logprobs`    | (k,)    | float32 | [-50, 0]        | the candidates' log-probabilities, nats                 |
     | `potential`   | (1,)    | float32 | bounds of r     | φ(s), the reward model's score of the unfinished text   |
     | `remaining`   | (1,)    | float32 | [0, 1]          | share of the horizon that is left                       |
@@ -112,6 +114,7 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
         shaping=True,
         gamma=1.0,
         candidate_dims=32,
+        context_tokens=0,
     )
     ```
 
@@ -137,6 +140,7 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
         shaping: bool = True,
         gamma: float = 1.0,
         candidate_dims: int = 32,
+        context_tokens: int = 0,
         render_mode: str | None = None,
         **mdp_kwargs: Any,
     ) -> None:
@@ -155,6 +159,9 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
             shaping: Whether every step pays the change of the potential as well.
             gamma: Discount of the shaping term. Any value but 1 is for experiments: a warning says so.
             candidate_dims: Numbers per candidate token in the observation.
+            context_tokens: How many of the last tokens, the prompt's among them, are in the observation. Pays where the
+                answer hangs on exact tokens that the hidden state blurs, such as the digits of a sum. A token costs e
+                numbers in the observation and 4 bytes in the experience of ``QStar``.
             render_mode: None, ``"ansi"`` (a string), ``"human"`` (printed) or ``"rgb_array"`` (a picture).
             mdp_kwargs: ``constraint``, ``device``, ``dtype``, ``hidden_layers``, …; see :class:`DecodingMDP`.
 
@@ -185,7 +192,7 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
         )
         for prompt in self.prompts:
             self.mdp.encode(prompt)  # reports a prompt that is too long before a training begins
-        self.observer = Observer(self.mdp, candidate_dims)
+        self.observer = Observer(self.mdp, candidate_dims, context_tokens)
         self.shaping, self.render_mode = bool(shaping), render_mode
         self.observation_space = cast("spaces.Space[Observation]", self.observer.space)
         self.action_space = spaces.Discrete(self.mdp.top_k)

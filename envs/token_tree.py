@@ -97,6 +97,7 @@ class TokenTree:
         self.top_k = check_integer("top_k", top_k, high=model.vocab_size, meaning="at most the vocabulary")
         self._engine, self._allowed = engine or model.engine(kv_budget=kv_budget), allowed
         self._roots: dict[_Root, int] = {}
+        self._prompts: dict[int, tuple[int, ...]] = {}  # by root, the prompt's tokens
         self.rules: dict[int, TokenRules] = {}
         self._holders: WeakSet[Holder] = WeakSet()
         self._clock = 0
@@ -189,6 +190,7 @@ class TokenTree:
         for name in ("parent", "root", "children"):
             self._columns[name][:] = new[self._columns[name]]
         self._roots = {key: int(new[root]) for key, root in self._roots.items() if new[root] != _MISSING}
+        self._prompts = {root: key.tokens for key, root in self._roots.items()}
         self.rules = {int(new[root]): rules for root, rules in self.rules.items() if new[root] != _MISSING}
         for holder in self._holders:
             holder.node[:] = new[holder.node]
@@ -210,6 +212,18 @@ class TokenTree:
             tokens[:, column] = self.tokens[parents, self.action[nodes]]  # of the last node, where not inside
             nodes = np.where(inside, parents, nodes)
         return [row[len(row) - depth :] for row, depth in zip(tokens.tolist(), depths.tolist(), strict=True)]
+
+    def recent(self, nodes: IntArray, count: int) -> IntArray:
+        """Return the last ``count`` token ids up to each of ``n`` nodes, the prompt's among them, int64 [n, count].
+
+        Where there are fewer, -1 fills up from the left.
+        """
+        ids = np.full((len(nodes), count), _MISSING, dtype=np.int64)
+        if count:
+            for row, root, written in zip(ids, self.root[nodes].tolist(), self.completions(nodes), strict=True):
+                last = [*self._prompts[root][-count:], *written][-count:]
+                row[count - len(last) :] = last
+        return ids
 
     def _missing(self, requests: Sequence[GrowRequest]) -> _Missing | None:
         """Return the prompts and edges of these requests that are not yet computed, each once; None without any."""
@@ -264,7 +278,7 @@ class TokenTree:
         self._publish()
         self._columns["children"][parents, ranks] = added[count:]
         for key, root in zip(missing.roots, added.tolist(), strict=False):
-            self._roots[key] = root
+            self._roots[key], self._prompts[root] = root, key.tokens
             if key.rules is not None:
                 self.rules[root] = key.rules
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Task", "load_task", "task_names"]
 
-_NOT_OF_THE_MDP = {"shaping", "gamma", "candidate_dims"}
+_NOT_OF_THE_MDP = {"shaping", "gamma", "candidate_dims", "context_tokens"}
 
 _FOLDER = Path(__file__).parent
 

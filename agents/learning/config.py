@@ -59,6 +59,11 @@ class CollectConfig:
         noise: Scale of the Gumbel noise added to Q in half of the searches, in units of J. The other half searches as
             the planner will, so that Q learns from its own mistakes.
         q_free_share: Share of the searches that follow log-prob and potential instead of Q.
+        bound_share: Share of the prompts that A* on the reward's bound searches, whatever ``score`` is. With a checker
+            whose bounds tell a wrong beginning (``exact_answer``, ``countdown``) it walks straight to a right answer.
+            So each such prompt shows what is right, for a few LM tokens.
+        bound_targets: Whether the reward's bounds of prefixes are targets, too: they lower Q and never raise it, as
+            estimates do. A state then teaches all its edges instead of those that were followed.
         episode_share: Share of the prompts that get ε-greedy episodes of the same budget instead of a search.
         epsilon: ε of these episodes.
     """
@@ -69,6 +74,8 @@ class CollectConfig:
     score: Score = "reward"
     noise: float = 0.05
     q_free_share: float = 0.1
+    bound_share: float = 0.0
+    bound_targets: bool = False
     episode_share: float = 0.0
     epsilon: float = 0.2
 
@@ -79,8 +86,10 @@ class CollectConfig:
         if self.margin != math.inf:
             check_number("margin", self.margin, low=0)
         check_number("noise", self.noise, low=0)
-        for name in ("q_free_share", "episode_share", "epsilon"):
+        for name in ("q_free_share", "bound_share", "episode_share", "epsilon"):
             check_number(name, getattr(self, name), low=0, high=1)
+        if not isinstance(self.bound_targets, bool):
+            raise ConfigurationError(f"bound_targets is true or false, got {self.bound_targets!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

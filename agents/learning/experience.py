@@ -32,8 +32,8 @@ _MIN_ROWS = 1000  # less experience is no use
 _MIN_PRIORITY = 0.01  # a state that Q fits keeps a small chance, so that a later error there is noticed
 
 
-def extract_targets(search: Search, observer: Observer, q: Values) -> Transitions:
-    """Return a finished search's states with followed edges, and the targets of these edges.
+def extract_targets(search: Search, observer: Observer, q: Values, bound_targets: bool = False) -> Transitions:
+    """Return a finished search's states with targets, and the targets of their edges.
 
     Nothing in it refers to the token tree, so it can be stored or sent.
 
@@ -41,20 +41,26 @@ def extract_targets(search: Search, observer: Observer, q: Values) -> Transition
         search: A finished search.
         observer: Of the search's MDP.
         q: float64 [rows, k], the current Q of every edge, φ(s) added back.
+        bound_targets: Whether a reward's prefix bounds are targets too: they cut estimates, and stand for edges that
+            were not followed.
 
     Returns:
-        By name, [states, …]: the stored features of :data:`~qstar_decoding.envs.observations.FEATURES`, ``tokens`` [k],
-        ``target`` [k] (NaN where an edge was not followed), ``found`` [k] (whether a completion attained the target;
-        else Q estimated it) and ``key``.
+        By name, [states, …]: the stored features of :data:`~qstar_decoding.envs.observations.FEATURES`, the token ids
+        of the others, ``target`` [k] (NaN where there is none), ``found`` [k] (whether a completion attained the
+        target; else Q or a bound estimated it) and ``key``.
     """
     value = backup(search, search.g[: search.size, None] + q)
+    if bound_targets and search.mdp.reward.has_prefix_bounds:
+        legal = search.status[: search.size] != Status.MASKED
+        bound = search.bound[: search.size]
+        value = np.where(legal & np.isfinite(bound), np.fmin(value, bound), value)
     rows = np.flatnonzero(np.isfinite(value).any(axis=1))
     nodes, prompts = search.node[rows], [search.prompt] * len(rows)
     potential = search.mdp.potential(prompts, nodes)
     observation = observer.observe(potential, nodes)
     return {
         **{name: observation[name] for name in observer.stored()},
-        "tokens": search.mdp.tree.tokens[nodes],
+        **observer.token_ids_of(nodes),
         # The return from here on, less the potential: Q of the shaped process.
         "target": value[rows] - search.g[rows, None] - potential[:, None],
         "found": np.isfinite(best_found(search)[rows]),
@@ -100,7 +106,7 @@ class SearchExperience:
         k = mdp.top_k
         layout: dict[str, tuple[tuple[int, ...], npt.DTypeLike]] = {
             **observer.stored(),
-            "tokens": ((k,), np.int32),
+            **observer.token_ids(),
             "target": ((k,), np.float32),
             "found": ((k,), np.bool_),
             "key": ((), np.uint64),
@@ -144,7 +150,7 @@ class SearchExperience:
         else:
             rows = rng.integers(self.size, size=batch_size)
         observation = {name: self._columns[name][rows] for name in self._observer.stored()}
-        observation |= self._observer.from_tokens(self._columns["tokens"][rows])
+        observation |= self._observer.from_tokens(*(self._columns[name][rows] for name in self._observer.token_ids()))
         return Batch(rows, observation, self._columns["target"][rows], self._columns["found"][rows])
 
     def prioritize(self, rows: npt.NDArray[np.int64], errors: npt.NDArray[np.float32]) -> None:
@@ -167,8 +173,10 @@ class SearchExperience:
             raise ValueError("the experience has other shapes than this environment's")
         if size > self.capacity or not 0 <= position <= size:
             raise ValueError(f"the experience of {size} states, at {position}, does not fit {self.capacity}")
-        if np.any(arrays["tokens"] >= len(self._observer.features)) or np.any(arrays["tokens"] < 0):
-            raise ValueError("the experience has token ids beyond the vocabulary")
+        for name, least in {"tokens": 0, "context_ids": -1}.items():
+            ids = arrays.get(name, np.zeros(0))
+            if np.any(ids >= len(self._observer.features)) or np.any(ids < least):
+                raise ValueError("the experience has token ids beyond the vocabulary")
         self._columns.replace(arrays)
         self.position = position
         self._row_of = {key: row for row, key in enumerate(self._columns["key"].tolist())}
@@ -254,12 +262,18 @@ def collect(
     mdp: DecodingMDP, q: QFunction, config: CollectConfig, prompts: Sequence[Prompt], rng: np.random.Generator
 ) -> Collected:
     """Search the prompts with a Q-function, in a tree of their own, and return the experience."""
-    mdp = mdp.with_empty_tree()
-    searches = _Collector(mdp, q, config, prompts, rng).run_searches(prompts, Budget(config.tokens_per_search))
-    if config.score == "q":
-        score_completions(searches)
-    observer = Observer(mdp, q.candidate_dims)
-    states = [extract_targets(s, observer, q.values(mdp, [s.prompt] * s.size, s.node[: s.size])) for s in searches]
+    mdp, budget = mdp.with_empty_tree(), Budget(config.tokens_per_search)
+    by_bound = rng.random(len(prompts)) < config.bound_share if config.bound_share else np.zeros(len(prompts), bool)
+    led, free = ([p for p, led in zip(prompts, by_bound.tolist(), strict=True) if led == on] for on in (True, False))
+    searches = AStarPlanner(mdp, width=config.width, margin=config.margin).run_searches(led, budget) if led else []
+    if free:
+        searches += _Collector(mdp, q, config, free, rng).run_searches(free, budget)
+    score_completions([search for search in searches if search.score == "q"])
+    observer = q.observer(mdp)
+    states = [
+        extract_targets(s, observer, q.values(mdp, [s.prompt] * s.size, s.node[: s.size]), config.bound_targets)
+        for s in searches
+    ]
     return Collected(
         states,
         sum(search.lm_tokens for search in searches),

@@ -75,6 +75,8 @@ def model_card(source: Any, repository: str) -> str:
     }
     if spec["hidden_layers"]:
         arguments["hidden_layers"] = [*spec["hidden_layers"]]
+    if spec.get("context_tokens"):
+        arguments["context_tokens"] = spec["context_tokens"]
     tables = {key: value for key, value in description.items() if _is_table(value)}
     facts = {key: value for key, value in description.items() if key not in tables}
     card = _CARD.format(

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from stable_baselines3.common.logger import Logger
 
 from ...checks import check_integer, check_number, check_writable
-from ...envs import DecodingMDP, Observer
+from ...envs import DecodingMDP
 from ...envs.mdp import mdp_of
 from ...errors import CheckpointError, ConfigurationError
 from ...files import locked
@@ -310,7 +310,7 @@ class OnlineLearner:
         q = self.agent.q_function()
         for search in searches:
             values = q.values(search.mdp, [search.prompt] * search.size, search.node[: search.size])
-            self.agent.add([extract_targets(search, Observer(search.mdp, q.candidate_dims), values)])
+            self.agent.add([extract_targets(search, q.observer(search.mdp), values, self.agent.config.bound_targets)])
             self.agent.num_timesteps += search.lm_tokens
         self._steps_due += self.gradient_steps * len(searches)
         steps = self._steps_due

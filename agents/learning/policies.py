@@ -42,15 +42,15 @@ class TokenQNetwork(BasePolicy):
         """
         super().__init__(observation_space, action_space)
         keys = set(getattr(observation_space, "spaces", ()))
-        missing = {feature.name for feature in FEATURES} - keys
+        missing = {feature.name for feature in FEATURES if feature.axes != "w·e"} - keys
         if missing:
             raise ConfigurationError(
                 f"TokenQPolicy needs the observations of TokenDecoding-v0; {sorted(missing)} are not in them"
             )
+        sizes = {name: int(space.shape[0]) for name, space in observation_space.spaces.items()}  # type: ignore[index]
+        dims = sizes["candidates"] // int(action_space.n)
         self.scorer = TokenScorer(
-            observation_space["hidden"].shape[0],  # type: ignore[index]
-            observation_space["candidates"].shape[0] // int(action_space.n),  # type: ignore[index]
-            **scorer_kwargs,
+            sizes["hidden"], dims, context_tokens=sizes.get("context", 0) // dims, **scorer_kwargs
         )
 
     @property

@@ -52,6 +52,7 @@ class QSpec:
             the features rest on a stream of random numbers besides; if either changes, Q misreads every candidate.
             Empty if not known.
         hidden_layers: The layers whose states the hidden state holds beside the last one's; None if that is not known.
+        context_tokens: Number of last tokens in the observation.
     """
 
     model: str | None
@@ -61,15 +62,23 @@ class QSpec:
     shaped: bool
     features: tuple[float, ...] = ()
     hidden_layers: tuple[int, ...] | None = ()
+    context_tokens: int = 0
 
     @classmethod
-    def of(cls, mdp: DecodingMDP, candidate_dims: int, shaped: bool) -> Self:
+    def of(cls, mdp: DecodingMDP, candidate_dims: int, shaped: bool, context_tokens: int = 0) -> Self:
         """Return the spec of a function learned in ``mdp``."""
         model = mdp.model.reader  # what it reads, not what proposes
         sample = token_features(model, candidate_dims)[np.linspace(0, model.vocab_size - 1, 4).astype(int), :4]
         features = tuple(round(float(x), 3) for x in sample.ravel())
         return cls(
-            model.name, mdp.top_k, model.hidden_size, candidate_dims, shaped, features, tuple(model.hidden_layers)
+            model.name,
+            mdp.top_k,
+            model.hidden_size,
+            candidate_dims,
+            shaped,
+            features,
+            tuple(model.hidden_layers),
+            context_tokens,
         )
 
     def check(self, mdp: DecodingMDP) -> None:
@@ -126,13 +135,17 @@ class LearnedFunction:
         if self.spec is not None:
             self.spec.check(mdp)
 
+    def observer(self, mdp: DecodingMDP) -> Observer:
+        """Return what describes the states of ``mdp`` as the network wants them."""
+        return Observer(mdp, self.candidate_dims, self.spec.context_tokens if self.spec else 0)
+
     def _observe(
         self, mdp: DecodingMDP, prompts: Sequence[Prompt], nodes: IntArray
     ) -> tuple[dict[str, torch.Tensor], Values]:
         """Return observations of ``n`` nodes, and the part that the estimates leave out: φ(s) or 0, float64 [n]."""
         if self._observer is None or self._observer[0] is not mdp:
             self.check(mdp)
-            self._observer = mdp, Observer(mdp, self.candidate_dims)
+            self._observer = mdp, self.observer(mdp)
         potential = mdp.potential(prompts, nodes)
         observation = self._observer[1].observe(potential, nodes)
         device = next(self.network.parameters()).device
@@ -208,10 +221,13 @@ class QFunction(LearnedFunction):
                 "load the agent with its environment: DQN.load(path, env)"
             )
         description = dict(self.description if description is None else description)
+        trained_on, network = asdict(self.spec), asdict(scorer.config)
+        if not network["context_tokens"]:  # so that earlier versions can read it
+            del trained_on["context_tokens"], network["context_tokens"]
         return {
             "format": _FORMAT,
-            "trained_on": asdict(self.spec),
-            "network": asdict(scorer.config),
+            "trained_on": trained_on,
+            "network": network,
             "description": description,
         }
 
@@ -240,11 +256,15 @@ class QFunction(LearnedFunction):
         mdp = mdp_of(env)
         self.check(mdp)
         dims = env.observation_space["candidates"].shape[0] // mdp.top_k
-        if dims != self.candidate_dims:
-            raise CheckpointError(
-                f"this Q-function was trained with candidate_dims={self.candidate_dims}, the environment has {dims}; "
-                "use the env arguments it was trained with"
-            )
+        context = env.observation_space.spaces.get("context")
+        here = {"candidate_dims": dims, "context_tokens": context.shape[0] // dims if context else 0}
+        trained = {"candidate_dims": self.candidate_dims, "context_tokens": self.scorer.config.context_tokens}
+        for name, value in here.items():
+            if value != trained[name]:
+                raise CheckpointError(
+                    f"this Q-function was trained with {name}={trained[name]}, the environment has {value}; "
+                    "use the env arguments it was trained with"
+                )
 
     def push_to_hub(
         self,
@@ -343,7 +363,7 @@ def read_q_function(folder: Path) -> QFunction:
     config = read_json(folder / CONFIG, _Config)
     spec, network = config.trained_on, config.network
     with wrap_damage(folder), torch.random.fork_rng(devices=[]):
-        if (spec.hidden_size, spec.candidate_dims) != (network.hidden_size, network.candidate_dims):
+        if any(getattr(spec, n) != getattr(network, n) for n in ("hidden_size", "candidate_dims", "context_tokens")):
             raise CheckpointError(f"{folder / CONFIG} is damaged: the sizes of trained_on and network differ")
         weights = load_file(folder / WEIGHTS)
         outputs = network.heads if network.n_quantiles is None else network.n_quantiles
@@ -353,6 +373,8 @@ def read_q_function(folder: Path) -> QFunction:
             "token.weight": (network.width, network.candidate_dims + 3),
             "head.weight": (outputs, network.width),
         }
+        if network.context_tokens:
+            sizes["context.0.weight"] = (network.width, network.context_tokens * network.candidate_dims)
         wrong = [name for name, size in sizes.items() if name not in weights or tuple(weights[name].shape) != size]
         if not wrong:
             scorer = TokenScorer(**asdict(network))

@@ -261,6 +261,7 @@ def _trained_on(agent: Any) -> QSpec:
         )
     spaces, k = agent.observation_space.spaces, int(agent.action_space.n)
     dims = int(spaces["candidates"].shape[0]) // k
+    context = int(spaces["context"].shape[0]) // dims if "context" in spaces else 0
     env = agent.get_env()
     changing = (gym.RewardWrapper, gym.wrappers.NormalizeReward, gym.wrappers.NormalizeObservation)
     if env is not None and any(wrapped for cls in changing for wrapped in env.env_is_wrapped(cls)):
@@ -283,8 +284,10 @@ def _trained_on(agent: Any) -> QSpec:
     # Loaded without its environment, it is taken for shaped, as environments are by default.
     shaped = True if env is None else bool(env.get_attr("shaping")[0])
     if mdp is None:
-        return QSpec(None, k, int(spaces["hidden"].shape[0]), dims, shaped=shaped, hidden_layers=None)
-    return QSpec.of(mdp, dims, shaped)
+        return QSpec(
+            None, k, int(spaces["hidden"].shape[0]), dims, shaped=shaped, hidden_layers=None, context_tokens=context
+        )
+    return QSpec.of(mdp, dims, shaped, context)
 
 
 def _saw_normalised(agent: Any) -> bool:

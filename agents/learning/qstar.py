@@ -21,7 +21,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, RolloutReturn, TrainFreq
 from stable_baselines3.common.vec_env import VecEnv
 
-from ...envs import DecodingMDP, Observer, Prompt
+from ...envs import DecodingMDP, Prompt
 from ...envs.mdp import mdp_of
 from ...errors import ConfigurationError, TrainingDivergedError
 from ..distributed.jobs import Job, Workers
@@ -253,7 +253,7 @@ class QStar(DQN):
         """Add the states of searches to the experience; return the number of their targets."""
         if self.experience is None:
             mdp = mdp_of(self.env)
-            self.experience = SearchExperience(mdp, Observer(mdp, self._candidate_dims), self.config.buffer_bytes)
+            self.experience = SearchExperience(mdp, self.q_function().observer(mdp), self.config.buffer_bytes)
         return sum(self.experience.add(states) for states in searches)
 
     def _on_step(self) -> None:
@@ -267,8 +267,10 @@ class QStar(DQN):
         Raises:
             ConfigurationError: The agent has no environment.
         """
-        mdp, dims = mdp_of(self.env), self._candidate_dims
-        return QFunction(self.q_net, QSpec.of(mdp, dims, shaped=True), shaped=True, candidate_dims=dims)
+        scorer: TokenScorer = self.q_net.scorer  # type: ignore[assignment]
+        mdp, config = mdp_of(self.env), scorer.config
+        spec = QSpec.of(mdp, config.candidate_dims, shaped=True, context_tokens=config.context_tokens)
+        return QFunction(self.q_net, spec, shaped=True, candidate_dims=config.candidate_dims)
 
     def plan(self, prompt: Any, budget: Budget | int | None = None, **planner_kwargs: Any) -> Plan:
         """Search the best completion of ``prompt`` with the learned Q; see :class:`AStarPlanner`."""
@@ -366,10 +368,6 @@ class QStar(DQN):
         return export_sb3(self, path, self.env)
 
     # -----------------------------------------------------------------------------------------------------------------
-
-    @property
-    def _candidate_dims(self) -> int:
-        return int(self.q_net.scorer_kwargs["candidate_dims"])  # type: ignore[index]
 
     def _write_training(self, folder: Path) -> None:
         optimizer, steps = flatten_optimizer(self.policy.optimizer)

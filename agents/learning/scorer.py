@@ -33,6 +33,7 @@ class ScorerConfig:
         dueling: Learn the state's value on its own; the untrained Q then has the log-prob's differences only.
         heads: Size of the ensemble.
         n_quantiles: Return so many quantiles of the return instead of its mean; one head only.
+        context_tokens: Number w of last tokens that are read, with as many numbers each as a candidate. 0 for none.
     """
 
     hidden_size: _Size
@@ -42,6 +43,7 @@ class ScorerConfig:
     dueling: bool = False
     heads: _Size = 1
     n_quantiles: _Size | None = None
+    context_tokens: Annotated[int, Field(ge=0)] = 0
 
     def policy_kwargs(self) -> dict[str, Any]:
         """Return the arguments of a TokenQPolicy with such a network."""
@@ -55,6 +57,9 @@ class TokenScorer(nn.Module):
     Neither the order (the scorer is equivariant) nor the number of the candidates matters, so values learnt for a token
     hold at every rank. State and token meet in a sum and in a product of projections. A linear function
     of log-prob, potential and remaining budget is added: it explains most of the fluency to come.
+
+    With ``context_tokens``, two layers read the last tokens by their places, and their output meets the token as the
+    state does. Such a network can compute what the language model's state does not tell, such as a digit of a sum.
 
     With ``dueling``, Q(s, a) = V(s) + A(s, a) - the mean of A over the legal actions (Wang et al. 2016, eq. 9, which
     has no masks): V learns from every action taken in a state, A from their differences. With ``n_quantiles``, the
@@ -72,6 +77,7 @@ class TokenScorer(nn.Module):
         dueling: bool = False,
         heads: int = 1,
         n_quantiles: int | None = None,
+        context_tokens: int = 0,
         logprob_weight: float = 0.02,
     ) -> None:
         """Build the network.
@@ -84,6 +90,7 @@ class TokenScorer(nn.Module):
             dueling: See there.
             heads: See there.
             n_quantiles: See there.
+            context_tokens: See there.
             logprob_weight: The untrained Q is this times the log-prob, the one term of the return that is known.
 
         Raises:
@@ -91,7 +98,9 @@ class TokenScorer(nn.Module):
         """
         super().__init__()
         check_integer("heads", heads, high=None if n_quantiles is None else 1)
-        self.config = ScorerConfig(hidden_size, candidate_dims, width, dropout, dueling, heads, n_quantiles)
+        self.config = ScorerConfig(
+            hidden_size, candidate_dims, width, dropout, dueling, heads, n_quantiles, context_tokens
+        )
         self.heads, self.n_quantiles = heads, n_quantiles
         outputs = heads if n_quantiles is None else n_quantiles
         self.register_buffer("hidden_mean", torch.zeros(hidden_size))
@@ -111,6 +120,12 @@ class TokenScorer(nn.Module):
         nn.init.zeros_(self.direct.weight)
         with torch.no_grad():
             self.direct.weight[0, 0] = logprob_weight / _NATS
+        self.context: nn.Sequential | None = None
+        if context_tokens:
+            self.context = nn.Sequential(
+                nn.Linear(context_tokens * candidate_dims, width), nn.LayerNorm(width), nn.SiLU(),
+                nn.Linear(width, width), nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, 2 * width),
+            )  # fmt: skip
         self.value: nn.Sequential | None = None
         if dueling:
             self.value = nn.Sequential(
@@ -128,7 +143,9 @@ class TokenScorer(nn.Module):
         would hide them from the first layer. Until this is called, hidden states enter as they are.
         """
         self.hidden_mean = hidden.float().mean(dim=0)
-        self.hidden_scale = 1 / hidden.float().std(dim=0).clamp(min=1e-3)
+        deviation = hidden.float().std(dim=0)
+        # A dimension that is constant here may vary later, by its own scale.
+        self.hidden_scale = torch.where(deviation > 1e-3, 1 / deviation, 1.0)
 
     def forward(self, observation: Mapping[str, Tensor]) -> Tensor:
         """Return Q, float [B, k], for a batch of ``TokenDecoding-v0``'s observations; masked actions get one too.
@@ -146,8 +163,12 @@ class TokenScorer(nn.Module):
         scalars = torch.cat((logprobs.unsqueeze(-1) * _NATS, of_state.unsqueeze(1).expand(batch, k, 2)), dim=-1)
         hidden = self.dropout((observation["hidden"].float() - self.hidden_mean) * self.hidden_scale)
         candidates = observation["candidates"].float().view(batch, k, -1)
-        x = self.state(hidden).unsqueeze(1) + self.token(torch.cat((candidates, scalars), dim=-1))
-        x = x + self.state_gate(hidden).unsqueeze(1) * self.token_gate(candidates)
+        state, gate = self.state(hidden), self.state_gate(hidden)
+        if self.context is not None:
+            of_context, context_gate = self.context(observation["context"].float()).chunk(2, dim=1)
+            state, gate = state + of_context, gate + context_gate
+        x = state.unsqueeze(1) + self.token(torch.cat((candidates, scalars), dim=-1))
+        x = x + gate.unsqueeze(1) * self.token_gate(candidates)
         q: Tensor = self.head(self.body(x)) + self.direct(scalars)  # [B, k, outputs]
         if self.value is not None:
             allowed = observation["action_mask"].float().unsqueeze(-1)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from sb3_contrib import QRDQN
 from stable_baselines3 import DQN
 
-from qstar_decoding.agents import AStarPlanner, QFunction, QHeuristic, QStar, TokenQPolicy
+from qstar_decoding.agents import AStarPlanner, QFunction, QHeuristic, QStar, QStarConfig, TokenQPolicy
 from qstar_decoding.agents.learning import export_sb3, load_q_function, q_function, qstar
 from qstar_decoding.agents.learning.checkpoints import PRETRAINED, find_checkpoint, pretrained_names
 from qstar_decoding.agents.learning.policies import TokenQuantilePolicy, TokenScorer
@@ -450,7 +450,9 @@ def test_a_checkpoint_written_by_version_0_1_loads_searches_and_goes_on_learning
     assert (agent.num_timesteps, agent.experience.size) == (80, 45)
     written = json.loads((folder / "training_state.json").read_text())["arguments"]
     kept = agent.config.as_json()
-    assert {name: kept[name] for name in kept if name != "policy_kwargs"} == {
+    later = kept.keys() - written.keys()  # settings that 0.1 did not have
+    assert {name: kept[name] for name in later} == {name: getattr(QStarConfig(), name) for name in later}
+    assert {name: kept[name] for name in kept.keys() - later if name != "policy_kwargs"} == {
         **{name: written[name] for name in written if name != "policy_kwargs"},
         "learning_rate": (0.001, 0.0001),
     }

@@ -22,12 +22,14 @@ SMALL = {
 }
 
 
-def test_every_feature_is_in_space_table_and_experience_with_its_dtype(tabular_env):
-    env = tabular_env(candidate_dims=4)
+@pytest.mark.parametrize("context_tokens", [0, 3])
+def test_every_feature_is_in_space_table_and_experience_with_its_dtype(tabular_env, context_tokens):
+    env = tabular_env(candidate_dims=4, context_tokens=context_tokens)
     observation, _ = env.reset(seed=0)
-    assert set(observation) == {feature.name for feature in FEATURES} == set(env.observation_space.spaces)
+    declared = [feature for feature in FEATURES if feature.name != "context" or context_tokens]
+    assert set(observation) == {feature.name for feature in declared} == set(env.observation_space.spaces)
     stored = SearchExperience(env.mdp, env.observer, 10**6).state()
-    for feature in FEATURES:
+    for feature in declared:
         assert observation[feature.name].dtype == env.observation_space[feature.name].dtype == feature.dtype
         assert observation[feature.name].shape == env.observer.shape(feature)
         row = f"| ``{feature.name}`` | {np.dtype(feature.dtype).name} [{feature.axes}] | {feature.meaning} |"
