@@ -1,16 +1,19 @@
 """What A* expands, what it costs beside the language model, and whether it earns its place beside Q.
 
-    python benchmarks/planning.py exact|overhead|duel|ablation|certificates [--json FILE]
+    python benchmarks/planning.py exact|overhead|duel|ablation|solve|certificates [--json FILE]
 
 exact         expansions to the optimum for heuristics from none to perfect, on trees small enough to enumerate
 overhead      seconds that the planner itself takes, and what a long queue costs
 duel          the same Q and prompts: A* against every other decoder on Q, all tuned alike; a budget each, and one for
               all prompts; --fair: seven tasks and three seeds
-ablation      what each part of Q* is worth: Q, taper, prior, pathmax, pruning by f and by U, all endings, backtracking
+ablation      what each part of Q* is worth: Q, taper, prior, pathmax, pruning by f and by U, all endings, backtracking;
+              of A* on puzzles: weight, order, bounds, log-probabilities, legal moves
+solve         LM tokens until puzzles are solved, no Q: A* and decoders with the same mask, all tuned alike
 certificates  the gap that remains, by budget and α, and how many texts are proven to be the best of their tree
 """
 
 import argparse
+import inspect
 import itertools
 import math
 import time
@@ -21,21 +24,27 @@ from rich.console import Console
 from rich.progress import Progress, track
 from rich.table import Table
 from rows import add_json_option, out, row, write
+from solving import SEARCHES, TARGET, InOrder, Unbounded
 
 from qstar_decoding.agents import (
     CONTENDERS,
+    MCTS,
     AStarPlanner,
     BeamSearch,
     BoundHeuristic,
+    LevinTreeSearch,
     OracleHeuristic,
     QHeuristic,
     QStar,
+    SamplingDecoder,
     SoftValueHeuristic,
     TokenQPolicy,
+    UniqueSampler,
     evaluate,
     paired_bootstrap,
 )
 from qstar_decoding.agents.evaluation.comparison import Comparison
+from qstar_decoding.agents.evaluation.outcomes import tokens_until
 from qstar_decoding.agents.learning.checkpoints import pretrained_names
 from qstar_decoding.agents.search.budget import Budget
 from qstar_decoding.agents.search.state import Edges
@@ -309,51 +318,163 @@ class WithoutBounds(AStarPlanner):
         return Edges(edges.rows[keep], edges.actions[keep])
 
 
-# What is taken away, alone each time: the settings that do it, or the class.
-ABLATIONS = {
+# Each part with the settings that take it away; a prior and pathmax are put in where the task has none.
+PARTS = {
     "Q": {"heuristic": BoundHeuristic()},
     "taper": {"taper": 0.0},
-    "prior": {"prior": 0.0},
-    "pathmax": {"pathmax": False},
     "pruning by f": {"margin": math.inf},
     "pruning by U": {},
     "all endings": {"all_endings": False},
     "backtracking": {"growth": None},
 }
+EFFORTS = 1600  # edges followed, after which a puzzle counts as unsolved; so many LM tokens are counted for it
 
 
-def ablation(names=("sentiment", "keywords", "relevance"), budgets=(50, 100, 200)):
-    """Q* with the task's settings, a prior and pathmax, against the same with one part less; the beam has its own."""
+def ablation(names=("sentiment", "keywords", "countdown-3"), budgets=(50, 100, 200), prompts=None):
+    """Q* with the task's settings against the same with one part less; puzzles by LM tokens until solved."""
     rows = []
     for name in names:
         task = load_task(name)
-        mdp, q, test = task.mdp(), QHeuristic(name), task.prompts.of("test")
-        whole = {"prior": 0.1, "pathmax": True, **task.planner, "heuristic": q, "search": "level"}
-        decoders = {"Q*": AStarPlanner(mdp, **whole)}
-        for part, changes in ABLATIONS.items():
-            kind = WithoutBounds if part == "pruning by U" else AStarPlanner
-            decoders[part] = kind(mdp, **{**whole, **changes})
-        shared = {key: whole[key] for key in ("heuristic", "prior", "pathmax")}
-        decoders["all that is A*"] = BeamSearch(mdp, **shared, taper=2.0, all_endings=True, growth=2.0)
-        found = {
-            (label, budget): evaluate(decoder, test, budget).objectives
-            for (label, decoder), budget in progress(
-                list(itertools.product(decoders.items(), budgets)), f"{name}: decoding"
-            )
-        }
+        test = load_prompts(task.prompts.of("test")[:prompts])
+        by_part = ablation_of_puzzle if task.env["reward"] == "countdown" else ablation_by_objective
+        rows += by_part(task, test, budgets)
+    return rows
+
+
+def ablation_by_objective(task, test, budgets):
+    """Print and return J of Q* less J without each part."""
+    mdp, q = task.mdp(), QHeuristic(task.name)
+    whole = {**task.planner, "heuristic": q}
+    decoders = {"Q*": AStarPlanner(mdp, **whole)}
+    for part, changes in PARTS.items():
+        decoders[part] = (WithoutBounds if part == "pruning by U" else AStarPlanner)(mdp, **{**whole, **changes})
+    for part, value in (("prior", 0.1), ("pathmax", True)):
+        present = bool(whole.get(part))
+        label = part if present else f"(absence of {part})"
+        decoders[label] = AStarPlanner(mdp, **{**whole, part: type(value)() if present else value})
+    level = {key: value for key, value in whole.items() if key in ("heuristic", "prior", "pathmax")}
+    decoders["all that is A*"] = BeamSearch(mdp, **level, taper=2.0, all_endings=True, growth=2.0)
+    decoders["all but Q: a plain beam on g + Q"] = BeamSearch(mdp, heuristic=q)
+    cells = list(itertools.product(decoders, budgets))
+    found = {
+        (label, budget): evaluate(decoders[label], test, budget).objectives
+        for label, budget in progress(cells, f"{task.name}: decoding")
+    }
+    table = table_of(
+        f"{task.name}: {len(test)} held-out prompts, J, and what is lost without", "part", *map(str, budgets)
+    )
+    table.add_row("Q*", *(f"{np.nanmean(found['Q*', budget]):.3f}" for budget in budgets))
+    rows = [row(f"{task.name}, {b} LM tokens: J of Q*", np.nanmean(found["Q*", b]), "J") for b in budgets]
+    for part in list(decoders)[1:]:
+        differences = [found["Q*", budget] - found[part, budget] for budget in budgets]
+        table.add_row(part, *map(with_interval, differences))
+        for budget, difference in zip(budgets, differences, strict=True):
+            rows.append(row(f"{task.name}, {budget} LM tokens: worth of {part}", np.nanmean(difference), "J"))
+    out.print(table)
+    return rows
+
+
+def ablation_of_puzzle(task, test, budgets):
+    """Print and return LM tokens until solved without each part, less those of A*; nothing has a Q."""
+    mdp, plan = task.mdp(), {key: value for key, value in task.planner.items() if key != "score"}
+    decoders = {
+        "A*": AStarPlanner(mdp, **plan),
+        "weight on the cost to go": AStarPlanner(mdp, **{**plan, "weight": 1.0}),
+        "best first": AStarPlanner(mdp),
+        "bounds of prefixes": AStarPlanner(mdp.with_changes(reward=Unbounded(mdp.reward)), **plan),
+        "log π in the order": AStarPlanner(mdp.with_changes(logprob_weight=0.0), **plan),
+        "legal moves": AStarPlanner(mdp.with_changes(constraint=None), **plan),
+    }
+    found = {}
+    for label, decoder in progress(decoders.items(), f"{task.name}: solving"):
+        # Without the mask the trees are endless.
+        asked = test[: max(len(test) // 5, 1)] if label == "legal moves" else test
+        found[label] = np.minimum(tokens_until(decoder, asked, TARGET, most=EFFORTS), EFFORTS)
+    table = table_of(
+        f"{task.name}: {len(test)} test problems, no Q; solved within, and LM tokens until solved without",
+        "part", *map(str, budgets), "tokens", "more than A*",
+    )  # fmt: skip
+    rows = []
+    for label, tokens in found.items():
+        more = tokens - found["A*"][: len(tokens)]
+        cells = [f"{(tokens <= budget).mean():.2f}" for budget in budgets]
+        table.add_row(label, *cells, f"{tokens.mean():.1f}", "" if label == "A*" else with_interval(more, digits=1))
+        name = f"{task.name}: A*" if label == "A*" else f"{task.name}: without {label}"
+        rows.append(row(f"{name}, until solved", tokens.mean(), "LM tokens", higher_is_better=False))
+    out.print(table)
+    return rows
+
+
+def with_interval(differences, digits=3):
+    """Return the mean of paired differences and its interval as a text; prompts without a text are left out."""
+    known = differences[~np.isnan(differences)]
+    low, high = paired_bootstrap(known)
+    return f"{known.mean():+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+# -- solve ------------------------------------------------------------------------------------------------------------
+
+
+class OneByOne(SamplingDecoder):
+    """Draws a text at a time, so that none is begun beside the one that solves the puzzle."""
+
+    largest_wave = 1
+
+
+class UniqueOneByOne(UniqueSampler):
+    """The same without replacement."""
+
+    largest_wave = 1
+
+
+TEMPERATURES = (0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 1e6)  # the last draws legal moves at random
+# By name, the class and eight settings; those with a heuristic have the bound, as A* has.
+SOLVERS = {
+    "best-of-n": (OneByOne, [{"temperature": t} for t in TEMPERATURES]),
+    "without replacement": (UniqueOneByOne, [{"temperature": t} for t in TEMPERATURES]),
+    "beam, in rounds": (
+        BeamSearch,
+        [{"width": w, "growth": 2.0, "all_endings": all_} for w in (1, 2, 4, 8) for all_ in (True, False)],
+    ),
+    "MCTS": (MCTS, [{"exploration": c, "temperature": t} for c in (0.1, 0.3, 1.0, 3.0) for t in (1.0, 3.0)]),
+    "Levin": (LevinTreeSearch, [{}]),
+    "every answer in order": (InOrder, [{}]),
+    "A*": (AStarPlanner, SEARCHES),
+}
+WITHOUT_HEURISTIC = (OneByOne, UniqueOneByOne, LevinTreeSearch, InOrder)
+
+
+def solve(names=("countdown-3", "countdown-4", "game-of-24"), prompts=50, dev=20):
+    """LM tokens until solved, nothing with a Q; each decoder tuned by their mean on dev problems, then on test ones."""
+    rows = []
+    for name in names:
+        task = load_task(name)
+        mdp = task.mdp()
+        tuning, test = (load_prompts(task.prompts.of(part)[:n]) for part, n in (("dev", dev), ("test", prompts)))
+
+        def tokens(kind, setting, asked, mdp=mdp):
+            options = {} if kind in WITHOUT_HEURISTIC else {"heuristic": BoundHeuristic()}
+            return np.minimum(tokens_until(kind(mdp, **options, **setting), asked, TARGET, most=EFFORTS), EFFORTS)
+
+        found, chosen = {}, {}
+        for label, (kind, grid) in progress(SOLVERS.items(), f"{name}: solving"):
+            trials = [tokens(kind, setting, tuning).mean() for setting in grid] if len(grid) > 1 else [0.0]
+            chosen[label] = grid[int(np.argmin(trials))]
+            found[label] = tokens(kind, chosen[label], test)
         table = table_of(
-            f"{name}: {len(test)} held-out prompts, J, and what is lost without", "part", *map(str, budgets)
-        )
-        table.add_row("Q*", *(f"{np.nanmean(found['Q*', budget]):.3f}" for budget in budgets))
-        for part in list(decoders)[1:]:
-            cells = []
-            for budget in budgets:
-                difference = found["Q*", budget] - found[part, budget]
-                low, high = paired_bootstrap(difference)
-                cells.append(f"{np.nanmean(difference):+.3f} [{low:+.3f}, {high:+.3f}]")
-                rows.append(row(f"{name}, {budget} LM tokens: worth of {part}", np.nanmean(difference), "J"))
-            table.add_row(part, *cells)
+            f"{name}: {len(test)} test problems, settings by {len(tuning)} dev problems; LM tokens until solved",
+            "decoder", "mean", "median", "solved", "A* over it", "it minus A*", "setting",
+        )  # fmt: skip
+        for label, values in sorted(found.items(), key=lambda item: item[1].mean()):
+            cells = [f"{values.mean():.1f}", f"{np.median(values):.0f}", f"{(values < EFFORTS).mean():.2f}"]
+            ratio = found["A*"].mean() / values.mean()
+            versus = ["", ""] if label == "A*" else [f"{ratio:.2f}", with_interval(values - found["A*"], digits=1)]
+            table.add_row(label, *cells, *versus, str(chosen[label]))
+            rows.append(row(f"{name}, {label}: until solved", values.mean(), "LM tokens", higher_is_better=False))
         out.print(table)
+        best = min((label for label in found if label != "A*"), key=lambda label: found[label].mean())
+        ratio = found["A*"].mean() / found[best].mean()
+        rows.append(row(f"{name}: A* over the best other, {best}", ratio, "ratio", 0.5, higher_is_better=False))
     return rows
 
 
@@ -386,19 +507,22 @@ def certificates(prompts=20, budgets=(100, 400, 1600), alphas=(0.02, 0.1, 0.3, 1
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {function.__name__: function for function in (exact, overhead, duel, ablation, certificates)}
+    parts = {function.__name__: function for function in (exact, overhead, duel, ablation, solve, certificates)}
     parser.add_argument("part", choices=parts)
     parser.add_argument("--fair", action="store_true", help="duel: all tasks of the comparison, three seeds")
-    parser.add_argument("--tasks", nargs="+", help="duel, ablation: these tasks")
+    parser.add_argument("--tasks", nargs="+", help="duel, ablation, solve: these tasks")
+    parser.add_argument("--budgets", nargs="+", type=int, help="duel, ablation: LM tokens a prompt")
+    parser.add_argument("--prompts", type=int, help="ablation, solve: number of test prompts")
+    parser.add_argument("--seeds", type=int, help="duel: seeds of decoders that draw")
+    parser.add_argument("--folder", help="duel: where cells and settings are kept")
     add_json_option(parser)
     arguments = parser.parse_args()
-    if (arguments.fair and arguments.part != "duel") or (
-        arguments.tasks and arguments.part not in ("duel", "ablation")
-    ):
-        parser.error(f"{arguments.part} does not take that option")
     options = {"names": FAIR_TASKS, "seeds": 3, "folder": "runs/duel-fair"} if arguments.fair else {}
-    if arguments.tasks:
-        options["names"] = arguments.tasks
+    given = {"names": arguments.tasks, **{k: getattr(arguments, k) for k in ("budgets", "prompts", "seeds", "folder")}}
+    options |= {name: value for name, value in given.items() if value is not None}
+    known = inspect.signature(parts[arguments.part]).parameters
+    if (arguments.fair and arguments.part != "duel") or not options.keys() <= known.keys():
+        parser.error(f"{arguments.part} does not take that option")
     rows = parts[arguments.part](**options)
     write(rows, arguments.json)
 

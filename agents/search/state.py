@@ -86,6 +86,7 @@ class Search:
         busy_seconds: Wall-clock time of its steps; of steps taken together with others, its share.
         is_exhausted: Whether it has followed everything promising; see :class:`SharedBudget`.
         stop_reason: Why it is over; empty while it is not. See :class:`Plan`.
+        largest_step: LM tokens of the largest step so far, at least 1.
     """
 
     node: IntArray
@@ -138,6 +139,7 @@ class Search:
         self._unscored = -math.inf  # the largest U of what was finished without asking the reward
         self.draws: Counter[tuple[int, int]] = Counter()
         self.trace: list[TracePoint] = []
+        self.largest_step = 1
         self.lm_forwards = self.reward_calls = self.heuristic_tokens = 0
         self.busy_seconds, self.log_normalizer = 0.0, math.nan
         self._improved_at = 0  # LM tokens when the best text was found
@@ -233,11 +235,6 @@ class Search:
         per_step = max(float(seconds.mean() - per_token * tokens.mean()), 0.0)
         left = self.budget.seconds - self.seconds - steps * per_step
         return max(min(remaining, float(left / max(per_token, 1e-9))), 0.0)
-
-    @property
-    def largest_step(self) -> int:
-        """LM tokens of the largest step so far, at least 1."""
-        return int(np.diff([point.lm_tokens for point in self.trace]).max(initial=1))
 
     @property
     def seconds(self) -> float:
@@ -336,7 +333,10 @@ class Search:
 
     def record(self) -> None:
         """Add a point to the trace."""
-        self.trace.append(TracePoint(self.lm_tokens, self.seconds, self.lower_bound, self.upper_bound))
+        tokens = self.lm_tokens
+        if self.trace:
+            self.largest_step = max(self.largest_step, tokens - self.trace[-1].lm_tokens)
+        self.trace.append(TracePoint(tokens, self.seconds, self.lower_bound, self.upper_bound))
 
     def stop_if_good_enough(self) -> None:
         """End the search where the budget's gap, target or patience says so."""

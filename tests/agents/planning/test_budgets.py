@@ -5,7 +5,7 @@ import pytest
 
 from qstar_decoding.agents import DECODERS, AStarPlanner, Budget, ZeroHeuristic
 from qstar_decoding.agents.search import loop, state
-from qstar_decoding.envs import DecodingMDP, ForcedStrings, TabularLM
+from qstar_decoding.envs import DecodingMDP, ForcedStrings, TabularLM, load_prompts
 from qstar_decoding.errors import ConfigurationError
 from qstar_decoding.rewards import Reward, as_reward
 
@@ -85,6 +85,17 @@ def test_a_deadline_is_used_to_widen():
     assert len(plan.completions) > 5
     assert 0.5 < CLOCK.now - before < 0.7
     assert CLOCK.now - before - 0.6 <= np.diff([point.seconds for point in plan.trace]).max()  # by one step at most
+
+
+def test_a_search_knows_its_largest_step():
+    """The running maximum equals the largest step of the trace, also after a resumed search."""
+    planner = AStarPlanner(DecodingMDP(SlowLM.random(6, 2, seed=1), reward=REWARD, top_k=4, max_new_tokens=HORIZON))
+    [active] = planner.start(load_prompts(["ab"]), Budget(lm_tokens=60))
+    assert active.search.largest_step == 1
+    loop.drive_to_end([active])
+    active.search.resume(Budget(lm_tokens=300))
+    loop.drive_to_end([active])
+    assert active.search.largest_step == np.diff([point.lm_tokens for point in active.search.trace]).max() > 1
 
 
 def test_a_deadline_with_a_constraint_goes_back_from_dead_ends():
