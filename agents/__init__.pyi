@@ -28,7 +28,7 @@ from .learning.dqn.masked_dqn import MaskableDQN as MaskableDQN
 from .learning.dqn.masked_dqn import MaskableQRDQN as MaskableQRDQN
 from .learning.dqn.replay import MaskedReplayBuffer as MaskedReplayBuffer
 from .learning.experience import Searcher as Searcher
-from .learning.online import OnlineLearner as OnlineLearner
+from .learning.online.learner import OnlineLearner as OnlineLearner
 from .learning.policies import TokenQNetwork as TokenQNetwork
 from .learning.policies import TokenQPolicy as TokenQPolicy
 from .learning.policies import TokenQuantilePolicy as TokenQuantilePolicy

@@ -1,6 +1,7 @@
 """Does a Q that learns while it decodes pay, with no training before?
 
-    python benchmarks/online.py [TASK …] [--prompts 300] [--budget 100] [--seeds 3] [--runs runs/online] [--json FILE]
+    python benchmarks/online.py [TASK …] [--prompts 300] [--budget 100] [--seeds 3] [--without beam best-of-n]
+                                [--runs runs/online] [--json FILE]
 
 Decodes a task's training prompts once, in an order drawn by the seed, with equal LM tokens a prompt. A prompt is
 decoded before anything is learned from it. The rows are decoders without Q, Q* that learns from nothing, and Q* with
@@ -45,13 +46,13 @@ def decoders(task, seed):
         return AStarPlanner(env, learn=learner, **planner), learner
 
     found = {
-        "A* on the bound": lambda env: (AStarPlanner(env, heuristic=BoundHeuristic(), **planner), None),
-        "beam": lambda env: (BeamSearch(env), None),
-        "best-of-n": lambda env: (SamplingDecoder(env, seed=seed), None),
         FROM_NOTHING: learning,
+        "A* on the bound": lambda env: (AStarPlanner(env, heuristic=BoundHeuristic(), **planner), None),
     }
     if task.name in pretrained_names():
         found[BEFOREHAND] = lambda env: (AStarPlanner(env, heuristic=QHeuristic(task.name), **planner), None)
+    found["beam"] = lambda env: (BeamSearch(env), None)
+    found["best-of-n"] = lambda env: (SamplingDecoder(env, seed=seed), None)
     return found
 
 
@@ -64,14 +65,19 @@ def run(task, seed, name, make, arguments):
     order = np.random.default_rng(seed).permutation(len(prompts))[: arguments.prompts]
     env = gym.make("TokenDecoding-v0", prompts=prompts, **task.env)
     planner, learner = make(env)
-    plans, start = [], time.perf_counter()
+    objectives, tokens, start = [], 0, time.perf_counter()
     for first in range(0, len(order), 8):
-        plans += planner.plan_many([prompts[i] for i in order[first : first + 8]], arguments.budget)
-        done = [plan.objective for plan in plans[-BLOCK:]]
-        print(f"{task.name}, seed {seed}, {name}: {len(plans)} prompts, J {np.nanmean(done):.3f}", flush=True)
+        # Of a plan only J and the tokens are kept: its search would hold its tree in memory.
+        found = planner.plan_many([prompts[i] for i in order[first : first + 8]], arguments.budget)
+        objectives += [plan.objective for plan in found]
+        tokens += sum(plan.usage.lm_tokens for plan in found)
+        print(
+            f"{task.name}, seed {seed}, {name}: {len(objectives)} prompts, J {np.nanmean(objectives[-BLOCK:]):.3f}",
+            flush=True,
+        )
     result = {
-        "objective": [plan.objective for plan in plans],
-        "tokens": sum(plan.usage.lm_tokens for plan in plans),
+        "objective": objectives,
+        "tokens": tokens,
         "seconds": time.perf_counter() - start,
         "learning": 0.0 if learner is None else learner.seconds,
         "uses": {} if learner is None else {key: list(use) for key, use in learner.uses().items()},
@@ -101,6 +107,7 @@ def main():
     parser.add_argument("--prompts", type=int, default=300)
     parser.add_argument("--budget", type=int, default=100, help="LM tokens a prompt")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--without", nargs="*", default=[], choices=["beam", "best-of-n"], help="rows to leave out")
     parser.add_argument("--runs", type=Path, default=Path("runs/online"), help="folder of the results")
     add_json_option(parser)
     arguments = parser.parse_args()
@@ -110,6 +117,8 @@ def main():
         found = {}
         for seed in range(arguments.seeds):
             for decoder, make in decoders(task, seed).items():
+                if decoder in arguments.without:
+                    continue
                 found.setdefault(decoder, []).append(run(task, seed, decoder, make, arguments))
         budget = f"{arguments.budget} LM tokens a prompt, {arguments.seeds} seeds"
         table = Table(title=f"{name}: mean J of {BLOCK} prompts in a row, {budget}")
@@ -130,7 +139,9 @@ def main():
         for result in found[FROM_NOTHING]:
             uses = ", ".join(f"{key} {count} (J {J:.3f})" for key, (count, J, _) in result["uses"].items())
             out.print(f"heuristics used: {uses}; learning took {result['learning']:.0f} of {result['seconds']:.0f} s")
-        without = max(WITHOUT_Q, key=lambda d: np.mean([np.nanmean(r["objective"]) for r in found[d]]))
+        without = max(
+            set(WITHOUT_Q) & set(found), key=lambda d: np.mean([np.nanmean(r["objective"]) for r in found[d]])
+        )
         online, bound = found[FROM_NOTHING], found["A* on the bound"]
         worst = min(
             (moving(one["objective"]) - moving(other["objective"])).min()

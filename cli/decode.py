@@ -127,8 +127,8 @@ def decode(
     from ..tasks import load_task
 
     chosen = by_command(decoder)
-    if learn is not None and (decoder != "astar" or ray is not None):
-        raise ConfigurationError("--learn is for --decoder astar in this process; leave --ray out")
+    if learn is not None and decoder != "astar":
+        raise ConfigurationError(f"--learn is for --decoder astar, got {decoder}")
     if tree is not None:
         check_writable(tree.parent)
     if (prompt is None) == (source is None):
@@ -151,15 +151,17 @@ def decode(
         "logprob_weight": logprob_weight,
     }
     new_mdp = partial(spec.mdp, **{key: value for key, value in changes.items() if value is not None}, **constraint)
-    with status("loading the language model"):
-        quiet()
-        mdp = new_mdp()
-    heuristic = _heuristic(mdp, spec, q, adapted=reward is not None and learn is None) if chosen.uses == "q" else None
-    options = decoder_options(decoder, spec.planner, heuristic, seed)
+    learner = None
     with contextlib.ExitStack() as stack:
-        if learn is not None:
-            options["learn"] = learner = stack.enter_context(_learner(learn, mdp, spec, seed))
+        if learn is None:
+            mdp = _loaded(new_mdp)
+        else:
+            learner = stack.enter_context(_learner(learn, new_mdp, spec, seed))
             mdp = learner.mdp
+        adapted = reward is not None and learner is None
+        heuristic = _heuristic(mdp, spec, q, adapted=adapted) if chosen.uses == "q" else None
+        options = decoder_options(decoder, spec.planner, heuristic, seed)
+        learning = {} if learner is None else {"learn": learner}
         if source is not None:
             from ..agents.distributed.batch import BatchDecoder
             from ..agents.distributed.jobs import InProcess
@@ -173,14 +175,20 @@ def decode(
             }
             pool: Workers
             if start_workers is None:
-                pool = InProcess(BatchDecoder(make_decoder(decoder, mdp, **options), decoder, limits, n))
+                planner = make_decoder(decoder, mdp, **options, **learning)
+                pool = InProcess(BatchDecoder(planner, decoder, limits, n))
+            elif learner is not None:
+                from ..agents.learning import LearningDecoder, LearningWorkers
+
+                make = partial(LearningDecoder, new_mdp, options, limits, n)
+                pool = LearningWorkers(stack.enter_context(start_workers(make)), learner)
             else:
                 pool = stack.enter_context(
                     start_workers(partial(BatchDecoder.make, new_mdp, decoder, options, limits, n))
                 )
             _decode_lines(lines, broken, pool, results, settings, keep_going)
             return
-        planner = make_decoder(decoder, mdp, **options)
+        planner = make_decoder(decoder, mdp, **options, **learning)
         with follow(limits.lm_tokens) as show:
             plan = planner.plan(start, limits, progress=show)
         if tree is not None:
@@ -258,17 +266,16 @@ def demo(
 
 
 @contextlib.contextmanager
-def _learner(folder: Path, mdp: DecodingMDP, task: Task, seed: int) -> Iterator[OnlineLearner]:
-    """Let a Q learn in a folder while the context lasts, and say at the end which heuristics were used."""
-    import gymnasium as gym
+def _learner(folder: Path, new_mdp: Callable[[], DecodingMDP], task: Task, seed: int) -> Iterator[OnlineLearner]:
+    """Let a Q learn in a folder while the context lasts, and say at the end which heuristics were used.
 
+    The language model is loaded after the folder was found to be free.
+    """
     from ..agents import OnlineLearner, QStar
-
-    same = {"model": mdp.model, "reward": mdp.reward, "constraint": mdp.constraint}
-    sizes = {name: getattr(mdp, name) for name in ("top_k", "max_new_tokens", "logprob_weight")}
-    env = gym.make("TokenDecoding-v0", prompts=task.prompts.of("train"), **{**task.env, **same, **sizes})
+    from ..agents.learning import environment_like
 
     def agent(saved: Path | None) -> QStar:
+        env = environment_like(_loaded(new_mdp), task.prompts.of("train"), **task.env)
         return QStar(env=env, **{**task.training, "seed": seed}) if saved is None else QStar.load(saved, env)
 
     with OnlineLearner.open(folder, agent, seed=seed) as learner:
@@ -277,6 +284,12 @@ def _learner(folder: Path, mdp: DecodingMDP, task: Task, seed: int) -> Iterator[
         finally:
             uses = ", ".join(f"{name} {use.searches} (J {use.objective:.3f})" for name, use in learner.uses().items())
             err.print(f"heuristics used: {uses}; Q learned for {learner.seconds:.0f} s: {folder}", soft_wrap=True)
+
+
+def _loaded(new_mdp: Callable[[], DecodingMDP]) -> DecodingMDP:
+    with status("loading the language model"):
+        quiet()
+        return new_mdp()
 
 
 def _heuristic(mdp: DecodingMDP, task: Task, q: str | None, *, adapted: bool = False) -> Any:

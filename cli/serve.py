@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,9 +15,13 @@ from ..errors import ConfigurationError
 from .console import quiet, status
 from .options import complete, known_models, known_rewards
 
+if TYPE_CHECKING:
+    from ..agents import OnlineLearner, SearchEngine
+
 __all__ = ["explore", "serve"]
 
 _KEY_VARIABLE = "QSTAR_API_KEY"
+_SAVE_EVERY = 600.0  # seconds; lessons in between stand in the journal
 
 
 def serve(
@@ -31,6 +38,13 @@ def serve(
         list[str] | None,
         typer.Option("--q", metavar="NAME=FOLDER", help="A Q-function of yours, served as the model qstar-NAME."),
     ] = None,
+    learn: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a Q that learns from the searches of the model qstar-learned; made if new."),
+    ] = None,
+    learn_share: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="With --learn: the largest share of the time that learning takes.")
+    ] = 0.25,
     api_key_file: Annotated[
         Path | None,
         typer.Option(help=f"File with API keys, one a line. The variable {_KEY_VARIABLE} may hold one key instead."),
@@ -67,24 +81,30 @@ def serve(
             f"--host {host} lets other machines ask, and there is no API key: give --api-key-file, or set "
             f"{_KEY_VARIABLE}"
         )
+    limits = Limits(
+        body_bytes=max_body,
+        prompt_tokens=max_prompt_tokens,
+        max_tokens=max_tokens,
+        budget=max_budget,
+        live=max_per_key,
+        requests=max_requests,
+    )
+    hosts = allowed_host or (LOOPBACK if host in LOOPBACK else ["*"])
     quiet()
-    with status(f"loading {model}"), one_compute_thread():
-        engine = SearchEngine(model, reward=reward, max_live=max_live)
-        limits = Limits(
-            body_bytes=max_body,
-            prompt_tokens=max_prompt_tokens,
-            max_tokens=max_tokens,
-            budget=max_budget,
-            live=max_per_key,
-            requests=max_requests,
-        )
-        hosts = allowed_host or (LOOPBACK if host in LOOPBACK else ["*"])
-        app = create_app(engine, limits=limits, keys=keys, hosts=hosts, q=dict(map(_named, q or [])))
-    service = app.state.service
-    try:
+    new_engine = functools.partial(SearchEngine, model, reward=reward, max_live=max_live)
+    with contextlib.ExitStack() as stack:
+        with status(f"loading {model}"), one_compute_thread():
+            learner = None
+            if learn is None:
+                engine = new_engine()
+            else:
+                engine, learner = stack.enter_context(_learning(learn, new_engine, learn_share))
+            app = create_app(
+                engine, limits=limits, keys=keys, hosts=hosts, q=dict(map(_named, q or [])), learner=learner
+            )
+        service = app.state.service
+        stack.callback(service.close)
         listen(app, host, port, service.turnstile, drain_seconds)
-    finally:
-        service.close()
 
 
 def explore(
@@ -102,6 +122,25 @@ def explore(
         ) from error
     quiet()
     serve(host, port)
+
+
+@contextlib.contextmanager
+def _learning(
+    folder: Path, new_engine: Callable[[], SearchEngine], share: float
+) -> Iterator[tuple[SearchEngine, OnlineLearner]]:
+    """Let a Q learn in a folder from an engine's searches; the engine is made after the folder was found to be free."""
+    from ..agents import OnlineLearner, QStar
+    from ..agents.learning import environment_like
+
+    engines: list[SearchEngine] = []
+
+    def agent(saved: Path | None) -> QStar:
+        engines.append(new_engine())
+        env = environment_like(engines[0].mdp)
+        return QStar(env=env, seed=0) if saved is None else QStar.load(saved, env)
+
+    with OnlineLearner.open(folder, agent, share=share, save_every=_SAVE_EVERY) as learner:
+        yield engines[0], learner
 
 
 def _named(option: str) -> tuple[str, str]:

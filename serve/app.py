@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import secrets
 import time
@@ -20,6 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from .. import __version__
+from ..agents.learning.online.learner import OnlineLearner
 from ..agents.planning.engine import SearchEngine
 from .bodies import ApiError, Body, ChatBody, CompletionBody, as_api_error, read_body
 from .catalogue import Catalogue, Entry
@@ -40,10 +42,12 @@ class Service:
         metrics: Counts for Prometheus.
     """
 
-    def __init__(self, engine: SearchEngine, limits: Limits, q: Mapping[str, str]) -> None:
+    def __init__(
+        self, engine: SearchEngine, limits: Limits, q: Mapping[str, str], learner: OnlineLearner | None
+    ) -> None:
         """Serve what an engine has; see :func:`create_app`."""
         sampler = Sampler(engine.mdp.model, engine.mdp.tree.engine)
-        catalogue = Catalogue(engine, q=q, budget=limits.budget, seconds=limits.seconds)
+        catalogue = Catalogue(engine, q=q, learner=learner, budget=limits.budget, seconds=limits.seconds)
         self.tools = Tools(engine, sampler, catalogue, limits)
         self.turnstile = Turnstile(limits)
         self.metrics = Metrics(self.tools, self.turnstile)
@@ -79,6 +83,15 @@ class Metrics:
             ("qstar_kv_bytes", "Key-value memory.", lambda: engine.mdp.tree.kv_bytes),
         ):
             Gauge(name, text, registry=registry).set_function(value)
+        if (learner := tools.catalogue.learner) is not None:
+            Gauge("qstar_q_version", "Version of the Q that learns.", registry=registry).set_function(
+                lambda: learner.version
+            )
+            uses = Gauge(
+                "qstar_heuristic_searches", "Searches that a heuristic ordered.", ["heuristic"], registry=registry
+            )
+            for name in ("bound", "given", "learned"):
+                uses.labels(name).set_function(functools.partial(learner.searches, name))
 
     def finish(self, endpoint: str, status: int | str, usage: Usage | None, started: float) -> None:
         """Count a request that is over; a client that went away has the status ``"gone"``."""
@@ -206,6 +219,7 @@ def create_app(
     keys: Sequence[str] = (),
     hosts: Sequence[str] = ("*",),
     q: Mapping[str, str] | None = None,
+    learner: OnlineLearner | None = None,
 ) -> FastAPI:
     """Return the application; its ``state.service`` is the :class:`Service`.
 
@@ -216,12 +230,14 @@ def create_app(
         hosts: Names by which the server may be called; ``"*"`` for any. A page of another site whose name was made to
             point to this machine is refused (DNS rebinding).
         q: Q-functions of the operator's, by name.
+        learner: Learns from the searches of the model ``qstar-learned``; its environment has the language model, the
+            reward and the settings of the engine's own process.
 
     Raises:
         QStarError: A Q-function cannot be loaded, or belongs to another language model.
     """
     limits = limits or Limits()
-    service = Service(engine, limits, q or {})
+    service = Service(engine, limits, q or {}, learner)
     app = FastAPI(title="qstar-decoding", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service
     app.add_middleware(Guard, limits=limits, keys=keys, hosts=hosts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping
@@ -10,7 +11,8 @@ from typing import Any
 
 from ..agents.heuristics import BoundHeuristic, Heuristic
 from ..agents.learning.checkpoints import pretrained_names
-from ..agents.learning.q_heuristic import QHeuristic
+from ..agents.learning.online.learner import OnlineLearner
+from ..agents.learning.q_heuristic import QHeuristic, carried_weight
 from ..agents.planning.decoder import Decoder
 from ..agents.planning.engine import SearchEngine
 from ..agents.planning.registry import DECODERS, by_command, decoder_options, make_decoder
@@ -34,6 +36,7 @@ from .bodies import ApiError, Body, Format, Limits, QStarBody, as_api_error, inv
 __all__ = ["Catalogue", "Entry", "Search", "constraints_of"]
 
 _BUDGET = 200  # LM tokens, where a request names none
+_LEARNED = "learned"  # the name of the Q that learns here
 _BEST_OF_N = "best-of-n"  # the field's name of the decoder that is called "sample" here
 # Rewards whose arguments can only be words and numbers. Those of others may name folders or models.
 _WITH_SAFE_ARGUMENTS = ("distinct", "forbidden_words", "length", "repetition", "short_sentences")
@@ -91,13 +94,20 @@ class Catalogue:
     """The models that a server offers."""
 
     def __init__(
-        self, engine: SearchEngine, *, q: Mapping[str, str] | None = None, budget: int, seconds: float
+        self,
+        engine: SearchEngine,
+        *,
+        q: Mapping[str, str] | None = None,
+        learner: OnlineLearner | None = None,
+        budget: int,
+        seconds: float,
     ) -> None:
         """List them.
 
         Args:
             engine: Runs the searches; its process has the settings of searches that name none.
             q: Q-functions of the operator's, by name: folders, or what :class:`QHeuristic` takes.
+            learner: Learns from the searches of the model ``qstar-learned``; None for no such model.
             budget: The most LM tokens of a search.
             seconds: The most seconds of a search.
 
@@ -105,7 +115,7 @@ class Catalogue:
             QStarError: A Q-function of the operator's cannot be loaded, or belongs to another language model.
         """
         self.engine, self.created = engine, int(time.time())
-        self._most_budget, self._most_seconds = budget, seconds
+        self._most_budget, self._most_seconds, self.learner = budget, seconds, learner
         self._heuristics: dict[str, QHeuristic] = {}
         model = engine.mdp.model.name
         self._entries = {model: Entry(model, "The language model: each token is drawn from all of its vocabulary.")}
@@ -113,11 +123,28 @@ class Catalogue:
             self._add_shipped(name)
         for name, source in (q or {}).items():
             self._add(name, QHeuristic(source), f"A* with the Q-function {name!r} of this server.", {}, {})
+        if learner is not None:
+            text = f"A* with a Q that learns from every search for {engine.mdp.reward.name!r}."
+            self._entries[f"qstar-{_LEARNED}"] = Entry(f"qstar-{_LEARNED}", text, "astar", _LEARNED)
+            self._before = self._given()
         for name in [*DECODERS, _BEST_OF_N]:
             command = "sample" if name == _BEST_OF_N else name
             source = by_command(command).source
             entry = Entry(f"{name}/{model}", f"{by_command(command).kind.__name__} ({source}).", command)
             self._entries[entry.id] = entry
+
+    def _given(self) -> Heuristic:
+        """Return the shipped Q that knows most of the engine's own reward; the bound where none knows any of it."""
+        weights = {
+            name: carried_weight(self._entries[f"qstar-{name}"].settings["reward"], self.engine.mdp.reward)
+            for name in pretrained_names()
+            if name in self._heuristics
+        }
+        for name in sorted((name for name in weights if weights[name]), key=lambda name: -weights[name]):
+            with contextlib.suppress(QStarError):  # it was trained for another k
+                self._heuristics[name].check(self.engine.mdp)
+                return self._heuristics[name]
+        return BoundHeuristic()
 
     def _add_shipped(self, name: str) -> None:
         task = load_task(name)
@@ -185,6 +212,9 @@ class Catalogue:
         if asked.reward is not None:
             check_reward(asked.reward)
         options = decoder_options(command, planner, heuristic, _seed(body))
+        learns = entry.q == _LEARNED and asked.q is None and command == "astar"
+        if learns:
+            options |= {"heuristic": self._before, "learn": self.learner}
         if issubclass(DECODERS[command], SamplingDecoder):
             given = {"temperature": body.temperature, "top_p": body.top_p}
             options |= {name: value for name, value in given.items() if value is not None}
@@ -202,6 +232,9 @@ class Catalogue:
             decoder = make_decoder(command, self.engine.mdp, **options)
             decoder.processes = self.engine.decoder.processes  # so that equal settings share their trees
             decoder = decoder.with_changes(**changes)
+            if learns and self.learner is not None and not self.learner.fits(decoder.mdp):
+                # Another reward, α, k or constraint: its searches teach nothing.
+                decoder = decoder.with_changes(heuristic=self.learner.newest())
             tokens = asked.budget or min(max(_BUDGET, 8 * decoder.mdp.max_new_tokens), self._most_budget)
             decoder = decoder.with_changes(n=asked.n or _texts(decoder, body.choices, tokens))
         except QStarError as error:
@@ -225,8 +258,9 @@ class Catalogue:
     def _heuristic(self, entry: Entry, asked: QStarBody, command: str) -> tuple[Heuristic | None, Mapping[str, Any]]:
         """Return the heuristic of a search, and the planner's arguments that were chosen for it."""
         name = entry.q if asked.q is None else None if asked.q == "none" else asked.q
-        if name is not None and name not in self._heuristics:
-            known = ", ".join([*self._heuristics, "none"])
+        is_learned = name == _LEARNED and self.learner is not None
+        if name is not None and name not in self._heuristics and not is_learned:
+            known = ", ".join([*self._heuristics, *[_LEARNED][: self.learner is not None], "none"])
             raise invalid("qstar.q", f"there is no {name[:100]!r}; there are {known}")
         if by_command(command).uses != "q":
             if asked.q not in (None, "none"):
@@ -234,6 +268,8 @@ class Catalogue:
             return None, {}
         if name is None:
             return BoundHeuristic(), {}
+        if self.learner is not None and is_learned:
+            return self.learner.newest(), {}
         # What was chosen for a task holds for its own reward.
         planner = entry.planner if asked.reward is None and name == entry.q else {}
         return self._heuristics[name], planner

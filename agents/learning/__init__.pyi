@@ -16,8 +16,12 @@ from .experience import asymmetric_loss as asymmetric_loss
 from .experience import extract_targets as extract_targets
 from .hub import model_card as model_card
 from .hub import push_folder as push_folder
-from .online import OnlineLearner as OnlineLearner
-from .online import Use as Use
+from .online.guard import Guard as Guard
+from .online.guard import Use as Use
+from .online.learner import OnlineLearner as OnlineLearner
+from .online.learner import environment_like as environment_like
+from .online.workers import LearningDecoder as LearningDecoder
+from .online.workers import LearningWorkers as LearningWorkers
 from .policies import TokenQNetwork as TokenQNetwork
 from .policies import TokenQPolicy as TokenQPolicy
 from .policies import TokenQuantilePolicy as TokenQuantilePolicy

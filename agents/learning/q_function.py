@@ -136,18 +136,23 @@ class LearnedFunction:
             self.spec.check(mdp)
 
     def observer(self, mdp: DecodingMDP) -> Observer:
-        """Return what describes the states of ``mdp`` as the network wants them."""
-        return Observer(mdp, self.candidate_dims, self.spec.context_tokens if self.spec else 0)
+        """Return what describes the states of ``mdp`` as the network wants them; made anew for another MDP only.
+
+        Raises:
+            CheckpointError: See :meth:`check`.
+        """
+        if self._observer is None or self._observer[0] is not mdp:
+            self.check(mdp)
+            context_tokens = self.spec.context_tokens if self.spec else 0
+            self._observer = mdp, Observer(mdp, self.candidate_dims, context_tokens)
+        return self._observer[1]
 
     def _observe(
         self, mdp: DecodingMDP, prompts: Sequence[Prompt], nodes: IntArray
     ) -> tuple[dict[str, torch.Tensor], Values]:
         """Return observations of ``n`` nodes, and the part that the estimates leave out: φ(s) or 0, float64 [n]."""
-        if self._observer is None or self._observer[0] is not mdp:
-            self.check(mdp)
-            self._observer = mdp, self.observer(mdp)
-        potential = mdp.potential(prompts, nodes)
-        observation = self._observer[1].observe(potential, nodes)
+        observer, potential = self.observer(mdp), mdp.potential(prompts, nodes)
+        observation = observer.observe(potential, nodes)
         device = next(self.network.parameters()).device
         self.network.train(False)
         tensors = {key: torch.from_numpy(value).to(device) for key, value in observation.items()}

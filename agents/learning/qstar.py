@@ -50,7 +50,7 @@ from .config import (
 )
 from .experience import Batch, Collected, SearchExperience, Transitions, asymmetric_loss, collect
 from .hub import push_folder
-from .online import OnlineLearner
+from .online.learner import OnlineLearner
 from .policies import TokenQPolicy, TokenScorer
 from .q_function import QFunction, QSpec, read_q_function
 from .q_heuristic import QHeuristic, export_sb3

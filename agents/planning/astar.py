@@ -23,6 +23,7 @@ bet; once nothing else is left it is called off, so that the search is complete 
 
 from __future__ import annotations
 
+import copy
 import functools
 import heapq
 import math
@@ -32,10 +33,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...checks import check_integer, check_number
-from ...envs import Finish
+from ...envs import DecodingMDP, Finish
 from ...errors import ConfigurationError, UnknownNameError
 from ..heuristics import BoundHeuristic, Heuristic
-from ..search.problem import Scope, Score
+from ..search.budget import Budget
+from ..search.plan import Plan
+from ..search.problem import Learner, Scope, Score
 from ..search.state import NO_EDGES, Edges, IntArray, Search, Status, Values
 from .beam import LevelSearch, widest
 
@@ -162,13 +165,7 @@ class AStarPlanner(LevelSearch):
                 'leave it out, or use "level", "anytime" or "capped"'
             )
         self.batch_size, self.n_best = check_integer("batch_size", batch_size), check_integer("n", n)
-        self.learner = learn.online() if callable(getattr(learn, "online", None)) else learn
-        if self.learner is not None and not callable(getattr(self.learner, "finish", None)):
-            raise ConfigurationError(f"learn is a QStar agent or an OnlineLearner, got {type(learn).__name__}")
-        if self.learner is not None and not self.learner.fits(self.mdp):
-            raise ConfigurationError(
-                "learn is an agent of another process; make it and the planner with the same environment"
-            )
+        self.learner = None if learn is None else as_learner(learn, self.mdp)
 
     def check(self) -> None:
         """Check that a weight has costs to count on.
@@ -181,6 +178,29 @@ class AStarPlanner(LevelSearch):
                 f"weight={self.weight:g} counts on costs, r_max - J, and the reward {self.mdp.reward.name!r} has no "
                 "upper bound; declare one, as with as_reward(function, upper=1.0), or use weight=1"
             )
+
+    def plan_many(
+        self, prompts: Any, budget: Budget | int | None = None, *, learn: Any = None, **rest: Any
+    ) -> list[Plan]:
+        """Find the best completion of each prompt; see :meth:`Decoder.plan_many`.
+
+        Args:
+            prompts: As there.
+            budget: As there.
+            learn: As in the constructor, for this call alone. True is the planner's own learner, False is none.
+            rest: As there.
+
+        Raises:
+            ConfigurationError: ``learn`` is none of these, or see there.
+        """
+        if learn is None:
+            return super().plan_many(prompts, budget, **rest)
+        if learn is True and self.learner is None:
+            raise ConfigurationError("learn=True is for a planner with a learner: AStarPlanner(env, learn=agent)")
+        planner = copy.copy(self)
+        if learn is not True:
+            planner.learner = as_learner(learn, self.mdp) if learn else None
+        return planner.plan_many(prompts, budget, **rest)
 
     def select(self, search: Search) -> Iterator[Edges]:
         """Yield the edges to follow; see the module's docstring."""
@@ -209,6 +229,21 @@ class AStarPlanner(LevelSearch):
         may_win = (search.f[edges] >= search.nth_best - margin) | math.isinf(margin)
         keep = can_win & (may_win | (search.finish[edges] != Finish.NO))
         return Edges(edges.rows[keep], edges.actions[keep])
+
+
+def as_learner(learn: Any, mdp: DecodingMDP) -> Learner:
+    """Return an agent, or a learner, as a learner whose Q fits searches in ``mdp``.
+
+    Raises:
+        ConfigurationError: It is none, or belongs to another process.
+    """
+    learner: Any = learn.online() if callable(getattr(learn, "online", None)) else learn
+    if not callable(getattr(learner, "finish", None)):
+        raise ConfigurationError(f"learn is a QStar agent or an OnlineLearner, got {type(learn).__name__}")
+    if not learner.fits(mdp):
+        raise ConfigurationError("learn is an agent of another process; make it and the planner with one environment")
+    found: Learner = learner
+    return found
 
 
 # -- level by level ---------------------------------------------------------------------------------------------------

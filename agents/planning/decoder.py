@@ -14,44 +14,22 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, Self, Unpack, get_args
+from typing import Any, Self, Unpack, get_args
 
 import numpy as np
 
 from ...checks import check_integer, check_keywords
-from ...envs.mdp import Completion, DecodingMDP, mdp_of
+from ...envs.mdp import Completion, mdp_of
 from ...envs.prompts import Prompt
 from ...errors import ConfigurationError
 from ..search.budget import Budget, SharedBudget
 from ..search.loop import ActiveSearch, Progress, begin, drive, drive_to_end, turn
 from ..search.plan import Plan, make_plan
-from ..search.problem import Heuristic, Problem, Processes, Scope, Score
+from ..search.problem import Heuristic, Learner, Problem, Processes, Scope, Score
 from ..search.request import CHANGES, Changes, Request, as_request, load_requests
 from ..search.state import Edges, Search, Status
 
-__all__ = ["Decoder", "Learner", "Stream"]
-
-
-class Learner(Protocol):
-    """Chooses the heuristics of searches and learns from their results; see :class:`OnlineLearner`.
-
-    Attributes:
-        group: How many prompts of ``plan_many`` are searched together.
-    """
-
-    group: int
-
-    def fits(self, mdp: DecodingMDP) -> bool:
-        """Return whether searches in ``mdp`` are its business."""
-
-    def choose(self, given: Heuristic | None) -> tuple[str, Heuristic]:
-        """Return the name of the next search's heuristic, and the heuristic; ``given`` is the decoder's own."""
-
-    def begin(self, search: Search, name: str) -> None:
-        """Take note of a search that begins with the heuristic of this name."""
-
-    def finish(self, searches: Sequence[Search]) -> None:
-        """Learn from searches that ended."""
+__all__ = ["Decoder", "Stream"]
 
 
 class Decoder(ABC):
@@ -235,7 +213,7 @@ class Decoder(ABC):
                 for one in active:
                     one.search.stop_reason = "interrupted"
             drive_to_end(active, progress)
-            plans += _plans_of(active)
+            plans += _learned_plans(active)
         return plans
 
     def plan(
@@ -319,7 +297,7 @@ class Decoder(ABC):
             active.search.resume(Budget.of(budget))
             decoder.mdp.tree.pin(active.search)
         drive_to_end([active], progress)
-        return plan_of(active)
+        return _learned_plans([active])[0]
 
     def stream(self, prompt: Any, budget: Budget | int | None = None, **changes: Unpack[Changes]) -> Stream:
         """Yield each completion that is better than all before it, as soon as it is found.
@@ -340,22 +318,27 @@ def decoder_of(active: ActiveSearch) -> Decoder | None:
 
 def plan_of(active: ActiveSearch) -> Plan:
     """Return the result of a search that a decoder began."""
-    return _plans_of([active])[0]
+    decoder = decoder_of(active)
+    assert decoder is not None
+    return make_plan(active, decoder.choose)
 
 
-def _plans_of(active: Sequence[ActiveSearch]) -> list[Plan]:
-    """Return the results of searches that one decoder began, after it has learned from them."""
-    _learn_from(active)
-    return [make_plan(one, decoder.choose) for one in active if (decoder := decoder_of(one)) is not None]
+def _learned_plans(active: Sequence[ActiveSearch]) -> list[Plan]:
+    """Return the results of searches that one decoder began, after it has learned from those that ended."""
+    if (learner := take_lessons(active)) is not None:
+        learner.learn()
+    return [plan_of(one) for one in active]
 
 
-def _learn_from(active: Sequence[ActiveSearch]) -> None:
-    """Let the decoder that began these searches learn from those that ended, while their prefixes are still there."""
+def take_lessons(active: Sequence[ActiveSearch]) -> Learner | None:
+    """Give the searches of one decoder that ended to its learner, while their prefixes are there; return it."""
     decoder = decoder_of(active[0]) if active else None
-    if decoder is not None and decoder.learner is not None:
+    learner = None if decoder is None else decoder.learner
+    if learner is not None:
         searches = [one.search for one in active if one.search.is_over]
         with turn(searches):
-            decoder.learner.finish(searches)
+            learner.finish(searches)
+    return learner
 
 
 def roll_out(search: Search) -> Iterator[Edges]:
@@ -400,7 +383,7 @@ class Stream:
                 best = search.best
                 assert best is not None
                 yield best
-        _learn_from([active])
+        _learned_plans([active])
 
     @property
     def plan(self) -> Plan:

@@ -7,6 +7,7 @@ import inspect
 import os
 import threading
 import time
+import warnings
 from collections import deque
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -21,12 +22,12 @@ from ..search.budget import Budget
 from ..search.handle import Job, SearchHandle
 from ..search.loop import Progress, step_each, turn
 from ..search.plan import Plan
-from ..search.problem import keep_few_scores
+from ..search.problem import Learner, keep_few_scores
 from ..search.request import Changes, Request, as_request
 from ..search.slow_rewards import SlowRewards
 from ..search.state import NO_EDGES, Search
 from .astar import AStarPlanner
-from .decoder import Decoder, plan_of
+from .decoder import Decoder, plan_of, take_lessons
 from .registry import make_decoder
 
 __all__ = ["SearchEngine", "SearchHandle"]
@@ -34,6 +35,7 @@ __all__ = ["SearchEngine", "SearchHandle"]
 _MOST_PREFIXES = 1 << 14  # of all requests together, beside those of the live searches
 _RECENT = 128  # requests whose prompts stay in memory
 _HASTE = 8  # by which ticks are smaller while a search with a deadline has no text
+_LEARNING_SECONDS = 0.02  # of a Q that learns while no search runs, before new requests are looked for
 
 
 class _RecentTexts:
@@ -125,6 +127,7 @@ class SearchEngine:
         self._named: dict[str, Decoder] = {}
         self._waiting: deque[Job] = deque()
         self._live: list[Job] = []
+        self._learners: set[Learner] = set()  # those that have something to learn
         self._lock = threading.Condition()
         self._thread: threading.Thread | None = None
         self._is_closed = False
@@ -262,7 +265,7 @@ class SearchEngine:
             room = self._max_live - len(self._live)
             new = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
             self._live += new
-            is_idle = not self._live
+            is_idle = not self._live and (self._is_closed or not self._learners)
             if is_idle:
                 self._thread = None
                 self._lock.notify_all()
@@ -287,10 +290,12 @@ class SearchEngine:
     def _tick(self) -> None:
         """Let every live search take a step, or as much of it as its share of the tick allows."""
         self._woken.clear()
+        start = time.perf_counter()
         self._enter_rewards()
         jobs = [(job, job.active) for job in self._live if job.active is not None and job.active.awaited is None]
         if not jobs:  # all wait for slow rewards
-            self._woken.wait(0.01)  # no longer, for a cancel wakes nobody
+            if not self._learn(_LEARNING_SECONDS):
+                self._woken.wait(0.01)  # no longer, for a cancel wakes nobody
             return
         self.ticks += 1
         for job, active in jobs:
@@ -306,12 +311,30 @@ class SearchEngine:
                     job.tell_better(active.search)
                     self._recent.add(active.search)
                     self._end(job, plan_of(active))
+                    if (learner := take_lessons([active])) is not None:
+                        self._learners.add(learner)
                 elif edges is NO_EDGES:  # it has begun
                     active.search.record()
                 else:
                     job.report(active)
             except Exception as error:
                 self._end(job, error)
+
+        if not any(job.is_urgent for job, _ in jobs):
+            self._learn(time.perf_counter() - start)
+
+    def _learn(self, seconds: float) -> bool:
+        """Let each Q learn for about so long, within its own share of the time; return whether any has learned."""
+        learners = [*self._learners]
+        for learner in learners:
+            try:
+                has_more = learner.learn(seconds)
+            except Exception as error:
+                warnings.warn(f"a Q stopped learning and stays as it is: {error}", RuntimeWarning, stacklevel=2)
+                has_more = False
+            if not has_more:
+                self._learners.discard(learner)
+        return bool(learners)
 
     def _enter_rewards(self) -> None:
         """Let the searches go on whose slow rewards have answered."""

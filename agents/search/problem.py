@@ -17,7 +17,7 @@ from ...errors import HeuristicError, QStarError
 from ...models.base import IntArray
 from ...rewards import Reward, as_reward
 
-__all__ = ["Heuristic", "Problem", "Processes", "Scope", "Score"]
+__all__ = ["Heuristic", "Learner", "Problem", "Processes", "Scope", "Score"]
 
 _CACHED_SCORES = 8192  # of each reward that requests name; a server meets ever new rewards
 
@@ -36,6 +36,31 @@ class Heuristic(Protocol):
             prompts: The prompt of each node.
             nodes: int64 [n].
         """
+
+
+class Learner(Protocol):
+    """Chooses the heuristics of searches and learns from their results; see :class:`OnlineLearner`.
+
+    Attributes:
+        group: How many prompts of ``plan_many`` are searched together.
+    """
+
+    group: int
+
+    def fits(self, mdp: DecodingMDP) -> bool:
+        """Return whether searches in ``mdp`` are its business."""
+
+    def choose(self, given: Heuristic | None) -> tuple[str, Heuristic]:
+        """Return the name of the next search's heuristic, and the heuristic; ``given`` is the decoder's own."""
+
+    def begin(self, search: Any, name: str) -> None:
+        """Take note of a search that begins with the heuristic of this name."""
+
+    def finish(self, searches: Sequence[Any]) -> None:
+        """Take lessons from searches that ended."""
+
+    def learn(self, seconds: float | None = None) -> bool:
+        """Learn from the lessons for about so long, or to the end; return whether something is left to be learned."""
 
 
 @dataclass(frozen=True)

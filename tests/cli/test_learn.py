@@ -110,7 +110,6 @@ def test_a_second_process_is_refused_before_it_begins(tmp_path, prompts):
     assert not (tmp_path / "out.jsonl").exists()
 
 
-@pytest.mark.parametrize("more", [["--decoder", "beam"], ["--ray", "local"]], ids=["another decoder", "workers"])
-def test_what_cannot_learn_says_so(tmp_path, prompts, more):
-    with pytest.raises(ConfigurationError, match="--learn"):
-        qstar(*options(tmp_path, prompts, "out.jsonl"), "--learn", tmp_path / "q", *more)
+def test_what_cannot_learn_says_so(tmp_path, prompts):
+    with pytest.raises(ConfigurationError, match="--learn is for --decoder astar"):
+        qstar(*options(tmp_path, prompts, "out.jsonl"), "--learn", tmp_path / "q", "--decoder", "beam")

@@ -2,6 +2,8 @@
 
 import asyncio
 import math
+import shutil
+import time
 
 import gymnasium as gym
 import numpy as np
@@ -17,7 +19,10 @@ from qstar_decoding.agents import (
     TokenQPolicy,
     ZeroHeuristic,
 )
-from qstar_decoding.agents.learning import carried_weight
+from qstar_decoding.agents.distributed.jobs import InProcess, Job
+from qstar_decoding.agents.learning import LearningDecoder, LearningWorkers, carried_weight
+from qstar_decoding.agents.learning.online.lessons import JOURNAL
+from qstar_decoding.agents.search.budget import Budget
 from qstar_decoding.envs import TabularLM
 from qstar_decoding.envs.prompts import as_prompt
 from qstar_decoding.errors import ConfigurationError
@@ -54,6 +59,14 @@ def make_planner(env=None, **settings):
 def draw_prompts(count):
     rng = np.random.default_rng(0)
     return ["".join(rng.choice(list("abc"), 3)) for _ in range(count)]
+
+
+def wait_until(condition):
+    for _ in range(2000):
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def mean_objective(plans):
@@ -267,6 +280,147 @@ def test_a_folder_is_gone_on_with(tmp_path):
         assert learner.uses()["learned"].searches > 0
         assert learner.agent._n_updates > steps
     assert QHeuristic(folder).q.spec.top_k == 3
+
+
+def open_in(folder, env, **settings):
+    def agent(saved):
+        return QStar(TokenQPolicy, env, **SMALL) if saved is None else QStar.load(saved, env)
+
+    return OnlineLearner.open(folder, agent, **{"gradient_steps": 8, "seed": 0, "save_every": 1e9, **settings})
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The folder of a learner as a kill leaves it, and what the learner knew."""
+    root, env = tmp_path_factory.mktemp("killed"), make_env()
+    with open_in(root / "q", env) as learner:
+        AStarPlanner(env, learn=learner).plan_many(draw_prompts(32), BUDGET)
+        shutil.copytree(root / "q", root / "left")
+        known = learner.uses(), learner.agent.experience.size, learner.agent.num_timesteps
+        assert learner.version == 4  # of which the first was saved
+    return root / "left", known
+
+
+def test_a_kill_loses_no_lesson(tmp_path, killed):
+    left, known = killed
+    shutil.copytree(left, tmp_path / "q")
+    env = make_env()
+    with open_in(tmp_path / "q", env) as learner:
+        agent = learner.agent
+        assert (learner.uses(), agent.experience.size, agent.num_timesteps) == known
+        assert (learner.version, agent._n_updates) == (1, 8 * 8)
+        learner.learn()  # the gradient steps of the lessons since the save
+        assert agent._n_updates == 32 * 8
+    with open_in(tmp_path / "q", env) as learner:
+        assert learner.version == 2
+        assert (learner.uses(), learner.agent._n_updates) == (known[0], 32 * 8)
+    assert not (tmp_path / "q" / JOURNAL).exists()  # saved at the end
+
+
+@pytest.mark.parametrize("damage", ["cut off", "overwritten"])
+def test_a_kill_while_a_lesson_is_written_loses_that_one_alone(tmp_path, killed, damage):
+    left, (uses, _, _) = killed
+    shutil.copytree(left, tmp_path / "q")
+    journal = tmp_path / "q" / JOURNAL
+    content = journal.read_bytes()
+    journal.write_bytes(content[:-7] if damage == "cut off" else content[:-7] + bytes(7))
+    env = make_env()
+    searches = sum(use.searches for use in uses.values())
+    with open_in(tmp_path / "q", env) as learner:
+        assert sum(use.searches for use in learner.uses().values()) == searches - 1
+        AStarPlanner(env, learn=learner).plan("abc", BUDGET)
+        shutil.copytree(tmp_path / "q", tmp_path / "again")
+    with open_in(tmp_path / "again", env) as learner:  # what is written after the damage can be read
+        assert sum(use.searches for use in learner.uses().values()) == searches
+
+
+def test_a_save_that_was_killed_half_way_is_gone_on_with(tmp_path, killed):
+    left, known = killed
+    shutil.copytree(left, tmp_path / ".q.old")  # moved away, and the new one not moved in
+    env = make_env()
+    with open_in(tmp_path / "q", env) as learner:
+        assert learner.uses() == known[0]
+        AStarPlanner(env, learn=learner).plan("abc", BUDGET)
+    with open_in(tmp_path / "q", env) as learner:
+        assert sum(use.searches for use in learner.uses().values()) == 33
+
+
+def test_one_call_may_learn_and_one_may_not():
+    env = make_env()
+    learner = OnlineLearner(QStar(TokenQPolicy, env, **SMALL), gradient_steps=8, seed=0)
+    planner = AStarPlanner(env)
+    planner.plan_many(draw_prompts(8), BUDGET, learn=learner)
+    assert (learner.version, planner.learner) == (1, None)
+    planner = AStarPlanner(env, learn=learner)
+    planner.plan_many(draw_prompts(8), BUDGET, learn=False)
+    assert learner.version == 1
+    planner.plan_many(draw_prompts(8), BUDGET, learn=True)
+    assert learner.version == 2
+    for learn, message in ((True, "learner"), ("q", "QStar agent")):
+        with pytest.raises(ConfigurationError, match=message):
+            AStarPlanner(env).plan_many(["a"], BUDGET, learn=learn)
+
+
+def test_workers_search_with_the_newest_q_and_send_what_they_have_learned():
+    env = make_env()
+    learner = OnlineLearner(QStar(TokenQPolicy, env, **SMALL), gradient_steps=8, seed=0)
+    decoder = LearningDecoder(lambda: make_env().unwrapped.mdp, {"heuristic": ZeroHeuristic()}, Budget(BUDGET))
+    received = []
+    decoder.receive = lambda news: received.append(news.version) or LearningDecoder.receive(decoder, news)
+    prompts = [as_prompt(text) for text in draw_prompts(64)]
+    jobs = [Job("decode", (prompts[i : i + 8],), str(i)) for i in range(0, 64, 8)]
+    results = [records for _, records in LearningWorkers(InProcess(decoder), learner).run(jobs)]
+    assert received == [*range(9)]  # a newer version before each job
+    objectives = [record["objective"] for records in results for record in records]
+    bound = AStarPlanner(make_env()).plan_many(draw_prompts(64), BUDGET)
+    assert np.mean(objectives[24:]) > mean_objective(bound[24:]) + 0.3
+    assert set(learner.uses()) == {"bound", "given", "learned"}
+    assert sum(use.searches for use in learner.uses().values()) == 64
+    assert learner.agent.num_timesteps == sum(record["usage"]["lm_tokens"] for records in results for record in records)
+
+
+def test_an_error_of_a_worker_teaches_nothing_and_is_handed_on():
+    learner = OnlineLearner(QStar(TokenQPolicy, make_env(), **SMALL), seed=0)
+    workers = InProcess(LearningDecoder(lambda: make_env().unwrapped.mdp, {}, Budget(BUDGET)))
+    jobs = [Job("decode", (None,), "broken"), Job("decode", ([as_prompt("ab")],), "sound")]
+    (_, broken), (_, records) = LearningWorkers(workers, learner).run(jobs, keep_going=True)
+    assert isinstance(broken, TypeError)
+    assert [record["prompt"] for record in records] == ["ab"]
+    assert learner.uses()["bound"].searches == 1
+
+
+def test_an_engine_learns_between_ticks_and_while_it_is_idle():
+    planner = make_planner(gradient_steps=64)
+    with SearchEngine(planner) as engine:
+        for prompt in draw_prompts(4):
+            engine.submit(prompt, BUDGET).result()
+        learner = planner.learner
+        assert wait_until(lambda: learner.agent._n_updates == 4 * 64)  # nobody asks any more
+        assert learner.version > 1
+    planner = make_planner(share=0.0)
+    with SearchEngine(planner) as engine:
+        engine.submit("ab", BUDGET).result()
+    assert planner.learner.agent._n_updates == 0
+
+
+def test_an_engine_goes_on_with_the_last_q_if_learning_fails():
+    planner = make_planner()
+
+    def fail(*_):
+        raise FloatingPointError("the loss became nan")
+
+    planner.learner.agent.train = fail
+    with pytest.warns(RuntimeWarning, match="loss became nan"), SearchEngine(planner) as engine:
+        plans = [engine.submit(prompt, BUDGET).result() for prompt in draw_prompts(4)]
+    assert all(math.isfinite(plan.objective) for plan in plans)
+
+
+def test_steps_beyond_the_share_are_put_off_and_the_oldest_are_left_out():
+    planner = make_planner(share=0.0)
+    planner.plan_many(draw_prompts(80), BUDGET)
+    planner.learner.share = 1.0
+    planner.plan("abc", BUDGET)
+    assert planner.learner.agent._n_updates == 64 * 8
 
 
 def test_a_file_or_a_folder_of_something_else_is_refused_and_kept(tmp_path):
