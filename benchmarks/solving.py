@@ -27,6 +27,7 @@ from qstar_decoding.rewards import Reward
 TARGET = 0.5  # J of a right answer is above, of a wrong one below: α · log π is above -0.5
 MOST = 1600
 GOALS = {("countdown-3", 100): 0.97, ("countdown-4", 400): 0.80, ("game-of-24", 800): 0.74}
+WITHOUT_Q = {"search": "anytime", "weight": 4.0}  # by `choose_search` without Q, for all three tasks
 ANYTIME = [{"search": "anytime", "weight": w} for w in (1.0, 2.0, 4.0, 8.0)]
 CAPPED = [{"search": "capped", "width": width} for width in (1, 2, 4)]
 SEARCHES = [{"search": "level"}, *CAPPED, *ANYTIME]
@@ -72,7 +73,7 @@ def decoders(task, qs, seeds):
         "best-of-n": [lambda mdp, s=s: SamplingDecoder(mdp, seed=s) for s in seeds],
         "best-of-n, temperature 1.5": [lambda mdp, s=s: SamplingDecoder(mdp, temperature=1.5, seed=s) for s in seeds],
         "Levin tree search": [LevinTreeSearch],
-        "A*, no Q": [lambda mdp: AStarPlanner(mdp, **plan)],
+        "A*, no Q": [lambda mdp: AStarPlanner(mdp, **WITHOUT_Q)],
         "VAS on Q": [lambda mdp, q=q, s=s: SamplingDecoder(mdp, heuristic=q, beta=0.1, seed=s) for q, s in known],
         "MCTS on Q": [lambda mdp, q=q: MCTS(mdp, heuristic=q) for q in qs],
         "Q*": [lambda mdp, q=q: AStarPlanner(mdp, heuristic=q, **plan) for q in qs],

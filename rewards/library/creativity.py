@@ -68,6 +68,14 @@ STOCK_PHRASES = (
     "it's been a dream",
     "make a positive impact on our community",
     "will have the opportunity to create",
+    "will help them achieve something truly remarkable",
+    "the most popular item",
+    "is a fun and exciting activity",
+    "what a fantastic experience",
+    "brought me the most joy",
+    "helps me grow",
+    "leave a lasting impression",
+    "I'll share it with everyone",
 )
 
 
