@@ -3,6 +3,7 @@
     python benchmarks/learning.py review|sentiment|keywords|… [--seeds 3] [--runs runs] [--json FILE]
     python benchmarks/learning.py countdown-3 countdown-4 game-of-24 [--q FOLDER …] [--prompts 100] [--choose]
     python benchmarks/learning.py review --model gemma3-270m                     the same with another language model
+    python benchmarks/learning.py star-graph [--q FOLDER …] [--prompts 80]       share right by degree, Q ranks
 
 Trains each seed with `qstar train` into RUNS/TASK-SEED unless a finished run is there; decodes the held-out prompts.
 Decoders without Q do not depend on a training seed; best-of-n gets as many sampling seeds as there are training seeds,
@@ -38,6 +39,7 @@ NO_Q, Q_ONLY = (
     ["arg max Q", "sampling π·exp(Q/β)", "beam on g + Q"],
 )
 UNBUDGETED = ["greedy LM", "arg max Q"]
+BY_LIKELIHOOD = ["beam, by log π", "best-of-n, by log π"]  # no checker and no Q: the likeliest text counts
 
 
 def trained(task, seed, runs):
@@ -61,7 +63,10 @@ def with_model(task, model, runs):
 
 def make(name, mdp, q, task, seed):
     planner = {key: value for key, value in task.planner.items() if key == "score"}
+    likelihood = mdp.with_changes(reward=0 * mdp.reward) if name in BY_LIKELIHOOD else mdp
     return {
+        "beam, by log π": lambda: BeamSearch(likelihood),
+        "best-of-n, by log π": lambda: SamplingDecoder(likelihood, seed=seed),
         "greedy LM": lambda: GreedyDecoder(mdp),
         "best-of-n": lambda: SamplingDecoder(mdp, seed=seed),
         "beam, reranked": lambda: BeamSearch(mdp),
@@ -83,10 +88,10 @@ def measure(task, runs, seeds, budgets, names, prompts):
     found = {}
     for name, budget in track(cells, "decoding", console=Console(stderr=True), transient=True):
         # The largest budget is the dearest cell of all: there one draw of best-of-n must do.
-        varies = name not in ("greedy LM", "beam, reranked", "A*, no Q (bound)") and budget != MOST
+        varies = name not in ("greedy LM", "beam, reranked", "beam, by log π", "A*, no Q (bound)") and budget != MOST
         found[name, budget] = [
             evaluate(make(name, mdp, q, task, seed), prompts, budget)
-            for seed, q in list(zip(seeds, qs, strict=True))[: None if varies else 1]
+            for seed, q in (list(zip(seeds, qs, strict=False)) or [(0, None)])[: None if varies else 1]
         ]
     return found
 
@@ -157,10 +162,10 @@ def by_objective(task, runs, seeds, budgets):
     return [*rows, row(f"Q* at {least} minus best-of-n at {MOST}", lead, "J", 0.0)]
 
 
-def by_accuracy(task, runs, seeds, budget=60):
-    """Print and return how many answers are right; no decoder but the last sees the checker."""
-    prompts = task.prompts.of("test")
-    names = ["greedy LM", "arg max Q", "sampling π·exp(Q/β)", "beam on g + Q", "Q*"]
+def by_accuracy(task, runs, seeds, budget=60, count=None):
+    """Print and return how many answers are right; no decoder sees the checker."""
+    prompts, checker = task.prompts.of("test")[:count], as_reward(task.env["reward"])
+    names = ["greedy LM", *BY_LIKELIHOOD, *(["arg max Q", "sampling π·exp(Q/β)", "beam on g + Q", "Q*"] if runs else [])]
     found = measure(task, runs, seeds, [budget], names, prompts)
     limits = task.prompts.arguments
     operands = f"operands {limits['low']}–{limits['high']}" if "low" in limits else task.name
@@ -169,8 +174,9 @@ def by_accuracy(task, runs, seeds, budget=60):
         table.add_column(column, justify="left" if column == "decoder" else "right")
     rows, targets = [], {"arg max Q": 0.85, "Q*": 0.92}
     for (name, _), outcomes in found.items():
-        right = per_prompt(outcomes, "rewards")
-        by_seed = " ".join(f"{outcome.rewards.mean():.3f}" for outcome in outcomes) if len(outcomes) > 1 else ""
+        by_seeds = np.array([[m["gold"] for m in measurements(outcome, prompts, checker)] for outcome in outcomes])
+        right = by_seeds.mean(axis=0)
+        by_seed = " ".join(f"{mean:.3f}" for mean in by_seeds.mean(axis=1)) if len(outcomes) > 1 else ""
         interval = "[{:.3f}, {:.3f}]".format(*paired_bootstrap(right))
         tokens = per_prompt(outcomes, "lm_tokens").mean()
         table.add_row(name, f"{tokens:.0f}", f"{right.mean():.3f}", by_seed, interval)
@@ -188,12 +194,12 @@ def by_accuracy(task, runs, seeds, budget=60):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="+", help="names of tasks, or paths of YAML files")
-    parser.add_argument("--seeds", type=int, default=3, help="training seeds; 0 for what needs no Q, puzzles only")
+    parser.add_argument("--seeds", type=int, default=3, help="training seeds; 0 for what needs no Q, not for J")
     parser.add_argument("--model", help="language model in place of the task's own, for shipped tasks")
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
     parser.add_argument("--runs", default="runs", help="folder of the training runs")
-    parser.add_argument("--q", nargs="+", help="Q-functions to use instead of training; puzzles only")
-    parser.add_argument("--prompts", type=int, help="number of test prompts, all without it; puzzles only")
+    parser.add_argument("--q", nargs="+", help="Q-functions to use instead of training, one a seed")
+    parser.add_argument("--prompts", type=int, help="number of test prompts, all without it; not for J")
     parser.add_argument(
         "--choose", action="store_true", help="compare searches on 40 dev prompts instead; puzzles only"
     )
@@ -218,7 +224,7 @@ def main():
             rows += by_solved(task, qs, range(max(len(qs), 1)), arguments.budgets, arguments.prompts)
             rows += by_ranking(task, qs, arguments.budgets[:3], arguments.prompts) if qs else []
         elif task.planner.get("score") == "q":
-            rows += by_accuracy(task, runs, seeds)
+            rows += by_accuracy(task, runs, seeds, count=arguments.prompts)
         else:
             rows += by_objective(task, runs, seeds, arguments.budgets)
     write(rows, arguments.json)
