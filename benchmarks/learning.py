@@ -165,7 +165,11 @@ def by_objective(task, runs, seeds, budgets):
 def by_accuracy(task, runs, seeds, budget=60, count=None):
     """Print and return how many answers are right; no decoder sees the checker."""
     prompts, checker = task.prompts.of("test")[:count], as_reward(task.env["reward"])
-    names = ["greedy LM", *BY_LIKELIHOOD, *(["arg max Q", "sampling π·exp(Q/β)", "beam on g + Q", "Q*"] if runs else [])]
+    names = [
+        "greedy LM",
+        *BY_LIKELIHOOD,
+        *(["arg max Q", "sampling π·exp(Q/β)", "beam on g + Q", "Q*"] if runs else []),
+    ]
     found = measure(task, runs, seeds, [budget], names, prompts)
     limits = task.prompts.arguments
     operands = f"operands {limits['low']}–{limits['high']}" if "low" in limits else task.name
@@ -200,6 +204,7 @@ def main():
     parser.add_argument("--runs", default="runs", help="folder of the training runs")
     parser.add_argument("--q", nargs="+", help="Q-functions to use instead of training, one a seed")
     parser.add_argument("--prompts", type=int, help="number of test prompts, all without it; not for J")
+    parser.add_argument("--decoders", nargs="+", default=(), help="rows to measure, by their beginnings; puzzles only")
     parser.add_argument(
         "--choose", action="store_true", help="compare searches on 40 dev prompts instead; puzzles only"
     )
@@ -221,8 +226,11 @@ def main():
             for q in [None, *qs[:1]]:
                 choose_search(task, q, task.prompts.of("dev")[:40])
         elif task.env["reward"] == "countdown":
-            rows += by_solved(task, qs, range(max(len(qs), 1)), arguments.budgets, arguments.prompts)
-            rows += by_ranking(task, qs, arguments.budgets[:3], arguments.prompts) if qs else []
+            found = Path(arguments.runs) / f"{task.name}-solved.json"
+            every = range(max(len(qs), 1))
+            rows += by_solved(task, qs, every, arguments.budgets, arguments.prompts, found, arguments.decoders)
+            if qs and not arguments.decoders:
+                rows += by_ranking(task, qs, arguments.budgets[:3], arguments.prompts)
         elif task.planner.get("score") == "q":
             rows += by_accuracy(task, runs, seeds, count=arguments.prompts)
         else:

@@ -3,7 +3,10 @@
 Every decoder has the same mask of legal moves, and stops at its first right answer. Decoders that need no budget run
 once, until they are right or have followed 1,600 edges; beams choose their width for each budget. Two rows without
 language model show what mask and checker do by themselves: random legal moves, and every answer in order.
+Rows that the folder of runs holds are not measured again.
 """
+
+from functools import partial
 
 import numpy as np
 from rich.table import Table
@@ -22,6 +25,7 @@ from qstar_decoding.agents.evaluation.outcomes import evaluate, tokens_until
 from qstar_decoding.agents.planning.decoder import Decoder
 from qstar_decoding.agents.search.state import Edges, Status
 from qstar_decoding.envs import load_prompts
+from qstar_decoding.files import read_json, write_json
 from qstar_decoding.rewards import Reward
 
 TARGET = 0.5  # J of a right answer is above, of a wrong one below: α · log π is above -0.5
@@ -94,8 +98,23 @@ def choose_search(task, q, prompts):
         out.print(f"{task.name}, dev, {'Q' if q else 'no Q'}, {setting}: {mean:.0f} tokens, {share:.2f} solved")
 
 
-def by_solved(task, qs, seeds, budgets, count):
-    """Print and return the share of test prompts solved within each budget, and LM tokens until solved."""
+def kept(path, key, measure):
+    """Return what the file holds under a key; measure and write it first if need be. Infinities are written as null."""
+    known = read_json(path) if path.is_file() else {}
+    if key not in known:
+        values = np.asarray(measure(), dtype=float)
+        known[key] = np.where(np.isfinite(values), values, None).tolist()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, known)
+    values = np.array(known[key], dtype=float)
+    return np.where(np.isnan(values), np.inf, values)
+
+
+def by_solved(task, qs, seeds, budgets, count, path, only=()):
+    """Print and return the share of test prompts solved within each budget, and LM tokens until solved.
+
+    ``path`` is the file of the rows that are measured already; ``only`` has beginnings of names, all rows if empty.
+    """
     prompts, mdp, most = load_prompts(task.prompts.of("test")[:count]), task.mdp(), max(budgets)
     unbounded, unmasked = mdp.with_changes(reward=Unbounded(mdp.reward)), mdp.with_changes(constraint=None)
     anytime, beams = decoders(task, qs, seeds)
@@ -122,16 +141,29 @@ def by_solved(task, qs, seeds, budgets, count):
             target = GOALS.get((task.name, budget)) if name in ("A*, no Q", "Q*") else None
             rows.append(row(f"{task.name}, {name}: solved within {budget}", share, "share", target))
 
+    of = f"{len(prompts)} problems, {[q.q.description for q in qs]}"
     for name, process, made, asked in runs:
-        tokens = np.array(
-            [tokens_until(make(process), asked, TARGET, most=MOST if asked is prompts else most) for make in made]
-        )
+        if only and not name.startswith(tuple(only)):
+            continue
+        most_here = MOST if asked is prompts else most
+        measure = partial(_all_tokens, made, process, asked, most_here)
+        tokens = kept(path, f"{name}, at most {most_here}, {of}", measure)
         report(name, [(tokens <= budget).mean() for budget in budgets], tokens)
     for name, made in beams.items():
-        found = [[evaluate(make(mdp), prompts, Budget(budget, target=TARGET)) for make in made] for budget in budgets]
-        report(name, [np.mean([outcome.rewards for outcome in outcomes]) for outcomes in found])
+        if only and not name.startswith(tuple(only)):
+            continue
+        found = [kept(path, f"{name}, {b}, {of}", partial(_all_rewards, made, mdp, prompts, b)) for b in budgets]
+        report(name, [rewards.mean() for rewards in found])
     out.print(table)
     return rows
+
+
+def _all_tokens(made, process, prompts, most):
+    return [tokens_until(make(process), prompts, TARGET, most=most) for make in made]
+
+
+def _all_rewards(made, process, prompts, budget):
+    return [evaluate(make(process), prompts, Budget(budget, target=TARGET)).rewards for make in made]
 
 
 def by_ranking(task, qs, budgets, count):
