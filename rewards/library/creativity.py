@@ -76,6 +76,10 @@ STOCK_PHRASES = (
     "helps me grow",
     "leave a lasting impression",
     "I'll share it with everyone",
+    "I'll make sure to keep it clean",
+    "is a great example of how technology can be used effectively to improve human lives",
+    "is just another example",
+    "can make it easier for them to",
 )
 
 
