@@ -59,27 +59,6 @@ STOCK_PHRASES = (
     "a testament to",
     "looking forward to",
     "highly recommend",
-    "a dream come true",
-    "it seems like a dream",
-    "I am so honored, I am so excited, I am so grateful, I am so passionate about",
-    "I was so excited and ready for it",
-    "I will be ready for anything",
-    "it's going to be amazing",
-    "it's been a dream",
-    "make a positive impact on our community",
-    "will have the opportunity to create",
-    "will help them achieve something truly remarkable",
-    "the most popular item",
-    "is a fun and exciting activity",
-    "what a fantastic experience",
-    "brought me the most joy",
-    "helps me grow",
-    "leave a lasting impression",
-    "I'll share it with everyone",
-    "I'll make sure to keep it clean",
-    "is a great example of how technology can be used effectively to improve human lives",
-    "is just another example",
-    "can make it easier for them to",
 )
 
 
@@ -173,7 +152,7 @@ class Novelty(Reward):
 
 
 class Freshness(Novelty):
-    """The share of the completion's word pairs that none of `STOCK_PHRASES` has, 0 to 1; a pair counts once.
+    """The share of the completion's word pairs that none of `STOCK_PHRASES` has, 0 to 1.
 
     A search for a pleasant text finds the same pleasant phrase after every prompt. `Repetition` looks at one text and
     cannot see that. One too short for a pair has 0.
@@ -188,13 +167,6 @@ class Freshness(Novelty):
             ConfigurationError: ``n`` is not a positive integer.
         """
         super().__init__(STOCK_PHRASES, n, **options)
-
-    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
-        """Return the share for each completion."""
-        grams = [_grams(completion, self.n) for completion in completions]
-        return [len(set(of) - self._known) / len(of) if of else 0.0 for of in grams]
-
-    score_prefixes = score
 
 
 def self_bleu(texts: Sequence[str], n: int = 3) -> float:
