@@ -225,8 +225,10 @@ def _rank(action: Any, mask: npt.NDArray[np.bool_]) -> int:
         raise IllegalActionError(f"an action is one integer, got {action!r}; legal now: {legal}")
     rank = int(array.reshape(()))
     if rank not in legal:
-        why = "masked" if 0 <= rank < len(mask) else f"not in 0..{len(mask) - 1}"
-        raise IllegalActionError(f"action {rank} is {why}; legal now: {legal}")
+        is_masked = 0 <= rank < len(mask)
+        why = "masked" if is_masked else f"not in 0..{len(mask) - 1}"
+        advice = ". Agents that read action_mask, such as MaskableDQN, choose legal ones" if is_masked else ""
+        raise IllegalActionError(f"action {rank} is {why}; legal now: {legal}{advice}")
     return rank
 
 

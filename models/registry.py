@@ -102,7 +102,7 @@ def load_language_model(
         UnknownNameError: The name is neither known, nor a folder, nor a file, nor a model that the hub (or its cache)
             has; or there is no such engine.
         ConfigurationError: The device does not exist, the dtype is not one, the loader has no such option, or the
-            engine is not installed.
+            engine is not installed or does not run this model.
         CacheError: The cache folder cannot be written.
     """
     if engine not in ("auto", *_ENGINES):
@@ -115,7 +115,10 @@ def load_language_model(
     if is_typo and not Path(name).exists():
         # Told at once: without a network, asking the hub takes a minute.
         raise UnknownNameError("model", name, known, "A local folder or a hub id works too.")
+    loader = _LOADERS[pattern]
+    if engine != "auto" and loader not in (load_transformers, _ENGINES[engine]):
+        raise ConfigurationError(f"the model {name!r} does not run on engine={engine!r}; leave engine out")
     try:
-        return (_LOADERS[pattern] if engine == "auto" else _ENGINES[engine])(name, device, dtype, **options)
+        return (loader if engine == "auto" else _ENGINES[engine])(name, device, dtype, **options)
     except UnknownNameError as error:
         raise UnknownNameError("model", name, known, error.hint) from error.__cause__

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakSet
 
@@ -401,9 +403,10 @@ def kv_budget_or_default(kv_budget: int | None, device: torch.device | None = No
     """Return the most bytes of keys and values: those given, else a quarter of the free memory, at most 4 GiB.
 
     Raises:
-        ConfigurationError: The number given is not positive.
+        ConfigurationError: What is given is no positive number.
     """
-    if kv_budget is not None and kv_budget <= 0:
+    is_number = isinstance(kv_budget, Real) and type(kv_budget) is not bool
+    if kv_budget is not None and not (is_number and 0 < kv_budget < math.inf):
         raise ConfigurationError(f"kv_budget is a number of bytes > 0 (or None), got {kv_budget!r}")
     return kv_budget or min(free_memory(device) // 4, 4 << 30)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from ..checks import first_line
-from ..errors import ConfigurationError, PromptError, UnknownNameError
+from ..errors import ConfigurationError, PromptError, QStarError, UnknownNameError
 
 if TYPE_CHECKING:
     import torch
@@ -306,11 +306,15 @@ def _decoder_layers(model: PreTrainedModel, which: Sequence[int]) -> list[torch.
     return [lists[0][i] for i in which]
 
 
+def _check_prepack(prepack: Any) -> None:
+    if prepack not in (True, False, "auto"):
+        raise ConfigurationError(f"prepack is True, False or 'auto', got {prepack!r}")
+
+
 def _packed_weights(model: PreTrainedModel, prepack: bool | str) -> PackedWeights | None:
     from .flat.packed_weights import WORTHWHILE, PackedWeights
 
-    if prepack not in (True, False, "auto"):
-        raise ConfigurationError(f"prepack is True, False or 'auto', got {prepack!r}")
+    _check_prepack(prepack)
     if not prepack:
         return None
     return PackedWeights(model, free_memory() / 8, worthwhile=WORTHWHILE) if prepack == "auto" else PackedWeights(model)
@@ -366,6 +370,7 @@ def load_transformers(
     """
     if weights not in WEIGHTS:
         raise ConfigurationError(f"weights is one of {', '.join(map(repr, WEIGHTS))}; got {weights!r}")
+    _check_prepack(prepack)
     torch_device = resolve_device(device)
     torch_dtype = resolve_dtype("float32" if weights == "float16" and dtype == "auto" else dtype, torch_device)
     options = {**model_kwargs, **({} if weights == "model" else {"weights": weights})}
@@ -396,6 +401,8 @@ def _load(
             model, tokenizer = cast("Any", load_flat(source, device, dtype, **options))
         else:
             model, tokenizer = _from_transformers(source, device, dtype, options)
+    except QStarError:
+        raise  # says what is wrong by itself
     except (OSError, ValueError) as error:
         problem = str(error).splitlines()[0]
         hint = (

@@ -217,7 +217,7 @@ def load_llama_cpp(
 
     Raises:
         UnknownNameError: There is no such file.
-        ConfigurationError: llama.cpp is missing, cannot load the file, or does not have an option.
+        ConfigurationError: llama.cpp is missing, cannot load the file, or does not have an option or the device.
     """
     if options.pop("hidden_layers", None):
         raise ConfigurationError(
@@ -230,6 +230,10 @@ def load_llama_cpp(
         )
     if dtype != "auto":
         raise ConfigurationError(f"the dtype of a GGUF model is that of its file; leave dtype={dtype!r} out")
+    if device not in ("auto", "cpu"):
+        raise ConfigurationError(
+            f"llama.cpp takes device='cpu', or 'auto' for a GPU where it was built for one; got {device!r}"
+        )
     if device == "cpu":
         n_gpu_layers = 0
     known = EMBEDDED_MODELS.get(name)

@@ -396,9 +396,9 @@ def test_a_budget_too_small_for_one_prompt(tiny_lm: TinyLM) -> None:
     assert_exact(tree, [[5, 6, 7, 8], [5, 9], [1, 2]])
 
 
-@pytest.mark.parametrize("kv_budget", [0, -1])
-def test_a_budget_is_positive(tiny_lm: TinyLM, kv_budget: int) -> None:
-    with pytest.raises(ConfigurationError, match="kv_budget"):
+@pytest.mark.parametrize("kv_budget", [0, -1, "1GB", True, float("nan"), float("inf")])
+def test_a_budget_is_a_positive_number(tiny_lm: TinyLM, kv_budget: Any) -> None:
+    with pytest.raises(ConfigurationError, match="kv_budget is a number of bytes"):
         TokenTree(tiny_lm("Llama"), TOP_K, kv_budget)
 
 

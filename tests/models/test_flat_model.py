@@ -201,15 +201,18 @@ def test_half_precision_layers_round_and_no_more() -> None:
 )
 def test_other_models_are_refused(architecture: str, options: dict[str, Any], message: str, tmp_path: Path) -> None:
     folder = save(tmp_path, architecture, **options)
-    with pytest.raises(ConfigurationError, match=message):
+    with pytest.raises(ConfigurationError, match=message) as caught:
         load_language_model(folder, "cpu", "float32", weights="flat")
+    assert not isinstance(caught.value, UnknownNameError)  # the name is right
 
 
 def test_arguments_are_checked(tmp_path: Path) -> None:
     folder = save(tmp_path)
     with pytest.raises(ConfigurationError, match="weights is one of 'model', 'flat', 'float16'; got 'int3'"):
         load_language_model(folder, weights="int3")
-    with pytest.raises(ConfigurationError, match="computes in float32 on a CPU"):
+    with pytest.raises(ConfigurationError, match="prepack is True, False or 'auto'"):
+        load_language_model(str(tmp_path / "nothing" / "there"), prepack="yes")  # before anything is read
+    with pytest.raises(ConfigurationError, match="^weights='float16' computes in float32 on a CPU"):
         load_language_model(folder, "cpu", "bfloat16", weights="float16")
     with pytest.raises(ConfigurationError, match="takes no device_map"):
         load_language_model(folder, "cpu", "float32", weights="flat", device_map="auto")

@@ -435,6 +435,12 @@ def test_options_that_it_does_not_have_are_named(tiny: Tiny, files: Callable[[st
         load_language_model(path, n_gpu_layers="many")
     with pytest.raises(UnknownNameError, match="engine"):
         load_language_model(path, engine="tgi")
+    for device in ("cuda", "zpu"):
+        with pytest.raises(ConfigurationError, match=f"device='cpu', or 'auto'.*got '{device}'"):
+            load_language_model(path, device=device)
+    for name, engine in ((path, "torch"), ("toy", "torch"), ("toy", "llama.cpp"), ("http://x/v1", "llama.cpp")):
+        with pytest.raises(ConfigurationError, match=f"does not run on engine='{engine}'; leave engine out"):
+            load_language_model(name, engine=engine)
     with pytest.raises(UnknownNameError, match=r"no file 'nowhere\.gguf'"):
         load_language_model("nowhere.gguf")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF and nothing else")
