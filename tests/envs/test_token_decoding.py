@@ -214,7 +214,7 @@ def test_masks_would_be_missed(tabular_env: MakeEnv) -> None:
     # So that the test above means something: an agent that knows no masks fails on the same env.
     env = tabular_env(candidate_dims=4, top_p=0.6)
     agent = stable_baselines3.PPO("MultiInputPolicy", env, seed=0, device="cpu", n_steps=16, batch_size=8, n_epochs=1)
-    with pytest.raises(IllegalActionError, match="is masked.*MaskableDQN"):
+    with pytest.raises(IllegalActionError, match=r"is masked.*MaskableDQN"):
         agent.learn(48)
 
 

@@ -212,7 +212,7 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
         load_language_model(folder, weights="int3")
     with pytest.raises(ConfigurationError, match="prepack is True, False or 'auto'"):
         load_language_model(str(tmp_path / "nothing" / "there"), prepack="yes")  # before anything is read
-    with pytest.raises(ConfigurationError, match="^weights='float16' computes in float32 on a CPU"):
+    with pytest.raises(ConfigurationError, match=r"^weights='float16' computes in float32 on a CPU"):
         load_language_model(folder, "cpu", "bfloat16", weights="float16")
     with pytest.raises(ConfigurationError, match="takes no device_map"):
         load_language_model(folder, "cpu", "float32", weights="flat", device_map="auto")
