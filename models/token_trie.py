@@ -406,7 +406,7 @@ def kv_budget_or_default(kv_budget: int | None, device: torch.device | None = No
         ConfigurationError: What is given is no positive number.
     """
     given: Any = kv_budget
-    is_number = isinstance(given, Real) and type(given) is not bool
+    is_number = isinstance(given, Real) and not isinstance(given, bool)
     if given is not None and not (is_number and 0 < given < math.inf):
         raise ConfigurationError(f"kv_budget is a number of bytes > 0 (or None), got {kv_budget!r}")
     return kv_budget or min(free_memory(device) // 4, 4 << 30)
