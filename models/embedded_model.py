@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
+
 from ..errors import CacheError
 from ..files import locked
 
@@ -206,8 +208,7 @@ def _join(parts: list[Path], file: Path) -> None:
 
 def _convert(files: list[Path], folder: Path) -> None:
     """Write the dequantised model into ``folder``, atomically; ``files`` are its GGUF file or the parts of it."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     with _new_folder(folder) as temporary, contextlib.ExitStack() as stack:
         gguf = files[0]
@@ -217,12 +218,41 @@ def _convert(files: list[Path], folder: Path) -> None:
             _join(files, gguf)
         with _read_once():
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        # The weights are plain float32 now; with these marks left on, save_pretrained refuses.
-        model.hf_quantizer, model.is_quantized = None, False
-        del model.config.quantization_config
-        model.save_pretrained(temporary)
+            config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
+            _write_weights(gguf, config, temporary / "model.safetensors")
+        config.save_pretrained(temporary)
+        GenerationConfig.from_model_config(config).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+
+
+def _write_weights(gguf: Path, config: Any, file: Path) -> None:
+    """Dequantise a GGUF file's tensors to float32 into a file of safetensors, one at a time: in little memory."""
+    import torch
+    from gguf import GGUFReader, dequantize
+    from transformers import AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    reader = GGUFReader(gguf)
+    architecture = bytes(reader.fields["general.architecture"].parts[-1]).decode()
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
+    known, shapes = get_gguf_hf_weights_map(model, processor), model.state_dict()
+    tensors = {known[tensor.name]: tensor for tensor in reader.tensors if tensor.name in known}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(tensors):
+        start, end = end, end + 4 * shapes[name].numel()
+        header[name] = {"dtype": "F32", "shape": list(shapes[name].shape), "data_offsets": [start, end]}
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with file.open("wb") as target:
+        target.write(len(head).to_bytes(8, "little") + head)
+        for name in sorted(tensors):
+            weights = dequantize(tensors[name].data, tensors[name].tensor_type)
+            weights = processor.process(weights=weights, name=tensors[name].name).weights
+            target.write(memoryview(np.ascontiguousarray(weights, dtype="<f4")).cast("B"))
 
 
 @contextlib.contextmanager

@@ -406,7 +406,7 @@ def test_the_manifest_has_every_file(folder: Path) -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("victim", [transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase])
+@pytest.mark.parametrize("victim", [transformers.PretrainedConfig, transformers.PreTrainedTokenizerBase])
 def test_a_conversion_that_is_stopped_in_the_middle_leaves_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch, victim: Any, error: BaseException, seen_as: type[BaseException]
 ) -> None:
