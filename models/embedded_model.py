@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
@@ -228,17 +228,18 @@ def _convert(files: list[Path], folder: Path) -> None:
 def _write_weights(gguf: Path, config: Any, file: Path) -> None:
     """Dequantise a GGUF file's tensors to float32 into a file of safetensors, one at a time: in little memory."""
     import torch
+    import transformers
     from gguf import GGUFReader, dequantize
-    from transformers import AutoModelForCausalLM
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+    from transformers import modeling_gguf_pytorch_utils
 
+    auto_model, conversion = cast("Any", transformers.AutoModelForCausalLM), cast("Any", modeling_gguf_pytorch_utils)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_model.from_config(config)
     config.architectures = [type(model).__name__]
     reader = GGUFReader(gguf)
     architecture = bytes(reader.fields["general.architecture"].parts[-1]).decode()
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
-    known, shapes = get_gguf_hf_weights_map(model, processor), model.state_dict()
+    processor = conversion.TENSOR_PROCESSORS.get(architecture, conversion.TensorProcessor)(config=config.to_dict())
+    known, shapes = conversion.get_gguf_hf_weights_map(model, processor), model.state_dict()
     tensors = {known[tensor.name]: tensor for tensor in reader.tensors if tensor.name in known}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -252,7 +253,7 @@ def _write_weights(gguf: Path, config: Any, file: Path) -> None:
         for name in sorted(tensors):
             weights = dequantize(tensors[name].data, tensors[name].tensor_type)
             weights = processor.process(weights=weights, name=tensors[name].name).weights
-            target.write(memoryview(np.ascontiguousarray(weights, dtype="<f4")).cast("B"))
+            np.ascontiguousarray(weights, dtype="<f4").tofile(target)
 
 
 @contextlib.contextmanager
