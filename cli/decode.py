@@ -17,7 +17,6 @@ from rich.table import Table
 from rich.text import Text
 
 from ..agents.planning.registry import DECODERS, by_command
-from ..checks import check_writable
 from ..errors import ConfigurationError, PromptError
 from .console import err, follow, json_line, number_text, out, quiet, read_stdin, report_progress, say, say_json, status
 from .options import (
@@ -31,6 +30,7 @@ from .options import (
     complete,
     known_models,
     known_rewards,
+    prepare_file,
     workers_on,
 )
 
@@ -130,7 +130,7 @@ def decode(
     if learn is not None and decoder != "astar":
         raise ConfigurationError(f"--learn is for --decoder astar, got {decoder}")
     if tree is not None:
-        check_writable(tree.parent)
+        prepare_file(tree)
     if (prompt is None) == (source is None):
         raise ConfigurationError("give one prompt, or --input with a file of them")
     if source is None and (ray is not None or results is not None or keep_going):
@@ -220,7 +220,7 @@ def demo(
 
     limits, spec = Budget.of(budget), load_task(task, trust_remote_code=trust, engine=engine)
     if svg is not None:
-        check_writable(svg.parent)
+        prepare_file(svg)
     with status("loading the language model (the first time it is converted: about 10 s)"):
         quiet()
         mdp = spec.mdp()

@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from ..agents.planning.registry import CONTENDERS, TRIALS
-from ..checks import check_writable
 from ..errors import ConfigurationError, UnknownNameError
 from .console import out, quiet, report_progress, say_json
 from .options import (
@@ -22,6 +21,7 @@ from .options import (
     WorkersOption,
     complete,
     known_tasks,
+    prepare_file,
     workers_on,
 )
 
@@ -134,7 +134,7 @@ def plot(
         raise UnknownNameError("picture", kind, PICTURES)
     path = path or Path(f"{kind}.svg")
     plots.check_path(path)
-    check_writable(path.parent)
+    prepare_file(path)
     figure, drawn = plots.draw(kind, sources, quantities=curves or (), names=highlight or ())
     plots.save(figure, path)
     if as_json:

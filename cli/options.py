@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..checks import check_writable
 from ..errors import ConfigurationError
 from .console import status
 
@@ -27,8 +29,21 @@ __all__ = [
     "known_models",
     "known_rewards",
     "known_tasks",
+    "prepare_file",
     "workers_on",
 ]
+
+
+def prepare_file(path: Path) -> None:
+    """Check, before long work, that its result can be written into a file, and make the file's folder.
+
+    Raises:
+        ConfigurationError: It cannot.
+    """
+    if path.is_dir():
+        raise ConfigurationError(f"{path} is a folder; give the name of a file")
+    check_writable(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def complete(names: Callable[[], Iterable[str]], *, listed: bool = False) -> Callable[[str], list[str]]:

@@ -149,7 +149,9 @@ class GrammarConstraint(_Guided):
         try:
             return str(any_to_lark(self.grammar)) + _EVERY_TOKENIZATION
         except Exception as error:  # any error of the library is about the grammar
-            raise ConfigurationError(f"the grammar is no GBNF: {' '.join(str(error).split())[:300]}") from error
+            raise ConfigurationError(
+                f"the grammar has no rule 'start:' of Lark, and is no GBNF: {' '.join(str(error).split())[:300]}"
+            ) from error
 
 
 class _Guide(Rule):

@@ -247,3 +247,19 @@ def test_a_single_array_in_place_of_an_archive(tmp_path, monkeypatch, capsys):
         cli.main()
     assert left.value.code == 2
     assert "is not a calibration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["decode", "ab", "--task", "toy", "--budget", "8", "--tree"], ["demo", "--task", "toy", "--budget", "8", "--svg"]],
+    ids=["tree", "picture"],
+)
+def test_a_file_is_prepared_before_the_work_and_no_result_is_lost(command, tmp_path, monkeypatch):
+    made = tmp_path / "new" / "folder" / "page"
+    assert run_in("utf-8", monkeypatch, *command, made)[0] in (0, None)
+    assert made.stat().st_size > 1000
+    monkeypatch.setattr("qstar_decoding.tasks.Task.mdp", lambda *_, **__: pytest.fail("the work has begun"))
+    for place, reason in ((tmp_path, "give the name of a file"), (made / "beneath", "nothing can be written")):
+        code, _, said = run_in("utf-8", monkeypatch, *command, place)
+        assert (code, len(said.splitlines())) == (2, 1)
+        assert reason in said
