@@ -93,7 +93,10 @@ def main() -> None:
     """Run the command. A mistake of the user's is told in one line on standard error, with exit code 2."""
     replace_unprintable()
     try:
-        sys.exit(app(prog_name="qstar", standalone_mode=False))
+        code = app(prog_name="qstar", standalone_mode=False)
+        if code == 130:  # typer turns Ctrl-C into this code and says nothing
+            err.print("interrupted")
+        sys.exit(code)
     except typer.TyperException as error:  # an unknown option, a missing argument, a number out of range
         context = getattr(error, "ctx", None)
         fail(f"{error.format_message().rstrip('.')}. See {context.command_path if context else 'qstar'} --help.")
@@ -101,6 +104,6 @@ def main() -> None:
         fail(str(error))
     except OSError as error:
         fail(f"{error.strerror}: {error.filename}" if error.filename else str(error))
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort):  # outside of a command, or at the end of standard input
         err.print("interrupted")
         sys.exit(130)

@@ -263,3 +263,15 @@ def test_a_file_is_prepared_before_the_work_and_no_result_is_lost(command, tmp_p
         code, _, said = run_in("utf-8", monkeypatch, *command, place)
         assert (code, len(said.splitlines())) == (2, 1)
         assert reason in said
+
+
+@pytest.mark.parametrize("command", [["decode", "ab", "--task", "toy"], ["evaluate", "toy", "--out", "new"], ["demo"]])
+def test_ctrl_c_is_told_in_one_line(command, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("qstar_decoding.tasks.Task.mdp", interrupt)
+    code, said, errors = run_in("utf-8", monkeypatch, *command)
+    assert (code, said, errors.splitlines()[-1]) == (130, "", "interrupted")
+    assert "Traceback" not in errors
