@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from ..checks import check_integer
 from ..envs.prompts import Prompt, load_prompts
+from ..errors import ConfigurationError
 from ..rewards import Reward, as_reward
 from ..tasks import Task, load_task
 from .planning.astar import AStarPlanner
@@ -74,7 +75,7 @@ class WritingGame:
         self.task = task if isinstance(task, Task) else load_task(task)
         self.prompts: Sequence[Prompt] = load_prompts(self.task.prompts.of(split))
         self.turns = check_integer("turns", turns)
-        self._reward: Reward = as_reward(self.task.env["reward"] if reward is None else reward)
+        self._reward: Reward = as_reward(self.task.env.get("reward", "sentiment") if reward is None else reward)
         self.reset(index=0)
 
     def reset(self, *, index: int | None = None, seed: int | None = None) -> str:
@@ -83,9 +84,13 @@ class WritingGame:
         Args:
             index: Of the prompt; by default one is drawn.
             seed: Of the draw.
+
+        Raises:
+            ConfigurationError: The seed is no integer of at least 0.
         """
         if index is None:
-            index = int(np.random.default_rng(seed).integers(len(self.prompts)))
+            chosen = None if seed is None else check_integer("seed", seed, low=0)
+            index = int(np.random.default_rng(chosen).integers(len(self.prompts)))
         self.prompt, self.best, self._turn = self.prompts[index % len(self.prompts)], None, 0
         return self.instruction(self.prompt)
 
@@ -97,7 +102,13 @@ class WritingGame:
         )
 
     def step(self, answer: str) -> Turn:
-        """Score an answer; it follows the prompt after a space, unless it begins with white space itself."""
+        """Score an answer; it follows the prompt after a space, unless it begins with white space itself.
+
+        Raises:
+            ConfigurationError: It is no text.
+        """
+        if not isinstance(given := cast("Any", answer), str):
+            raise ConfigurationError(f"an answer is a text, got {type(given).__name__}")
         text = answer if answer[:1].isspace() else f" {answer}"
         columns = {name: [value] for name, value in self.prompt.columns.items()}
         score = float(self._reward([self.prompt.text], [text], **columns)[0])

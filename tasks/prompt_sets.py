@@ -91,6 +91,12 @@ class PromptSet(Strict):
         return self
 
     def of(self, split: str) -> list[Any]:
-        """Return the prompts of ``"train"``, ``"dev"`` or ``"test"``, as ``load_prompts`` takes them."""
+        """Return the prompts of ``"train"``, ``"dev"`` or ``"test"``, as ``load_prompts`` takes them.
+
+        Raises:
+            UnknownNameError: There is no such split.
+        """
+        if split not in SPLITS:
+            raise UnknownNameError("split", str(split), SPLITS)
         part = getattr(self, split)
         return part.expand() if isinstance(part, Templates) else list(part)

@@ -18,6 +18,7 @@ from transformers.utils import get_json_schema
 from qstar_decoding.agents import WritingGame, trl_environment, trl_reward
 from qstar_decoding.errors import ConfigurationError, UnknownNameError
 from qstar_decoding.rewards import as_reward
+from qstar_decoding.tasks import load_task
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "exports"
 OWN = "docs/interop.md says how it was tried: {} does not install with the versions of constraints.txt"
@@ -81,6 +82,30 @@ def test_the_reference_is_what_the_tasks_planner_finds():
 def test_wrong_arguments_are_named(arguments, error):
     with pytest.raises(error):
         WritingGame(**{"task": "toy", **arguments})
+
+
+@pytest.mark.parametrize(
+    ("act", "reason"),
+    [
+        (lambda game: game.step(None), "an answer is a text, got NoneType"),
+        (lambda game: game.step(5), "an answer is a text, got int"),
+        (lambda game: game.reset(seed=-1), "seed is an integer >= 0, got -1"),
+        (lambda game: game.reset(seed="x"), "seed is an integer >= 0, got 'x'"),
+        (lambda game: game.task.prompts.of("validation"), "unknown split 'validation'"),
+        (lambda game: WritingGame("toy", split="validation"), "unknown split 'validation'"),
+    ],
+)
+def test_wrong_moves_are_told_in_one_line(act, reason):
+    game = WritingGame("toy")
+    with pytest.raises(ConfigurationError, match=reason):
+        act(game)
+    assert game.step("abc").score > 0  # the game goes on
+
+
+def test_a_task_without_a_reward_has_the_environments():
+    task = load_task("toy")
+    env = {name: value for name, value in task.env.items() if name != "reward"}
+    assert WritingGame(task.model_copy(update={"env": env})).step("I love it").score > 0.5
 
 
 def test_any_reward_is_a_reward_function_of_trl():
