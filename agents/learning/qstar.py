@@ -219,8 +219,8 @@ class QStar(DQN):
         """Take one step; return the loss and the mean of target - Q."""
         assert self.experience is not None
         inputs = {key: torch.from_numpy(value).to(self.device) for key, value in batch.observation.items()}
-        head_outputs = scorer.head_outputs(inputs)  # [batch, k, heads]
         targets = torch.from_numpy(batch.targets).to(self.device).unsqueeze(-1)
+        head_outputs = scorer.head_outputs(inputs, ~torch.isnan(targets[..., 0]))  # [batch, k, heads]
         found = torch.from_numpy(batch.found).to(self.device).unsqueeze(-1)
         mask = ~torch.isnan(targets).expand_as(head_outputs)
         if scorer.heads > 1:  # each head learns from half of the states, so that they stay apart

@@ -155,8 +155,13 @@ class TokenScorer(nn.Module):
         outputs = self.head_outputs(observation)
         return outputs.amax(dim=2) if self.n_quantiles is None else outputs.transpose(1, 2)
 
-    def head_outputs(self, observation: Mapping[str, Tensor]) -> Tensor:
-        """Return the outputs of all heads, float [B, k, heads], or all quantiles, [B, k, n_quantiles]."""
+    def head_outputs(self, observation: Mapping[str, Tensor], only: Tensor | None = None) -> Tensor:
+        """Return the outputs of all heads, float [B, k, heads], or all quantiles, [B, k, n_quantiles].
+
+        Args:
+            observation: A batch of observations.
+            only: The edges that are wanted, bool [B, k]; others may have 0 and cost next to nothing. None for all.
+        """
         logprobs = observation["logprobs"].float()
         batch, k = logprobs.shape
         of_state = torch.cat((observation["potential"].float(), observation["remaining"].float()), dim=1)
@@ -167,9 +172,15 @@ class TokenScorer(nn.Module):
         if self.context is not None:
             of_context, context_gate = self.context(observation["context"].float()).chunk(2, dim=1)
             state, gate = state + of_context, gate + context_gate
-        x = state.unsqueeze(1) + self.token(torch.cat((candidates, scalars), dim=-1))
-        x = x + gate.unsqueeze(1) * self.token_gate(candidates)
+        if only is None or self.value is not None:
+            state, gate = state.unsqueeze(1), gate.unsqueeze(1)
+        else:  # [m, …], edge by edge
+            state, gate = (values[only.nonzero()[:, 0]] for values in (state, gate))
+            candidates, scalars = candidates[only], scalars[only]
+        x = state + self.token(torch.cat((candidates, scalars), dim=-1)) + gate * self.token_gate(candidates)
         q: Tensor = self.head(self.body(x)) + self.direct(scalars)  # [B, k, outputs]
+        if q.ndim == 2 and only is not None:
+            q = q.new_zeros(batch, k, q.shape[1]).index_put(only.nonzero(as_tuple=True), q)
         if self.value is not None:
             allowed = observation["action_mask"].float().unsqueeze(-1)
             mean = (q * allowed).sum(dim=1, keepdim=True) / allowed.sum(dim=1, keepdim=True).clamp(min=1)

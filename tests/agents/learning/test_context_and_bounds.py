@@ -11,6 +11,7 @@ from qstar_decoding.agents import AStarPlanner, GreedyDecoder, QFunction, QHeuri
 from qstar_decoding.agents.learning.config import CollectConfig
 from qstar_decoding.agents.learning.experience import collect
 from qstar_decoding.agents.learning.q_heuristic import export_sb3
+from qstar_decoding.agents.learning.scorer import TokenScorer
 from qstar_decoding.envs import TabularLM, TokenDecodingVecEnv, load_prompts
 from qstar_decoding.errors import CheckpointError, ConfigurationError
 
@@ -194,3 +195,23 @@ def test_without_a_context_the_network_is_what_it_was():
     torch.manual_seed(0)
     names = set(QStar(env=make(), seed=0, **SMALL).q_net.scorer.state_dict())
     assert not any(name.startswith("context") for name in names)
+
+
+@pytest.mark.parametrize("settings", [{}, {"heads": 3}, {"dueling": True}, {"context_tokens": 2}])
+def test_outputs_of_some_edges_are_those_of_all_edges(settings):
+    torch.manual_seed(0)
+    network = TokenScorer(6, 4, width=8, dropout=0.0, **settings)
+    torch.nn.init.normal_(network.head.weight)
+    shapes = {"hidden": 6, "candidates": 20, "logprobs": 5, "potential": 1, "remaining": 1, "context": 8}
+    seen = {name: torch.randn(7, size) for name, size in shapes.items()} | {"action_mask": torch.ones(7, 5)}
+    only = torch.rand(7, 5) < 0.4
+    gradients = []
+    for wanted in (None, only):
+        outputs = network.head_outputs(seen, wanted)
+        assert outputs.shape == (7, 5, settings.get("heads", 1))
+        network.zero_grad()
+        (outputs[only] ** 2).sum().backward()
+        gradients.append([outputs[only].detach(), *(p.grad.clone() for p in network.parameters())])
+    for all_edges, some in zip(*gradients, strict=True):
+        torch.testing.assert_close(all_edges, some)
+    assert network.head_outputs(seen, torch.zeros(7, 5, dtype=torch.bool)).shape == (7, 5, settings.get("heads", 1))
