@@ -307,8 +307,8 @@ def _heuristic(mdp: DecodingMDP, task: Task, q: str | None, *, adapted: bool = F
         weight = carried_weight(task.env.get("reward", "sentiment"), mdp.reward)
         if not weight:
             err.print(
-                "note: the shipped Q knows the task's own reward only, which is no part of this one; using the bound "
-                f"instead (--q {task.name} takes it all the same, --learn FOLDER learns another)",
+                "note: the shipped Q knows the task's own reward only, and most of it is no part of this one; using "
+                f"the bound instead (--q {task.name} takes it all the same, --learn FOLDER learns another)",
                 soft_wrap=True,
             )
             return BoundHeuristic()

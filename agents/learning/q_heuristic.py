@@ -17,6 +17,7 @@ from ...envs import DecodingMDP, Prompt
 from ...envs.mdp import mdp_of
 from ...errors import CheckpointError, ConfigurationError
 from ...rewards import Reward, WeightedSum, as_reward
+from ...rewards.composition import Composition
 from ..heuristics import BoundHeuristic, Composable, Heuristic
 from ..search.state import IntArray, Values
 from .checkpoints import pretrained_names
@@ -98,21 +99,27 @@ def carried_weight(trained: Any, reward: Any) -> float:
     """Return the weight w >= 0 with which a reward holds the one that a Q was trained for: reward = w · trained + rest.
 
     With w > 0 that Q says something about the new reward: its part of it, while φ(s) and bounds are the new reward's.
+    It is enough that most of the trained reward is there, by the weights of its terms; w is then the least weight of
+    these. A reward that is clipped or normalised counts as itself: docs/experiments.md shows that Q helps then, too.
 
     Args:
         trained: The reward that Q was trained for; see :func:`~qstar_decoding.rewards.as_reward`.
         reward: The new one.
     """
     old, new = (_weights(as_reward(each)) for each in (trained, reward))
-    shares = [new.get(name, 0.0) / weight for name, weight in old.items() if weight]
-    return max(min(shares, default=0.0), 0.0)
+    shares = {name: new.get(name, 0.0) / weight for name, weight in old.items() if weight}
+    held = [name for name, share in shares.items() if share > 0]
+    most = sum(abs(old[name]) for name in held) > sum(abs(old[name]) for name in shares) / 2
+    return min(shares[name] for name in held) if most else 0.0
 
 
 def _weights(reward: Reward) -> dict[str, float]:
-    """Return a reward's terms: their weights by name."""
+    """Return the weights of a reward's terms by name, those inside of clip and normalise included."""
     weights: dict[str, float] = {}
     for weight, term in reward.terms if isinstance(reward, WeightedSum) else [(1.0, reward)]:
-        weights[term.name] = weights.get(term.name, 0.0) + weight
+        inner = _weights(term.parts[0]) if isinstance(term, Composition) and len(term.parts) == 1 else {term.name: 1.0}
+        for name, share in inner.items():
+            weights[name] = weights.get(name, 0.0) + weight * share
     return weights
 
 

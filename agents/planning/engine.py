@@ -71,6 +71,9 @@ class SearchEngine:
     A reward whose last call took 10 ms or more is asked in a thread of its own, while the other searches go on; a
     search waits for its own reward only. One thread at a time asks a reward.
 
+    If a decoder has a learner, its Q learns between ticks, for no longer than the tick took, and while nothing runs.
+    Results then depend on the order of the requests.
+
     Attributes:
         decoder: Serves the requests that name none.
         mdp: The process that requests differ from.
