@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress, track
 from rich.table import Table
 from rows import add_json_option, out, row, write
-from solving import SEARCHES, TARGET, InOrder, Unbounded
+from solving import SEARCHES, TARGET, InOrder, OneByOne, Unbounded, UniqueOneByOne
 
 from qstar_decoding.agents import (
     CONTENDERS,
@@ -36,10 +36,8 @@ from qstar_decoding.agents import (
     OracleHeuristic,
     QHeuristic,
     QStar,
-    SamplingDecoder,
     SoftValueHeuristic,
     TokenQPolicy,
-    UniqueSampler,
     evaluate,
     paired_bootstrap,
 )
@@ -413,18 +411,6 @@ def with_interval(differences, digits=3):
 
 
 # -- solve ------------------------------------------------------------------------------------------------------------
-
-
-class OneByOne(SamplingDecoder):
-    """Draws a text at a time, so that none is begun beside the one that solves the puzzle."""
-
-    largest_wave = 1
-
-
-class UniqueOneByOne(UniqueSampler):
-    """The same without replacement."""
-
-    largest_wave = 1
 
 
 TEMPERATURES = (0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 1e6)  # the last draws legal moves at random

@@ -20,6 +20,7 @@ from qstar_decoding.agents import (
     GreedyDecoder,
     LevinTreeSearch,
     SamplingDecoder,
+    UniqueSampler,
 )
 from qstar_decoding.agents.evaluation.outcomes import evaluate, tokens_until
 from qstar_decoding.agents.planning.decoder import Decoder
@@ -52,6 +53,18 @@ class InOrder(Decoder):
             yield Edges(np.array([deepest]), np.array([tokens.argmin()]))
 
 
+class OneByOne(SamplingDecoder):
+    """Draws a text at a time, so that none is begun beside the one that solves the puzzle."""
+
+    largest_wave = 1
+
+
+class UniqueOneByOne(UniqueSampler):
+    """The same without replacement."""
+
+    largest_wave = 1
+
+
 class Unbounded(Reward):
     """Another reward without its bounds of prefixes."""
 
@@ -72,13 +85,13 @@ def decoders(task, qs, seeds):
     plan = {key: value for key, value in task.planner.items() if key != "score"}
     known = [*zip(qs, seeds, strict=False)]
     table = {
-        "random legal moves": [lambda mdp, s=s: SamplingDecoder(mdp, temperature=1e6, seed=s) for s in seeds],
+        "random legal moves": [lambda mdp, s=s: OneByOne(mdp, temperature=1e6, seed=s) for s in seeds],
         "every answer in order": [InOrder],
-        "best-of-n": [lambda mdp, s=s: SamplingDecoder(mdp, seed=s) for s in seeds],
-        "best-of-n, temperature 1.5": [lambda mdp, s=s: SamplingDecoder(mdp, temperature=1.5, seed=s) for s in seeds],
+        "best-of-n": [lambda mdp, s=s: OneByOne(mdp, seed=s) for s in seeds],
+        "best-of-n, temperature 1.5": [lambda mdp, s=s: OneByOne(mdp, temperature=1.5, seed=s) for s in seeds],
         "Levin tree search": [LevinTreeSearch],
         "A*, no Q": [lambda mdp: AStarPlanner(mdp, **WITHOUT_Q)],
-        "VAS on Q": [lambda mdp, q=q, s=s: SamplingDecoder(mdp, heuristic=q, beta=0.1, seed=s) for q, s in known],
+        "VAS on Q": [lambda mdp, q=q, s=s: OneByOne(mdp, heuristic=q, beta=0.1, seed=s) for q, s in known],
         "MCTS on Q": [lambda mdp, q=q: MCTS(mdp, heuristic=q) for q in qs],
         "Q*": [lambda mdp, q=q: AStarPlanner(mdp, heuristic=q, **plan) for q in qs],
     }
