@@ -43,6 +43,7 @@ class Results:
         squares: Sum of the squares of their J.
         searches: Number of searches, all alike.
         objectives: Sum of their J, all alike.
+        unfinished: Number of searches that found no text, those of long ago discounted.
     """
 
     weight: float = 0.0
@@ -50,15 +51,22 @@ class Results:
     squares: float = 0.0
     searches: int = 0
     objectives: float = 0.0
+    unfinished: float = 0.0
 
     @property
     def recent(self) -> float:
         """The mean J, the late searches counting most; NaN where they are forgotten."""
         return self.total / self.weight if self.weight else math.nan
 
+    @property
+    def tried(self) -> float:
+        """The number of searches, with a text or without; without one, a trial is repeated when it is long ago."""
+        return self.searches + self.unfinished
+
     def forget(self) -> None:
         """Discount all results by one search."""
         self.weight, self.total, self.squares = self.weight * _MEMORY, self.total * _MEMORY, self.squares * _MEMORY
+        self.unfinished *= _MEMORY
 
     def add(self, objective: float) -> None:
         """Enter the J of a search."""
@@ -95,7 +103,7 @@ class Guard:
         """
         for name in names:
             found = self.results.get(name)
-            if (found.searches if found else 0) + running.count(name) < _TRIALS:
+            if (found.tried if found else 0) + running.count(name) < _TRIALS:
                 return name
         known = {name: found for name, found in self.results.items() if name in names and found.weight}
         weight, total, squares = (
@@ -110,8 +118,9 @@ class Guard:
         return max(draws, key=lambda name: draws[name])
 
     def enter(self, name: str, objective: float) -> None:
-        """Enter the J of a search that a heuristic ordered; NaN, without a text, is no evidence."""
+        """Enter the J of a search that a heuristic ordered; NaN, without a text, counts as a trial only."""
         if not math.isfinite(objective):
+            self.results.setdefault(name, Results()).unfinished += 1
             return
         for found in self.results.values():
             found.forget()
@@ -120,7 +129,9 @@ class Guard:
     def use(self, name: str) -> Use:
         """Return how often a heuristic was used and with what result."""
         found = self.results.get(name)
-        return Use(found.searches, found.objectives / found.searches, found.recent) if found else _UNUSED
+        if found is None or not found.searches:
+            return _UNUSED
+        return Use(found.searches, found.objectives / found.searches, found.recent)
 
     def restore(self, saved: Any) -> None:
         """Take back the results as JSON has them; anything else is no evidence."""

@@ -21,6 +21,7 @@ from qstar_decoding.agents import (
 )
 from qstar_decoding.agents.distributed.jobs import InProcess, Job
 from qstar_decoding.agents.learning import LearningDecoder, LearningWorkers, carried_weight
+from qstar_decoding.agents.learning.online.guard import Guard
 from qstar_decoding.agents.learning.online.lessons import JOURNAL
 from qstar_decoding.agents.search.budget import Budget
 from qstar_decoding.envs import TabularLM
@@ -115,6 +116,17 @@ def test_a_search_keeps_the_version_of_q_that_it_began_with(learned):
     np.testing.assert_array_equal(old(mdp, prompts, roots), before)
     newest = planner.learner._heuristics["learned"]
     assert not np.array_equal(newest(mdp, prompts, roots), before)
+
+
+def test_a_heuristic_that_finishes_no_text_is_tried_seldom():
+    guard, used = Guard(seed=0), []
+    for _ in range(200):
+        used.append(guard.draw(["fruitless", "fine"]))
+        guard.enter(used[-1], math.nan if used[-1] == "fruitless" else 0.5)
+    assert used[:3] == ["fruitless"] * 3
+    assert 5 <= used.count("fruitless") <= 30  # it may have improved
+    assert guard.use("fruitless").searches == 0
+    assert math.isnan(guard.use("fruitless").objective)
 
 
 class Misleading:
