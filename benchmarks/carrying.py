@@ -13,17 +13,15 @@ Results are kept in --runs: a second call goes on.
 """
 
 import argparse
-import json
 import time
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 from rich.table import Table
-from rows import add_json_option, out, row, write
+from rows import add_json_option, out, read_or_measure, row, with_the_worst, write
 
 from qstar_decoding.agents import AStarPlanner, BoundHeuristic, OnlineLearner, QHeuristic, QStar, pretrained_names
 from qstar_decoding.agents.learning import carried_weight, environment_like
-from qstar_decoding.files import write_json
 from qstar_decoding.tasks import load_task
 
 # Trained for this task, used for that task's prompts and settings, with this reward in place of its own.
@@ -39,8 +37,9 @@ PAIRS = (
 ROWS = ("bound", "carried", "on-line", "retrained")
 
 
-def plans(row_name, trained, task, reward, prompts, budget):
-    """Return the J of each prompt, and how often the guard used which heuristic."""
+def measure(row_name, trained, task, reward, prompts, budget):
+    """Return the J of each prompt, how often the guard used which heuristic, and the seconds."""
+    start = time.perf_counter()
     mdp = task.mdp(**({} if reward is None else {"reward": reward}))
     learner = None
     if row_name == "bound":
@@ -53,7 +52,9 @@ def plans(row_name, trained, task, reward, prompts, budget):
         mdp = learner.mdp
     planner = AStarPlanner(mdp, heuristic=heuristic, learn=learner, **task.planner)
     found = [plan.objective for plan in planner.plan_many(prompts, budget)]
-    return found, {} if learner is None else {name: list(use) for name, use in learner.uses().items()}
+    uses = {} if learner is None else {name: list(use) for name, use in learner.uses().items()}
+    seconds = time.perf_counter() - start
+    return {"reward": reward or task.env["reward"], "objective": found, "uses": uses, "seconds": seconds}
 
 
 def main():
@@ -63,7 +64,6 @@ def main():
     parser.add_argument("--runs", type=Path, default=Path("runs/carrying"), help="folder of the results")
     add_json_option(parser)
     arguments = parser.parse_args()
-    arguments.runs.mkdir(parents=True, exist_ok=True)
     rows = []
     table = Table(title=f"mean J over {arguments.prompts} test prompts, {arguments.budget} LM tokens each")
     for column in ("Q trained for", "used for", "share", *ROWS, "late on-line", "heuristics used"):
@@ -77,14 +77,8 @@ def main():
             if row_name == "retrained" and not (reward is None and name in pretrained_names()):
                 continue
             path = arguments.runs / f"{number}-{trained}-{name}-{row_name}-{arguments.prompts}-{arguments.budget}.json"
-            if not path.is_file():
-                start = time.perf_counter()
-                found, used = plans(row_name, trained, task, reward, prompts, arguments.budget)
-                seconds = time.perf_counter() - start
-                write_json(path, {"reward": new, "objective": found, "uses": used, "seconds": seconds})
-            result = json.loads(path.read_text(encoding="utf-8"))
-            objective = np.array(result["objective"], dtype=float)
-            objective = np.where(np.isnan(objective), np.nanmin(objective), objective)
+            result = read_or_measure(path, partial(measure, row_name, trained, task, reward, prompts, arguments.budget))
+            objective = with_the_worst(result["objective"])
             means[row_name] = objective.mean()
             rows.append(row(f"{trained} for {new}, {row_name}", objective.mean(), "J"))
             print(f"{trained} for {new}, {row_name}: J {objective.mean():.3f}", flush=True)

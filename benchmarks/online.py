@@ -10,14 +10,14 @@ Results are kept in --runs: a second call goes on.
 """
 
 import argparse
-import json
 import time
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 from rich.table import Table
-from rows import add_json_option, out, row, write
+from rows import add_json_option, out, read_or_measure, row, with_the_worst, write
 
 from qstar_decoding.agents import (
     AStarPlanner,
@@ -29,7 +29,6 @@ from qstar_decoding.agents import (
     SamplingDecoder,
     pretrained_names,
 )
-from qstar_decoding.files import write_json
 from qstar_decoding.tasks import load_task
 
 BLOCK = 30  # prompts of a mean
@@ -58,9 +57,6 @@ def decoders(task, seed):
 
 def run(task, seed, name, make, arguments):
     """Decode the prompts; return each one's J, the LM tokens, the seconds, and how often each heuristic was used."""
-    path = arguments.runs / f"{task.name}-{seed}-{name}-{arguments.prompts}-{arguments.budget}.json".replace(" ", "_")
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
     prompts = task.prompts.of("train")
     order = np.random.default_rng(seed).permutation(len(prompts))[: arguments.prompts]
     env = gym.make("TokenDecoding-v0", prompts=prompts, **task.env)
@@ -75,30 +71,24 @@ def run(task, seed, name, make, arguments):
             f"{task.name}, seed {seed}, {name}: {len(objectives)} prompts, J {np.nanmean(objectives[-BLOCK:]):.3f}",
             flush=True,
         )
-    result = {
+    return {
         "objective": objectives,
         "tokens": tokens,
         "seconds": time.perf_counter() - start,
         "learning": 0.0 if learner is None else learner.seconds,
         "uses": {} if learner is None else {key: list(use) for key, use in learner.uses().items()},
     }
-    arguments.runs.mkdir(parents=True, exist_ok=True)
-    write_json(path, result)
-    return result
 
 
 def blocks(values):
     """Return the means of J over each BLOCK prompts in a row; an unfinished text counts as the worst one."""
-    values = np.array(values, dtype=float)
-    values = np.where(np.isnan(values), np.nanmin(values), values)
+    values = with_the_worst(values)
     return values[: len(values) // BLOCK * BLOCK].reshape(-1, BLOCK).mean(axis=1)
 
 
 def moving(values):
     """Return the means over every BLOCK prompts in a row."""
-    values = np.array(values, dtype=float)
-    values = np.where(np.isnan(values), np.nanmin(values), values)
-    return np.convolve(values, np.ones(BLOCK) / BLOCK, mode="valid")
+    return np.convolve(with_the_worst(values), np.ones(BLOCK) / BLOCK, mode="valid")
 
 
 def main():
@@ -119,7 +109,10 @@ def main():
             for decoder, make in decoders(task, seed).items():
                 if decoder in arguments.without:
                     continue
-                found.setdefault(decoder, []).append(run(task, seed, decoder, make, arguments))
+                file = f"{task.name}-{seed}-{decoder}-{arguments.prompts}-{arguments.budget}.json"
+                measure = partial(run, task, seed, decoder, make, arguments)
+                result = read_or_measure(arguments.runs / file.replace(" ", "_"), measure)
+                found.setdefault(decoder, []).append(result)
         budget = f"{arguments.budget} LM tokens a prompt, {arguments.seeds} seeds"
         table = Table(title=f"{name}: mean J of {BLOCK} prompts in a row, {budget}")
         count = arguments.prompts // BLOCK

@@ -317,9 +317,8 @@ class OnlineLearner(Watcher):
                 f"begin with this Q as its own heuristic (--q {folder}, QHeuristic({str(folder)!r}))"
             )
         self._guard.restore(description.get("heuristics"))
-        for name, least in (("version", int(self.agent._n_updates > 0)), ("steps_due", 0)):
-            saved = description.get(name)
-            setattr(self, name if name == "version" else "_steps_due", saved if type(saved) is int else least)
+        self.version = _integer(description.get("version"), int(self.agent._n_updates > 0))
+        self._steps_due = _integer(description.get("steps_due"), 0)
         self._take([*read(folder / JOURNAL)])
         self._saved, self._is_changed = time.monotonic(), self._steps_due > 0
 
@@ -353,6 +352,11 @@ class OnlineLearner(Watcher):
         """Return the newest Q, which later learning does not change."""
         q = self._q
         return QFunction(copy.deepcopy(q.network), q.spec, q.shaped, q.candidate_dims)
+
+
+def _integer(saved: Any, default: int) -> int:
+    """Return what a description holds, if it is an integer."""
+    return saved if type(saved) is int else default
 
 
 def environment_like(mdp: DecodingMDP, prompts: Any = None, **settings: Any) -> Any:
