@@ -302,6 +302,8 @@ def _heuristic(mdp: DecodingMDP, task: Task, q: str | None, *, adapted: bool = F
     if q is not None:
         heuristic = QHeuristic(q)
         heuristic.q.check(mdp)
+        if note := heuristic.describe_weights(mdp):
+            err.print(f"note: {note}", soft_wrap=True)
         return heuristic
     if adapted and task.name in pretrained_names():
         weight = carried_weight(task.env.get("reward", "sentiment"), mdp.reward)

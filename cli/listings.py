@@ -84,7 +84,9 @@ def models(as_json: JsonOption = False) -> None:
     learned = []
     for name in pretrained_names():
         q = QFunction.from_pretrained(name)
-        made_for = {"model": q.spec.model, "top_k": q.spec.top_k} if q.spec else {}
+        made_for: dict[str, object] = {"model": q.spec.model, "top_k": q.spec.top_k} if q.spec else {}
+        if q.spec and q.spec.terms:
+            made_for["terms"] = q.spec.terms
         learned.append({"name": name, **made_for, **q.description})
     if as_json:
         say_json({"language_models": known, "q_functions": learned})

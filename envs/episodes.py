@@ -95,7 +95,7 @@ class Episodes:
         nodes = self._mdp.roots(prompts)
         self._mdp.check_can_continue(nodes)
         potential = self._mdp.potential(prompts, nodes)
-        observation = self._observer.observe(potential, nodes)
+        observation = self._observer.observe(potential, nodes, self._observer.term_potentials(prompts, nodes))
         for i, prompt in zip(which, prompts, strict=True):
             self.prompt[i], self.ended[i] = prompt, None
         self.node[which], self._potential[which] = nodes, potential
@@ -143,8 +143,10 @@ class Episodes:
         after[begun], after[continuing] = roots, children
         alive = np.flatnonzero(after != _NONE)
         mdp.check_can_continue(after[alive])
-        potential[alive] = mdp.potential([p for i in alive if (p := prompts[i]) is not None], after[alive])
-        observation = self._observer.observe(potential[alive], after[alive])
+        asked = [p for i in alive if (p := prompts[i]) is not None]
+        potential[alive] = mdp.potential(asked, after[alive])
+        of_terms = self._observer.term_potentials(asked, after[alive])
+        observation = self._observer.observe(potential[alive], after[alive], of_terms)
         if len(alive) < len(nodes):
             whole = self._observer.terminal_observation(len(nodes))
             for key, value in observation.items():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,9 @@ from ..checks import check_integer
 from ..columns import Layout
 from ..deprecated import with_old_names
 from ..models.base import FloatArray, IntArray, LanguageModel
+from ..rewards.composition import Term, terms_of
 from .mdp import DecodingMDP, Values
+from .prompts import Prompt, columns_of
 
 __all__ = ["FEATURES", "Feature", "Observer", "observation_table", "token_features"]
 
@@ -34,6 +37,7 @@ class States(NamedTuple):
         context: int64 [n, w], the ids of the last w tokens, -1 where there are fewer.
         nodes: int64 [n]; not given where a feature is made again from the token ids.
         potential: float64 [n], φ; likewise.
+        term_potentials: float64 [n, r], φ of each term; likewise.
     """
 
     observer: Observer
@@ -41,6 +45,7 @@ class States(NamedTuple):
     context: IntArray
     nodes: IntArray = np.zeros(0, dtype=np.int64)
     potential: Values = np.zeros(0)
+    term_potentials: Values = np.zeros((0, 0))
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,8 @@ class Feature:
     Attributes:
         name: Its key.
         axes: Shape of one state's entry: ``"d"`` (hidden size), ``"k"`` (actions), ``"k·e"`` (all candidates' numbers,
-            flat: stable-baselines3 takes 2-D boxes for images), ``"w·e"`` (likewise, of the last tokens) or ``"1"``.
-            An entry without numbers, w = 0, is left out.
+            flat: stable-baselines3 takes 2-D boxes for images), ``"w·e"`` (likewise, of the last tokens), ``"r"`` (the
+            reward's terms), ``"1+r"`` or ``"1"``. An entry without numbers, w = 0 or r = 0, is left out.
         meaning: One phrase.
         values: From n states to an array [n, …].
         bounds: From an observer to the least and the greatest value; None for 0 or 1 (``MultiBinary``).
@@ -67,6 +72,11 @@ class Feature:
     bounds: Callable[[Observer], tuple[float, float]] | None
     stored: npt.DTypeLike | None
     end: int = 0
+
+    @property
+    def is_optional(self) -> bool:
+        """Whether it is left out unless an argument of the environment asks for it."""
+        return self.axes in ("w·e", "r", "1+r")
 
     @property
     def dtype(self) -> type[np.generic]:
@@ -109,9 +119,23 @@ def _candidate_bounds(observer: Observer) -> tuple[float, float]:
 
 
 def _potential_bounds(observer: Observer) -> tuple[float, float]:
+    return _within_reach(observer.mdp.reward.lower, observer.mdp.reward.upper)
+
+
+def _within_reach(lower: float, upper: float) -> tuple[float, float]:
     # float32 does not reach beyond 3e38; a bound out there is as good as none.
-    lower, upper = observer.mdp.reward.lower, observer.mdp.reward.upper
     return min(lower, 0.0) if lower > -1e30 else -_MAX_POTENTIAL, max(upper, 0.0) if upper < 1e30 else _MAX_POTENTIAL
+
+
+def _term_potential_bounds(observer: Observer) -> tuple[float, float]:
+    terms = [term.reward for term in observer.terms.values() if term is not None]
+    lows, highs = zip((0.0, 0.0), *(_within_reach(reward.lower, reward.upper) for reward in terms), strict=True)
+    return min(lows), max(highs)
+
+
+def _weight_bounds(observer: Observer) -> tuple[float, float]:
+    high = float(np.abs(observer.weights).max()) * 1.001
+    return -high, high
 
 
 FEATURES = (
@@ -156,6 +180,22 @@ FEATURES = (
         stored=np.float32,
     ),
     Feature(
+        "term_potentials",
+        "r",
+        "φ of each term of the reward; only with ``components``",
+        lambda states: np.clip(states.term_potentials, -_MAX_POTENTIAL, _MAX_POTENTIAL),
+        _term_potential_bounds,
+        stored=np.float32,
+    ),
+    Feature(
+        "weights",
+        "1+r",
+        "α, and the weight of each term of the reward; only with ``components``",
+        lambda states: np.tile(states.observer.weights, (len(states.nodes), 1)),
+        _weight_bounds,
+        stored=np.float32,
+    ),
+    Feature(
         "remaining",
         "1",
         "share of the horizon that is left, 1 at the prompt",
@@ -185,30 +225,41 @@ def observation_table() -> str:
 class Observer:
     """Observations of states, as :data:`FEATURES` declares them.
 
-    k is the number of actions, d the width of the LM's hidden state, e is ``candidate_dims``, w is ``context_tokens``.
-    After the end there is no state: everything is 0 but the mask, which is 1.
+    k is the number of actions, d the width of the LM's hidden state, e is ``candidate_dims``, w is ``context_tokens``,
+    r the number of ``terms``. After the end there is no state: everything is 0 but the mask, which is 1.
 
     Attributes:
         mdp: The states' MDP.
-        space: The observation space.
         features: float32 [V, e], every token's reduced embedding.
         declared: The features that have numbers here.
         candidate_dims: e.
         context_tokens: w.
+        terms: The terms by name; None where the process's reward has none of that name.
+        weights: float64 [1+r], α and the terms' weights.
     """
 
     mdp: DecodingMDP
     features: FloatArray
     candidate_dims: int
     context_tokens: int
+    terms: dict[str, Term | None]
+    weights: Values
 
-    def __init__(self, mdp: DecodingMDP, candidate_dims: int = 32, context_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        mdp: DecodingMDP,
+        candidate_dims: int = 32,
+        context_tokens: int = 0,
+        terms: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         """Describe the states of ``mdp``.
 
         Args:
             mdp: The process.
             candidate_dims: Numbers per token, of the candidates and of the last tokens.
             context_tokens: How many of the last tokens are observed.
+            terms: The terms of the reward whose potentials and weights are observed, by name. One that the reward of
+                ``mdp`` lacks has the weight 0. If it lacks all of them, they have the weights given here.
 
         Raises:
             ConfigurationError: ``candidate_dims`` is not a positive integer, or ``context_tokens`` a negative one.
@@ -216,14 +267,24 @@ class Observer:
         self.context_tokens = check_integer("context_tokens", context_tokens, low=0)
         self.mdp, self.candidate_dims = mdp, check_integer("candidate_dims", candidate_dims)
         self.features = token_features(mdp.model, candidate_dims)
+        here = terms_of(mdp.reward) if terms else {}
+        self.terms = {name: here.get(name) for name in terms}
+        found = {name: term.weight if term else 0.0 for name, term in self.terms.items()}
+        weights = found if any(self.terms.values()) else terms
+        self.weights = np.array([mdp.logprob_weight, *weights.values()] if terms else [], dtype=np.float64)
         self.declared = tuple(feature for feature in FEATURES if self.shape(feature) != (0,))
-        self.space = spaces.Dict({feature.name: feature.space(self) for feature in self.declared})
+
+    @cached_property
+    def space(self) -> spaces.Dict:
+        """The observation space."""
+        return spaces.Dict({feature.name: feature.space(self) for feature in self.declared})
 
     def shape(self, feature: Feature) -> tuple[int]:
         """Return the shape of one state's entry."""
         k = self.mdp.top_k
         sizes = {"1": 1, "d": self.mdp.model.hidden_size, "k": k}
         sizes |= {"k·e": k * self.candidate_dims, "w·e": self.context_tokens * self.candidate_dims}
+        sizes |= {"r": len(self.terms), "1+r": len(self.weights)}
         return (sizes[feature.axes],)
 
     def stored(self) -> Layout:
@@ -240,15 +301,29 @@ class Observer:
         ids = {"tokens": self.mdp.tree.tokens[nodes], "context_ids": self.mdp.tree.recent(nodes, self.context_tokens)}
         return {name: ids[name] for name in self.token_ids()}
 
-    def observe(self, potential: Values, nodes: IntArray) -> Observation:
+    def term_potentials(self, prompts: Sequence[Prompt], nodes: IntArray) -> Values:
+        """Return φ of each term for ``n`` states, float64 [n, r]; 0 for a term that the reward lacks."""
+        potentials = np.zeros((len(nodes), len(self.terms)))
+        if self.terms and len(nodes):
+            ids, texts = self.mdp.tree.completions(nodes), self.mdp.texts(nodes)
+            for column, term in enumerate(self.terms.values()):
+                if term is not None and term.reward.has_potential:
+                    asked = [prompt.text for prompt in prompts], texts, ids
+                    potentials[:, column] = term.reward.potential(*asked, **columns_of(prompts))
+        return potentials
+
+    def observe(self, potential: Values, nodes: IntArray, term_potentials: Values | None = None) -> Observation:
         """Return the observations of ``n`` states, every array with a leading axis n and memory of its own.
 
         Args:
             potential: float64 [n], φ of the states, as :meth:`DecodingMDP.potential` gives it.
             nodes: int64 [n].
+            term_potentials: float64 [n, r], as :meth:`term_potentials` gives it; None where r = 0.
         """
+        if term_potentials is None:
+            term_potentials = np.zeros((len(nodes), 0))
         context = self.mdp.tree.recent(nodes, self.context_tokens)
-        states = States(self, self.mdp.tree.tokens[nodes], context, nodes, potential)
+        states = States(self, self.mdp.tree.tokens[nodes], context, nodes, potential, term_potentials)
         return {feature.name: np.asarray(feature.values(states), feature.dtype) for feature in self.declared}
 
     def from_tokens(self, tokens: IntArray, context_ids: IntArray | None = None) -> Observation:

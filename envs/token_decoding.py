@@ -16,6 +16,7 @@ from gymnasium import spaces
 from ..checks import check_keywords, check_number
 from ..errors import ConfigurationError
 from ..models.base import LanguageModel
+from ..rewards.composition import terms_of
 from .episodes import Episodes, EpisodeState
 from .mdp import DecodingMDP
 from .observations import Observation, Observer
@@ -46,18 +47,20 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
     which actions are legal. An illegal action raises an error and leaves the state as it was.
 
     ## Observation Space
-    A ``Dict`` of arrays, where d is the model's hidden size, e is ``candidate_dims`` and w is ``context_tokens``. With
-    w = 0, the default, there is no ``context``.
+    A ``Dict`` of arrays, where d is the model's hidden size, e is ``candidate_dims``, w is ``context_tokens``, and r
+    the number of the reward's terms. With w = 0, the default, there is no ``context``. Without ``components``, r = 0.
 
-    | Key           | Shape   | Dtype   | Range           | Meaning                                                 |
-    |---------------|---------|---------|-----------------|---------------------------------------------------------|
-    | `hidden`      | (d,)    | float32 | [-√d, √d]       | the last hidden state, scaled to root mean square 1     |
-    | `candidates`  | (k·e,)  | float32 | bounded         | the k candidates' embeddings, projected to e dimensions |
-    | `context`     | (w·e,)  | float32 | bounded         | the last w tokens' embeddings, projected likewise       |
-    | `logprobs`    | (k,)    | float32 | [-50, 0]        | the candidates' log-probabilities, nats                 |
-    | `potential`   | (1,)    | float32 | bounds of r     | φ(s), the reward model's score of the unfinished text   |
-    | `remaining`   | (1,)    | float32 | [0, 1]          | share of the horizon that is left                       |
-    | `action_mask` | (k,)    | int8    | {0, 1}          | 1 = the action is legal                                 |
+    | Key               | Shape  | Dtype   | Range       | Meaning                                                 |
+    |-------------------|--------|---------|-------------|---------------------------------------------------------|
+    | `hidden`          | (d,)   | float32 | [-√d, √d]   | the last hidden state, scaled to root mean square 1     |
+    | `candidates`      | (k·e,) | float32 | bounded     | the k candidates' embeddings, projected to e dimensions |
+    | `context`         | (w·e,) | float32 | bounded     | the last w tokens' embeddings, projected likewise       |
+    | `logprobs`        | (k,)   | float32 | [-50, 0]    | the candidates' log-probabilities, nats                 |
+    | `potential`       | (1,)   | float32 | bounds of r | φ(s), the reward model's score of the unfinished text   |
+    | `term_potentials` | (r,)   | float32 | bounded     | φ(s) of each term of the reward                         |
+    | `weights`         | (1+r,) | float32 | bounded     | α, and the weight of each term of the reward            |
+    | `remaining`       | (1,)   | float32 | [0, 1]      | share of the horizon that is left                       |
+    | `action_mask`     | (k,)   | int8    | {0, 1}      | 1 = the action is legal                                 |
 
     After the end every array is 0, except ``action_mask``, which is 1.
 
@@ -115,6 +118,7 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
         gamma=1.0,
         candidate_dims=32,
         context_tokens=0,
+        components=False,
     )
     ```
 
@@ -141,6 +145,7 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
         gamma: float = 1.0,
         candidate_dims: int = 32,
         context_tokens: int = 0,
+        components: bool = False,
         render_mode: str | None = None,
         **mdp_kwargs: Any,
     ) -> None:
@@ -162,6 +167,9 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
             context_tokens: How many of the last tokens, the prompt's among them, are in the observation. Pays where the
                 answer hangs on exact tokens that the hidden state blurs, such as the digits of a sum. A token costs e
                 numbers in the observation and 4 bytes in the experience of ``QStar``.
+            components: Whether the terms of the reward, a weighted sum, are in the observation one by one. ``QStar``
+                then learns the return of each term, and a search may weigh the terms otherwise without training. A
+                term costs 2 numbers in the observation, and 8 + 4·k bytes in the experience.
             render_mode: None, ``"ansi"`` (a string), ``"human"`` (printed) or ``"rgb_array"`` (a picture).
             mdp_kwargs: ``constraint``, ``device``, ``dtype``, ``hidden_layers``, …; see :class:`DecodingMDP`.
 
@@ -192,7 +200,11 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
         )
         for prompt in self.prompts:
             self.mdp.encode(prompt)  # reports a prompt that is too long before a training begins
-        self.observer = Observer(self.mdp, candidate_dims, context_tokens)
+        if not isinstance(components, bool):
+            raise ConfigurationError(f"components is true or false, got {components!r}")
+        terms = terms_of(self.mdp.reward) if components else {}
+        weights = {name: term.weight for name, term in terms.items() if term.weight}
+        self.observer = Observer(self.mdp, candidate_dims, context_tokens, weights)
         self.shaping, self.render_mode = bool(shaping), render_mode
         self.observation_space = cast("spaces.Space[Observation]", self.observer.space)
         self.action_space = spaces.Discrete(self.mdp.top_k)

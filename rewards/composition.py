@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from .base import Reward
 from .checking import as_number, interval, shown
 from .types import Bounds, Column, Counts, FloatArray, Scores, Texts, TokenIds
 
-__all__ = ["Composition", "WeightedSum", "clip", "minimum", "normalise", "product"]
+__all__ = ["Composition", "Term", "WeightedSum", "clip", "minimum", "normalise", "product", "terms_of"]
 
 
 class Composition(Reward):
@@ -145,6 +145,35 @@ class WeightedSum(Composition):
     def has_potential(self) -> bool:
         """Whether any term has a potential."""
         return any(reward.has_potential for reward in self.parts)
+
+
+class Term(NamedTuple):
+    """A term of a weighted sum.
+
+    Attributes:
+        weight: Its weight.
+        reward: The reward itself, unweighted.
+    """
+
+    weight: float
+    reward: Reward
+
+
+def terms_of(reward: Reward) -> dict[str, Term]:
+    """Return the terms of a reward by name, those of weight 0 included; one that is no sum is its only term.
+
+    Raises:
+        ConfigurationError: Two different rewards of the sum have the same name.
+    """
+    terms: dict[str, Term] = {}
+    for weight, part in reward.terms if isinstance(reward, WeightedSum) else [(1.0, reward)]:
+        before = terms.get(part.name, Term(0.0, part))
+        if before.reward is not part:
+            raise ConfigurationError(
+                f"{reward.name!r} has two terms named {part.name!r}; write a reward once, or give one another name="
+            )
+        terms[part.name] = Term(before.weight + weight, part)
+    return terms
 
 
 class _Product(Composition):

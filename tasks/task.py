@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Task", "load_task", "task_names"]
 
-_NOT_OF_THE_MDP = {"shaping", "gamma", "candidate_dims", "context_tokens"}
+_NOT_OF_THE_MDP = {"shaping", "gamma", "candidate_dims", "context_tokens", "components"}
 
 _FOLDER = Path(__file__).parent
 

@@ -14,16 +14,21 @@ from torch import Tensor
 
 from ...columns import GrowableColumns
 from ...envs import Completion, DecodingMDP, Observer, Prompt
+from ...envs.prompts import columns_of
 from ...errors import ConfigurationError
+from ...rewards import Reward, WeightedSum
+from ...rewards.composition import terms_of
 from ..planning.astar import AStarPlanner
-from ..search.backup import backup, best_found
+from ..search.backup import best_found, sources
 from ..search.budget import Budget
-from ..search.loop import score_completions
+from ..search.loop import drive, score_completions
+from ..search.request import Request
 from ..search.state import Edges, IntArray, Search, Status, Values
 from .config import CollectConfig, Regression
 from .q_function import QFunction
 
 __all__ = ["Collected", "SearchExperience", "Searcher", "Transitions", "asymmetric_loss", "collect", "extract_targets"]
+__all__ += ["states_of"]
 
 Transitions = dict[str, npt.NDArray[Any]]
 
@@ -40,32 +45,80 @@ def extract_targets(search: Search, observer: Observer, q: Values, bound_targets
     Args:
         search: A finished search.
         observer: Of the search's MDP.
-        q: float64 [rows, k], the current Q of every edge, φ(s) added back.
+        q: float64 [rows, k], the current Q of every edge, φ(s) added back. Where the observer has terms, float64
+            [rows, k, 1+r]: see :meth:`QFunction.returns`.
         bound_targets: Whether a reward's prefix bounds are targets too: they cut estimates, and stand for edges that
             were not followed.
 
     Returns:
         By name, [states, …]: the stored features of :data:`~qstar_decoding.envs.observations.FEATURES`, the token ids
         of the others, ``target`` [k] (NaN where there is none), ``found`` [k] (whether a completion attained the
-        target; else Q or a bound estimated it) and ``key``.
+        target; else Q or a bound estimated it) and ``key``. With terms, ``target`` is [k, 1+r]: the log-probability to
+        come, nats, and each term's return, of the completion whose J is the best.
     """
-    value = backup(search, search.g[: search.size, None] + q)
+    nodes, prompts = search.node[: search.size], [search.prompt] * search.size
+    if observer.terms:
+        of_terms = observer.term_potentials(prompts, nodes)
+        value, target = _term_targets(search, observer, q)
+        target[..., 0] -= search.mdp.tree.path_logprob[nodes, None]
+        target[..., 1:] -= of_terms[:, None]
+    else:
+        of_terms = None
+        value, _ = sources(search, search.g[: search.size, None] + q)
     if bound_targets and search.mdp.reward.has_prefix_bounds:
         legal = search.status[: search.size] != Status.MASKED
         bound = search.bound[: search.size]
         value = np.where(legal & np.isfinite(bound), np.fmin(value, bound), value)
     rows = np.flatnonzero(np.isfinite(value).any(axis=1))
-    nodes, prompts = search.node[rows], [search.prompt] * len(rows)
+    nodes, prompts = nodes[rows], prompts[: len(rows)]
     potential = search.mdp.potential(prompts, nodes)
-    observation = observer.observe(potential, nodes)
+    observation = observer.observe(potential, nodes, None if of_terms is None else of_terms[rows])
     return {
         **{name: observation[name] for name in observer.stored()},
         **observer.token_ids_of(nodes),
         # The return from here on, less the potential: Q of the shaped process.
-        "target": value[rows] - search.g[rows, None] - potential[:, None],
+        "target": target[rows] if observer.terms else value[rows] - search.g[rows, None] - potential[:, None],
         "found": np.isfinite(best_found(search)[rows]),
-        "key": _keys(search.prompt, search.mdp.tree.completions(nodes)),
+        "key": _keys(search.prompt, search.mdp.tree.completions(nodes), observer.weights.tobytes()),
     }
+
+
+def _term_targets(search: Search, observer: Observer, returns: Values) -> tuple[Values, Values]:
+    """Return the largest J at or below each edge, [rows, k], and log-probability and terms of what has it, [.., 1+r].
+
+    Args:
+        search: A finished search.
+        observer: Of the search's MDP.
+        returns: float64 [rows, k, 1+r], estimates from each state on.
+    """
+    whole = returns.copy()
+    whole[..., 0] += search.mdp.tree.path_logprob[search.node[: search.size], None]
+    if search.completions:
+        ends, completions = [*search.completions], [*search.completions.values()]
+        texts, ids = [c.text for c in completions], [c.token_ids for c in completions]
+        prompts = [search.prompt] * len(texts)
+        parts = [np.array([c.logprob for c in completions])]
+        for term in observer.terms.values():
+            asked = [prompt.text for prompt in prompts], texts, ids
+            parts.append(np.zeros(len(texts)) if term is None else term.reward(*asked, **columns_of(prompts)))
+        whole[tuple(np.array(ends).T)] = np.stack(parts, axis=1)
+    value, source = sources(search, whole @ observer.weights)
+    target = whole.reshape(-1, whole.shape[-1])[source]
+    return value, np.where(np.isnan(value)[..., None], np.nan, target)
+
+
+def states_of(search: Search, q: QFunction, bound_targets: bool = False) -> Transitions:
+    """Return a finished search's states with targets; Q's own estimates are the targets where it broke off.
+
+    Args:
+        search: A finished search, whose prefixes are still in the token tree.
+        q: The newest Q.
+        bound_targets: See :func:`extract_targets`.
+    """
+    observer = q.observer(search.mdp)
+    estimate = q.returns if observer.terms else q.values
+    nodes = search.node[: search.size]
+    return extract_targets(search, observer, estimate(search.mdp, [search.prompt] * search.size, nodes), bound_targets)
 
 
 class Batch(NamedTuple):
@@ -74,7 +127,7 @@ class Batch(NamedTuple):
     Attributes:
         rows: int64 [batch], their rows in the experience.
         observation: By name, [batch, …].
-        targets: float32 [batch, k], NaN where there is none.
+        targets: float32 [batch, k], NaN where there is none; with terms [batch, k, 1+r].
         found: bool [batch, k], whether a completion attained the target; else Q estimated it at the border.
     """
 
@@ -103,11 +156,11 @@ class SearchExperience:
         Raises:
             ConfigurationError: That is less than a thousand states.
         """
-        k = mdp.top_k
+        k, terms = mdp.top_k, len(observer.terms)
         layout: dict[str, tuple[tuple[int, ...], npt.DTypeLike]] = {
             **observer.stored(),
             **observer.token_ids(),
-            "target": ((k,), np.float32),
+            "target": ((k, 1 + terms) if terms else (k,), np.float32),
             "found": ((k,), np.bool_),
             "key": ((), np.uint64),
             "priority": ((), np.float32),
@@ -140,7 +193,7 @@ class SearchExperience:
         # The highest priority there is: Q has not seen them yet.
         highest = self._columns.used()["priority"].max(initial=1.0)
         self._write({**states, "priority": np.full(len(states["key"]), highest)})
-        return int(np.isfinite(states["target"]).sum())
+        return int(np.isfinite(_total(states)).sum())
 
     def sample(self, batch_size: int, rng: np.random.Generator, exponent: float = 0.0) -> Batch:
         """Draw ``batch_size`` states with probabilities in proportion to priority ** exponent."""
@@ -191,11 +244,15 @@ class SearchExperience:
         rows, known, again = rows[kept], known[kept], again[kept]
         values = {name: value[kept] for name, value in values.items()}
         new = int(np.count_nonzero(~again))
-        old = {name: self._columns[name][known[again]] for name in ("target", "found")}
-        best = np.fmax(_where_found(old), _where_found({name: values[name][again] for name in old}))
-        newest = np.where(np.isnan(values["target"][again]), old["target"], values["target"][again])
-        values["target"][again] = np.where(np.isnan(best), newest, best)
-        values["found"][again] = ~np.isnan(best)
+        names = ("target", "found", *(["weights"] if "weights" in values else []))
+        old = {name: self._columns[name][known[again]] for name in names}
+        now = {name: values[name][again] for name in names}
+        # The better one that was found; else the newer estimate.
+        is_worse = np.where(now["found"], _total(now) < _total(old), np.isnan(_total(now)))
+        stays = np.where(old["found"], ~now["found"] | is_worse, ~now["found"] & is_worse)
+        stays = stays.reshape(*stays.shape, *[1] * (now["target"].ndim - 2))
+        values["target"][again] = np.where(stays, old["target"], now["target"])
+        values["found"][again] = old["found"] | now["found"]
         for gone in self._columns["key"][rows[~again][rows[~again] < self.size]].tolist():
             self._row_of.pop(gone, None)
         self._columns.append(max(int(rows.max()) + 1 - self.size, 0))
@@ -205,13 +262,15 @@ class SearchExperience:
         self.position = (self.position + new) % self.capacity
 
 
-def _where_found(values: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    return np.where(values["found"], values["target"], np.nan)
+def _total(states: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Return the targets as a whole, [states, k], NaN where there is none."""
+    target: npt.NDArray[Any] = states["target"]
+    return target if target.ndim == 2 else np.einsum("ske,se->sk", target, states["weights"])
 
 
-def _keys(prompt: Prompt, completions: Sequence[Sequence[int]]) -> npt.NDArray[np.uint64]:
-    """Return a number for each prefix, the same in every search and process."""
-    start = hashlib.blake2b(repr((prompt.content, sorted(prompt.columns.items()))).encode(), digest_size=8)
+def _keys(prompt: Prompt, completions: Sequence[Sequence[int]], weights: bytes = b"") -> npt.NDArray[np.uint64]:
+    """Return a number for each prefix and weights of the terms, the same in every search and process."""
+    start = hashlib.blake2b(repr((prompt.content, sorted(prompt.columns.items()))).encode() + weights, digest_size=8)
     keys = []
     for completion in completions:
         state = start.copy()
@@ -221,7 +280,13 @@ def _keys(prompt: Prompt, completions: Sequence[Sequence[int]]) -> npt.NDArray[n
 
 
 def asymmetric_loss(
-    errors: Tensor, found: Tensor, *, optimism: float, estimate_weight: float, regression: Regression = "expectile"
+    errors: Tensor,
+    found: Tensor,
+    *,
+    optimism: float,
+    estimate_weight: float,
+    regression: Regression = "expectile",
+    parts: Tensor | None = None,
 ) -> Tensor:
     """Return the loss of each error u = target - Q, of the errors' shape.
 
@@ -236,10 +301,14 @@ def asymmetric_loss(
         optimism: τ in (0, 1).
         estimate_weight: w >= 0.
         regression: ``"expectile"`` or ``"quantile"``.
+        parts: float, of one dimension more, the errors of the parts that u is made of. The sign of u weighs the sum of
+            their squares, or of their absolute values: a term of its own would be learned too high.
     """
     down = torch.where(found, 1 - optimism, estimate_weight)
     weight = torch.where(errors > 0, optimism * found, down)
-    return weight * (errors.square() if regression == "expectile" else errors.abs())
+    sizes = errors if parts is None else parts
+    sizes = sizes.square() if regression == "expectile" else sizes.abs()
+    return weight * (sizes if parts is None else sizes.sum(dim=-1))
 
 
 class Collected(NamedTuple):
@@ -264,22 +333,33 @@ def collect(
     """Search the prompts with a Q-function, in a tree of their own, and return the experience."""
     mdp, budget = mdp.with_empty_tree(), Budget(config.tokens_per_search)
     by_bound = rng.random(len(prompts)) < config.bound_share if config.bound_share else np.zeros(len(prompts), bool)
-    led, free = ([p for p, led in zip(prompts, by_bound.tolist(), strict=True) if led == on] for on in (True, False))
-    searches = AStarPlanner(mdp, width=config.width, margin=config.margin).run_searches(led, budget) if led else []
+    requests = [Request(prompt, budget, reward=_drawn_reward(mdp, config, rng)) for prompt in prompts]
+    led, free = ([r for r, led in zip(requests, by_bound.tolist(), strict=True) if led == on] for on in (True, False))
+    searches = _run(AStarPlanner(mdp, width=config.width, margin=config.margin), led) if led else []
     if free:
-        searches += _Collector(mdp, q, config, free, rng).run_searches(free, budget)
+        searches += _run(_Collector(mdp, q, config, [request.prompt for request in free], rng), free)
     score_completions([search for search in searches if search.score == "q"])
-    observer = q.observer(mdp)
-    states = [
-        extract_targets(s, observer, q.values(mdp, [s.prompt] * s.size, s.node[: s.size]), config.bound_targets)
-        for s in searches
-    ]
     return Collected(
-        states,
+        [states_of(search, q, config.bound_targets) for search in searches],
         sum(search.lm_tokens for search in searches),
         sum(len(search.completions) for search in searches),
         [max(search.completions.values(), key=_objective) for search in searches if search.completions],
     )
+
+
+def _drawn_reward(mdp: DecodingMDP, config: CollectConfig, rng: np.random.Generator) -> Reward | None:
+    """Return the reward with each term's weight multiplied by a number drawn for it; None where none is drawn."""
+    if config.weight_factors == (1.0, 1.0):
+        return None
+    terms = terms_of(mdp.reward).values()
+    return WeightedSum([(term.weight * rng.uniform(*config.weight_factors), term.reward) for term in terms])
+
+
+def _run(planner: AStarPlanner, requests: Sequence[Request]) -> list[Search]:
+    active = planner.start_requests(requests)
+    for _ in drive(active):
+        pass
+    return [one.search for one in active]
 
 
 class Searcher:

@@ -17,6 +17,10 @@ from .checkpoints import CONFIG
 __all__ = ["model_card", "push_folder"]
 
 _SHAPED = "It estimates the return less the potential φ(s), which `QHeuristic` adds back."
+_TERMS = """
+Each of the reward's terms has a head of its own. The weights in training were {terms}. `plan(…, reward="…")` with other
+weights of these terms needs no training; far from these weights it knows less.
+"""
 _CARD = """\
 # {title}
 
@@ -77,6 +81,9 @@ def model_card(source: Any, repository: str) -> str:
         arguments["hidden_layers"] = [*spec["hidden_layers"]]
     if spec.get("context_tokens"):
         arguments["context_tokens"] = spec["context_tokens"]
+    terms = spec.get("terms", {})
+    if terms:
+        arguments["components"] = True
     tables = {key: value for key, value in description.items() if _is_table(value)}
     facts = {key: value for key, value in description.items() if key not in tables}
     card = _CARD.format(
@@ -88,9 +95,7 @@ def model_card(source: Any, repository: str) -> str:
         facts="".join(f"- {_words(key)}: {_code(key, value)}\n" for key, value in facts.items())
         or "Its maker has not said how it was trained.\n",
         figures="".join(f"\n### {_words(key)}\n\n{_table(value)}" for key, value in tables.items()),
-        estimate="It estimates the return less the potential φ(s), which `QHeuristic` adds back."
-        if spec["shaped"]
-        else "",
+        estimate=(_SHAPED if spec["shaped"] else "") + (_TERMS.format(terms=_weighted(terms)) if terms else ""),
     )
     return f"---\n{data.to_yaml()}\n---\n\n{card.rstrip()}\n"
 
@@ -132,6 +137,10 @@ def push_folder(
                 "connection (HF_HUB_OFFLINE=1 forbids it), or save() into a folder and upload that later"
             ) from error
     return str(url)
+
+
+def _weighted(terms: Mapping[str, float]) -> str:
+    return ", ".join(f"{weight:g} for {_plain(name)}" for name, weight in terms.items())
 
 
 def _is_table(value: Any) -> bool:

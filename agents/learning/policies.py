@@ -35,23 +35,23 @@ class TokenQNetwork(BasePolicy):
         Args:
             observation_space: Of the environment.
             action_space: Of the environment.
-            scorer_kwargs: ``width``, ``dropout``, ``dueling``, ``heads``, ``n_quantiles``; see :class:`ScorerConfig`.
+            scorer_kwargs: ``width``, ``dropout``, ``dueling``, ``heads``, ``n_quantiles``, ``conditioned``; see
+                :class:`ScorerConfig`.
 
         Raises:
             ConfigurationError: The spaces are another environment's.
         """
         super().__init__(observation_space, action_space)
         keys = set(getattr(observation_space, "spaces", ()))
-        missing = {feature.name for feature in FEATURES if feature.axes != "w·e"} - keys
+        missing = {feature.name for feature in FEATURES if not feature.is_optional} - keys
         if missing:
             raise ConfigurationError(
                 f"TokenQPolicy needs the observations of TokenDecoding-v0; {sorted(missing)} are not in them"
             )
         sizes = {name: int(space.shape[0]) for name, space in observation_space.spaces.items()}  # type: ignore[index]
         dims = sizes["candidates"] // int(action_space.n)
-        self.scorer = TokenScorer(
-            sizes["hidden"], dims, context_tokens=sizes.get("context", 0) // dims, **scorer_kwargs
-        )
+        context_tokens, terms = sizes.get("context", 0) // dims, sizes.get("term_potentials", 0)
+        self.scorer = TokenScorer(sizes["hidden"], dims, context_tokens=context_tokens, terms=terms, **scorer_kwargs)
 
     @property
     def scorer_kwargs(self) -> dict[str, Any]:
@@ -81,6 +81,7 @@ class _TokenPolicy(BasePolicy):
         dropout: float = 0.1,
         dueling: bool = False,
         heads: int = 1,
+        conditioned: bool = False,
         **kwargs: Any,
     ) -> None:
         """Build the policy.
@@ -91,12 +92,14 @@ class _TokenPolicy(BasePolicy):
             dropout: See :class:`ScorerConfig`.
             dueling: See :class:`ScorerConfig`.
             heads: See :class:`ScorerConfig`.
+            conditioned: See :class:`ScorerConfig`.
             kwargs: The parent class's; those that describe its own networks change nothing.
 
         Raises:
             ConfigurationError: The spaces are not those of ``TokenDecoding-v0``.
         """
         self._scorer_kwargs: dict[str, Any] = {"width": width, "dropout": dropout, "dueling": dueling, "heads": heads}
+        self._scorer_kwargs["conditioned"] = conditioned
         super().__init__(*args, **kwargs)
 
     def _make_network(self, n_quantiles: int | None = None) -> TokenQNetwork:
@@ -111,7 +114,8 @@ class TokenQPolicy(_TokenPolicy, DQNPolicy):
     """``DQN(TokenQPolicy, env)``: the scorer as Q-network; the greedy action honours the observation's mask.
 
     ``MaskableDQN``, ``MaskableQRDQN`` and ``QStar`` take it too. ``policy_kwargs``: ``width``, ``dropout``,
-    ``dueling`` and ``heads``, as in :class:`ScorerConfig`; only ``QStar`` trains several heads apart.
+    ``dueling``, ``heads`` and ``conditioned``, as in :class:`ScorerConfig`. Only ``QStar`` trains several heads apart,
+    and the heads of the reward's terms, which an environment with ``components=True`` asks for.
     """
 
     def make_q_net(self) -> TokenQNetwork:  # type: ignore[override]

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -19,6 +20,7 @@ from ...envs import DecodingMDP, Observer, Prompt
 from ...envs.mdp import mdp_of
 from ...envs.observations import token_features
 from ...errors import CheckpointError, ConfigurationError
+from ...rewards.composition import terms_of
 from ..search.state import IntArray, Values
 from .checkpoints import CONFIG, WEIGHTS, locate_checkpoint, read_json, read_whole, replacing, wrap_damage
 from .hub import push_folder
@@ -53,6 +55,7 @@ class QSpec:
             Empty if not known.
         hidden_layers: The layers whose states the hidden state holds beside the last one's; None if that is not known.
         context_tokens: Number of last tokens in the observation.
+        terms: The terms of the reward that have heads of their own, with the weights that they had in training.
     """
 
     model: str | None
@@ -63,9 +66,17 @@ class QSpec:
     features: tuple[float, ...] = ()
     hidden_layers: tuple[int, ...] | None = ()
     context_tokens: int = 0
+    terms: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, mdp: DecodingMDP, candidate_dims: int, shaped: bool, context_tokens: int = 0) -> Self:
+    def of(
+        cls,
+        mdp: DecodingMDP,
+        candidate_dims: int,
+        shaped: bool,
+        context_tokens: int = 0,
+        terms: Mapping[str, float] = MappingProxyType({}),
+    ) -> Self:
         """Return the spec of a function learned in ``mdp``."""
         model = mdp.model.reader  # what it reads, not what proposes
         sample = token_features(model, candidate_dims)[np.linspace(0, model.vocab_size - 1, 4).astype(int), :4]
@@ -79,6 +90,7 @@ class QSpec:
             features,
             tuple(model.hidden_layers),
             context_tokens,
+            dict(terms),
         )
 
     def check(self, mdp: DecodingMDP) -> None:
@@ -143,8 +155,8 @@ class LearnedFunction:
         """
         if self._observer is None or self._observer[0] is not mdp:
             self.check(mdp)
-            context_tokens = self.spec.context_tokens if self.spec else 0
-            self._observer = mdp, Observer(mdp, self.candidate_dims, context_tokens)
+            further = (self.spec.context_tokens, self.spec.terms) if self.spec else ()
+            self._observer = mdp, Observer(mdp, self.candidate_dims, *further)
         return self._observer[1]
 
     def _observe(
@@ -152,7 +164,7 @@ class LearnedFunction:
     ) -> tuple[dict[str, torch.Tensor], Values]:
         """Return observations of ``n`` nodes, and the part that the estimates leave out: φ(s) or 0, float64 [n]."""
         observer, potential = self.observer(mdp), mdp.potential(prompts, nodes)
-        observation = observer.observe(potential, nodes)
+        observation = observer.observe(potential, nodes, observer.term_potentials(prompts, nodes))
         device = next(self.network.parameters()).device
         self.network.train(False)
         tensors = {key: torch.from_numpy(value).to(device) for key, value in observation.items()}
@@ -227,8 +239,10 @@ class QFunction(LearnedFunction):
             )
         description = dict(self.description if description is None else description)
         trained_on, network = asdict(self.spec), asdict(scorer.config)
-        if not network["context_tokens"]:  # so that earlier versions can read it
-            del trained_on["context_tokens"], network["context_tokens"]
+        for settings in (trained_on, network):  # so that earlier versions can read it
+            for name in ("context_tokens", "terms", "conditioned"):
+                if not settings.get(name, True):
+                    del settings[name]
         return {
             "format": _FORMAT,
             "trained_on": trained_on,
@@ -262,8 +276,11 @@ class QFunction(LearnedFunction):
         self.check(mdp)
         dims = env.observation_space["candidates"].shape[0] // mdp.top_k
         context = env.observation_space.spaces.get("context")
-        here = {"candidate_dims": dims, "context_tokens": context.shape[0] // dims if context else 0}
-        trained = {"candidate_dims": self.candidate_dims, "context_tokens": self.scorer.config.context_tokens}
+        here: dict[str, Any] = {"candidate_dims": dims, "context_tokens": context.shape[0] // dims if context else 0}
+        here["terms"] = [*observed_terms(env)]
+        trained: dict[str, Any] = {"candidate_dims": self.candidate_dims}
+        trained["context_tokens"] = self.scorer.config.context_tokens
+        trained["terms"] = [*self.spec.terms] if self.spec else here["terms"]
         for name, value in here.items():
             if value != trained[name]:
                 raise CheckpointError(
@@ -319,6 +336,28 @@ class QFunction(LearnedFunction):
         # In float64, as J is: the observation's float32 potential would round the sum.
         return q + left_out[:, None]
 
+    def returns(self, mdp: DecodingMDP, prompts: Sequence[Prompt], nodes: IntArray) -> Values:
+        """Return the estimates that :meth:`values` weighs, float64 [n, k, 1+r], where the terms have heads.
+
+        They are the log-probability to come, nats, and each term's value in the end, unweighted.
+
+        Raises:
+            CheckpointError: See :meth:`values`.
+        """
+        observation, _ = self._observe(mdp, prompts, nodes)
+        with torch.inference_mode():
+            outputs: Values = self.scorer.head_outputs(observation).double().cpu().numpy()
+        if self.shaped:
+            outputs[..., 1:] += self.observer(mdp).term_potentials(prompts, nodes)[:, None]
+        return outputs
+
+
+def observed_terms(env: Any) -> dict[str, float]:
+    """Return the terms of the reward that an environment observes one by one, with their weights; empty for none."""
+    if "term_potentials" not in env.observation_space.spaces:
+        return {}
+    return {name: term.weight for name, term in terms_of(mdp_of(env).reward).items() if term.weight}
+
 
 class QuantileMean(torch.nn.Module):
     """Q-values [n, k] out of a quantile network: the means of its quantiles [n, quantiles, k]."""
@@ -370,13 +409,14 @@ def read_q_function(folder: Path) -> QFunction:
     with wrap_damage(folder), torch.random.fork_rng(devices=[]):
         if any(getattr(spec, n) != getattr(network, n) for n in ("hidden_size", "candidate_dims", "context_tokens")):
             raise CheckpointError(f"{folder / CONFIG} is damaged: the sizes of trained_on and network differ")
+        if len(spec.terms) != network.terms:
+            raise CheckpointError(f"{folder / CONFIG} is damaged: the terms of trained_on and network differ")
         weights = load_file(folder / WEIGHTS)
-        outputs = network.heads if network.n_quantiles is None else network.n_quantiles
         # These fix all sizes, so no memory is taken before they are known to be right.
         sizes = {
             "state.weight": (network.width, network.hidden_size),
-            "token.weight": (network.width, network.candidate_dims + 3),
-            "head.weight": (outputs, network.width),
+            "token.weight": (network.width, network.candidate_dims + 1 + network.state_numbers),
+            "head.weight": (network.outputs, network.width),
         }
         if network.context_tokens:
             sizes["context.0.weight"] = (network.width, network.context_tokens * network.candidate_dims)

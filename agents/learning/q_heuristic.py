@@ -17,11 +17,11 @@ from ...envs import DecodingMDP, Prompt
 from ...envs.mdp import mdp_of
 from ...errors import CheckpointError, ConfigurationError
 from ...rewards import Reward, WeightedSum, as_reward
-from ...rewards.composition import Composition
+from ...rewards.composition import Composition, terms_of
 from ..heuristics import BoundHeuristic, Composable, Heuristic
 from ..search.state import IntArray, Values
 from .checkpoints import pretrained_names
-from .q_function import LearnedFunction, QFunction, QSpec, QuantileMean
+from .q_function import LearnedFunction, QFunction, QSpec, QuantileMean, observed_terms
 
 __all__ = [
     "QHeuristic",
@@ -73,6 +73,18 @@ class QHeuristic(Composable):
             CheckpointError: It was trained for another model, k or observation layout.
         """
         self.q.check(mdp)
+
+    def describe_weights(self, mdp: DecodingMDP) -> str:
+        """Return how Q's terms are weighted for the reward of ``mdp``; empty where they are as in training."""
+        trained = self.q.spec.terms if self.q.spec else {}
+        here = {name: term.weight for name, term in terms_of(mdp.reward).items()} if trained else {}
+        if not trained or here == trained:
+            return ""
+        if not here.keys() & trained.keys():
+            return f"Q has heads for {', '.join(trained)}, none of which is in this reward; it keeps its own weights"
+        weights = ", ".join(f"{here.get(name, 0.0):g} {name} ({w:g} in training)" for name, w in trained.items())
+        others = [name for name in here if name not in trained and here[name]]
+        return f"Q's heads are weighted {weights}" + (f"; it has none for {', '.join(others)}" if others else "")
 
     def __repr__(self) -> str:
         """Return the expression that makes it."""
@@ -294,7 +306,7 @@ def _trained_on(agent: Any) -> QSpec:
         return QSpec(
             None, k, int(spaces["hidden"].shape[0]), dims, shaped=shaped, hidden_layers=None, context_tokens=context
         )
-    return QSpec.of(mdp, dims, shaped, context)
+    return QSpec.of(mdp, dims, shaped, context, observed_terms(env))
 
 
 def _saw_normalised(agent: Any) -> bool:

@@ -20,6 +20,7 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, RolloutReturn, TrainFreq
 from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
 
 from ...envs import DecodingMDP, Prompt
 from ...envs.mdp import mdp_of
@@ -46,13 +47,14 @@ from .config import (
     SavedTraining,
     check_env,
     check_policy,
+    check_terms,
     setting_names,
 )
 from .experience import Batch, Collected, SearchExperience, Transitions, asymmetric_loss, collect
 from .hub import push_folder
 from .online.learner import OnlineLearner
 from .policies import TokenQPolicy, TokenScorer
-from .q_function import QFunction, QSpec, read_q_function
+from .q_function import QFunction, QSpec, observed_terms, read_q_function
 from .q_heuristic import QHeuristic, export_sb3
 
 __all__ = ["QStar"]
@@ -143,6 +145,8 @@ class QStar(DQN):
             device=device,
             _init_setup_model=_init_setup_model,
         )
+        if env is not None:
+            check_terms(config, observed_terms(self.env))
 
     def __getattr__(self, name: str) -> Any:
         """Return a setting; SB3 keeps some of them as attributes of its own."""
@@ -202,10 +206,13 @@ class QStar(DQN):
         scorer: TokenScorer = self.q_net.scorer  # type: ignore[assignment]
         if not self._n_updates and self.experience.size > 1:
             scorer.standardize(torch.from_numpy(self.experience.hidden).to(self.device))
+        # Bring the errors of log-probability and terms to units of J.
+        scales = torch.as_tensor([mdp_of(self.env).logprob_weight, *observed_terms(self.env).values()])
+        scales = scales.float().to(self.device)
         losses, errors = [], []
         for _ in range(gradient_steps if self.experience.size else 0):
             batch = self.experience.sample(batch_size, self.rng, self.config.priority)
-            loss, error = self._gradient_step(scorer, batch)
+            loss, error = self._gradient_step(scorer, batch, scales)
             losses.append(loss)
             errors.append(error)
         if losses:
@@ -215,17 +222,26 @@ class QStar(DQN):
             self.logger.record("train/states", self.experience.size)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
-    def _gradient_step(self, scorer: TokenScorer, batch: Batch) -> tuple[float, float]:
-        """Take one step; return the loss and the mean of target - Q."""
+    def _gradient_step(self, scorer: TokenScorer, batch: Batch, scales: Tensor) -> tuple[float, float]:
+        """Take one step; return the loss and the mean of target - Q.
+
+        With terms, the sign of the whole error, by the search's own weights, says whether Q is too low. What is learned
+        is each part, its error multiplied by ``scales`` [1+r].
+        """
         assert self.experience is not None
         inputs = {key: torch.from_numpy(value).to(self.device) for key, value in batch.observation.items()}
-        targets = torch.from_numpy(batch.targets).to(self.device).unsqueeze(-1)
+        targets = torch.from_numpy(batch.targets).to(self.device)
+        targets = targets if scorer.config.terms else targets.unsqueeze(-1)
         head_outputs = scorer.head_outputs(inputs, ~torch.isnan(targets[..., 0]))  # [batch, k, heads]
         found = torch.from_numpy(batch.found).to(self.device).unsqueeze(-1)
         mask = ~torch.isnan(targets).expand_as(head_outputs)
         if scorer.heads > 1:  # each head learns from half of the states, so that they stay apart
             mask = mask & (torch.rand(len(head_outputs), 1, scorer.heads, device=self.device) < 0.5)
-        errors = torch.where(mask, targets - head_outputs, 0.0)
+        errors, parts = torch.where(mask, targets - head_outputs, 0.0), None
+        if scorer.config.terms:
+            parts = (errors * scales).unsqueeze(2)
+            errors = (errors * inputs["weights"].unsqueeze(1)).sum(dim=2, keepdim=True)
+            mask = mask[..., :1]
         config, count = self.config, mask.sum().clamp(min=1)
         losses = asymmetric_loss(
             errors,
@@ -233,6 +249,7 @@ class QStar(DQN):
             optimism=config.optimism,
             estimate_weight=config.estimate_weight,
             regression=config.regression,
+            parts=parts,
         )
         loss = losses.sum() / count
         if not torch.isfinite(loss):
@@ -269,7 +286,8 @@ class QStar(DQN):
         """
         scorer: TokenScorer = self.q_net.scorer  # type: ignore[assignment]
         mdp, config = mdp_of(self.env), scorer.config
-        spec = QSpec.of(mdp, config.candidate_dims, shaped=True, context_tokens=config.context_tokens)
+        terms = observed_terms(self.env)
+        spec = QSpec.of(mdp, config.candidate_dims, True, config.context_tokens, terms)
         return QFunction(self.q_net, spec, shaped=True, candidate_dims=config.candidate_dims)
 
     def plan(self, prompt: Any, budget: Budget | int | None = None, **planner_kwargs: Any) -> Plan:

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from ...checks import check_integer
 from ...deprecated import with_old_names
+from ...errors import ConfigurationError
 
 __all__ = ["ScorerConfig", "TokenScorer"]
 
 _NATS = 0.2  # brings log-probabilities to the scale of the other inputs
+_NATS_PER_UNIT = 50.0  # brings the head of the log-probability to come to the scale of the other heads
 
 
 _Size = Annotated[int, Field(gt=0)]
@@ -34,6 +36,9 @@ class ScorerConfig:
         heads: Size of the ensemble.
         n_quantiles: Return so many quantiles of the return instead of its mean; one head only.
         context_tokens: Number w of last tokens that are read, with as many numbers each as a candidate. 0 for none.
+        terms: Number r of the reward's terms, each with a head of its own beside that of the log-probability; 0 for one
+            output, the return as a whole. One head and no quantiles only.
+        conditioned: Whether the weights of the terms are an input.
     """
 
     hidden_size: _Size
@@ -44,10 +49,23 @@ class ScorerConfig:
     heads: _Size = 1
     n_quantiles: _Size | None = None
     context_tokens: Annotated[int, Field(ge=0)] = 0
+    terms: Annotated[int, Field(ge=0)] = 0
+    conditioned: bool = False
+
+    @property
+    def outputs(self) -> int:
+        """Number of outputs for each candidate."""
+        return 1 + self.terms if self.terms else self.n_quantiles or self.heads
+
+    @property
+    def state_numbers(self) -> int:
+        """How many numbers describe a state beside its vectors: potentials, weights, what remains."""
+        return 1 + (self.terms or 1) + (1 + self.terms if self.conditioned else 0)
 
     def policy_kwargs(self) -> dict[str, Any]:
         """Return the arguments of a TokenQPolicy with such a network."""
-        return {"width": self.width, "dropout": self.dropout, "dueling": self.dueling, "heads": self.heads}
+        names = ("width", "dropout", "dueling", "heads", "conditioned")
+        return {name: getattr(self, name) for name in names}
 
 
 @with_old_names(answers="head_outputs")
@@ -65,6 +83,11 @@ class TokenScorer(nn.Module):
     has no masks): V learns from every action taken in a state, A from their differences. With ``n_quantiles``, the
     output is quantiles of the return (Dabney et al. 2018). With several ``heads`` on one body (Osband et al. 2016),
     which an agent trains on different samples, Q is their maximum: optimistic where they disagree.
+
+    With ``terms``, the return is learned in parts: the log-probability to come, and each term of the reward. Their sum
+    with any weights w is a Q (successor features: Barreto et al. 2017, eq. 3). It is exact for the texts that training
+    preferred, with its own weights. ``conditioned`` on the weights, it may know which texts others prefer
+    (Abels et al. 2019; Borsa et al. 2019).
     """
 
     def __init__(
@@ -78,6 +101,8 @@ class TokenScorer(nn.Module):
         heads: int = 1,
         n_quantiles: int | None = None,
         context_tokens: int = 0,
+        terms: int = 0,
+        conditioned: bool = False,
         logprob_weight: float = 0.02,
     ) -> None:
         """Build the network.
@@ -91,35 +116,43 @@ class TokenScorer(nn.Module):
             heads: See there.
             n_quantiles: See there.
             context_tokens: See there.
-            logprob_weight: The untrained Q is this times the log-prob, the one term of the return that is known.
+            terms: See there.
+            conditioned: See there.
+            logprob_weight: The untrained Q is this times the log-prob, the one term of the return that is known. With
+                ``terms`` the weight is an input, and this means nothing.
 
         Raises:
-            ConfigurationError: There are several heads and quantiles, or none.
+            ConfigurationError: There are several of heads, quantiles and terms, or none; or ``conditioned`` has nothing
+                to stand on.
         """
         super().__init__()
-        check_integer("heads", heads, high=None if n_quantiles is None else 1)
+        check_integer("heads", heads, high=None if n_quantiles is None and not terms else 1)
+        if terms and n_quantiles is not None:
+            raise ConfigurationError("quantiles are of the whole return; leave out components=True of the environment")
+        if conditioned and not terms:
+            raise ConfigurationError("conditioned takes the weights of terms; give the environment components=True")
         self.config = ScorerConfig(
-            hidden_size, candidate_dims, width, dropout, dueling, heads, n_quantiles, context_tokens
+            hidden_size, candidate_dims, width, dropout, dueling, heads, n_quantiles, context_tokens, terms, conditioned
         )
         self.heads, self.n_quantiles = heads, n_quantiles
-        outputs = heads if n_quantiles is None else n_quantiles
+        outputs, numbers = self.config.outputs, self.config.state_numbers
         self.register_buffer("hidden_mean", torch.zeros(hidden_size))
         self.register_buffer("hidden_scale", torch.ones(hidden_size))
         self.dropout = nn.Dropout(dropout)
         self.state = nn.Linear(hidden_size, width)
-        self.token = nn.Linear(candidate_dims + 3, width)
+        self.token = nn.Linear(candidate_dims + 1 + numbers, width)
         self.state_gate = nn.Linear(hidden_size, width)
         self.token_gate = nn.Linear(candidate_dims, width, bias=False)
         self.body = nn.Sequential(
             nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, width), nn.LayerNorm(width), nn.SiLU()
         )
         self.head = nn.Linear(width, outputs)
-        self.direct = nn.Linear(3, 1)
+        self.direct = nn.Linear(1 + numbers, outputs if terms else 1)
         # The untrained Q is known; random weights serve only to make several heads differ.
         nn.init.normal_(self.head.weight, std=0.01 if heads > 1 else 0.0)
         nn.init.zeros_(self.direct.weight)
         with torch.no_grad():
-            self.direct.weight[0, 0] = logprob_weight / _NATS
+            self.direct.weight[0, 0] = (1 / _NATS_PER_UNIT if terms else logprob_weight) / _NATS
         self.context: nn.Sequential | None = None
         if context_tokens:
             self.context = nn.Sequential(
@@ -129,8 +162,9 @@ class TokenScorer(nn.Module):
         self.value: nn.Sequential | None = None
         if dueling:
             self.value = nn.Sequential(
-                nn.Linear(hidden_size + 2, width), nn.LayerNorm(width), nn.SiLU(), last := nn.Linear(width, outputs)
-            )
+                nn.Linear(hidden_size + numbers, width), nn.LayerNorm(width), nn.SiLU(),
+                last := nn.Linear(width, outputs),
+            )  # fmt: skip
             nn.init.zeros_(last.weight)
 
     hidden_mean: Tensor
@@ -153,10 +187,14 @@ class TokenScorer(nn.Module):
         With ``n_quantiles``, quantiles [B, n_quantiles, k], as sb3-contrib's networks do.
         """
         outputs = self.head_outputs(observation)
+        if self.config.terms:
+            return (outputs * observation["weights"].float().unsqueeze(1)).sum(dim=2)
         return outputs.amax(dim=2) if self.n_quantiles is None else outputs.transpose(1, 2)
 
     def head_outputs(self, observation: Mapping[str, Tensor], only: Tensor | None = None) -> Tensor:
         """Return the outputs of all heads, float [B, k, heads], or all quantiles, [B, k, n_quantiles].
+
+        With ``terms``, [B, k, 1+r]: the log-probability to come, nats, and each term's return, unweighted.
 
         Args:
             observation: A batch of observations.
@@ -164,8 +202,10 @@ class TokenScorer(nn.Module):
         """
         logprobs = observation["logprobs"].float()
         batch, k = logprobs.shape
-        of_state = torch.cat((observation["potential"].float(), observation["remaining"].float()), dim=1)
-        scalars = torch.cat((logprobs.unsqueeze(-1) * _NATS, of_state.unsqueeze(1).expand(batch, k, 2)), dim=-1)
+        numbers = ["term_potentials" if self.config.terms else "potential", "remaining"]
+        numbers += ["weights"] if self.config.conditioned else []
+        of_state = torch.cat([observation[name].float() for name in numbers], dim=1)
+        scalars = torch.cat((logprobs.unsqueeze(-1) * _NATS, of_state.unsqueeze(1).expand(batch, k, -1)), dim=-1)
         hidden = self.dropout((observation["hidden"].float() - self.hidden_mean) * self.hidden_scale)
         candidates = observation["candidates"].float().view(batch, k, -1)
         state, gate = self.state(hidden), self.state_gate(hidden)
@@ -185,4 +225,4 @@ class TokenScorer(nn.Module):
             allowed = observation["action_mask"].float().unsqueeze(-1)
             mean = (q * allowed).sum(dim=1, keepdim=True) / allowed.sum(dim=1, keepdim=True).clamp(min=1)
             q = self.value(torch.cat((hidden, of_state), dim=1)).unsqueeze(1) + q - mean
-        return q
+        return torch.cat((q[..., :1] * _NATS_PER_UNIT, q[..., 1:]), dim=-1) if self.config.terms else q

@@ -19,7 +19,8 @@ class Changes(TypedDict, total=False):
 
     Attributes:
         reward: What texts are worth; see :func:`~qstar_decoding.rewards.as_reward`. A learned Q still estimates the
-            reward that it was trained with, and orders the search by that. Bounds and J are the new reward's.
+            reward that it was trained with, and orders the search by that, unless its terms have heads: these take the
+            new weights. Bounds and J are the new reward's.
         max_new_tokens: The horizon, in tokens.
         stop: Strings that end a completion; an empty list for none.
         constraint: A constraint or a list of them; an empty list for none.

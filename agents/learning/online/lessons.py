@@ -14,7 +14,7 @@ from safetensors.numpy import load, save
 
 from ...search.loop import score_completions
 from ...search.state import Search
-from ..experience import Transitions, extract_targets
+from ..experience import Transitions, states_of
 from ..q_function import QFunction
 
 __all__ = ["JOURNAL", "Lesson", "append", "lessons_of", "read"]
@@ -52,8 +52,7 @@ def lessons_of(names: Mapping[Search, str], q: QFunction, bound_targets: bool = 
     score_completions([search for search in names if search.score == "q"])
     lessons = []
     for search, name in names.items():
-        values = q.values(search.mdp, [search.prompt] * search.size, search.node[: search.size])
-        states = extract_targets(search, q.observer(search.mdp), values, bound_targets)
+        states = states_of(search, q, bound_targets)
         objective = math.nan if search.best is None else search.best.objective
         lessons.append(Lesson(name, objective, search.lm_tokens, search.busy_seconds, states))
     return lessons

@@ -22,11 +22,15 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("context_tokens", [0, 3])
-def test_every_feature_is_in_space_table_and_experience_with_its_dtype(tabular_env, context_tokens):
-    env = tabular_env(candidate_dims=4, context_tokens=context_tokens)
+OPTIONAL = {"context": {"context_tokens": 3}, "term_potentials": {"components": True}, "weights": {"components": True}}
+
+
+@pytest.mark.parametrize("further", [{}, {"context_tokens": 3}, {"components": True}])
+def test_every_feature_is_in_space_table_and_experience_with_its_dtype(tabular_env, further):
+    env = tabular_env(candidate_dims=4, **further)
     observation, _ = env.reset(seed=0)
-    declared = [feature for feature in FEATURES if feature.name != "context" or context_tokens]
+    assert {feature.name for feature in FEATURES if feature.is_optional} == set(OPTIONAL)
+    declared = [feature for feature in FEATURES if OPTIONAL.get(feature.name, further) == further]
     assert set(observation) == {feature.name for feature in declared} == set(env.observation_space.spaces)
     stored = SearchExperience(env.mdp, env.observer, 10**6).state()
     for feature in declared:
