@@ -9,7 +9,7 @@ from typing import Any
 from ...errors import ConfigurationError
 from ..types import Column
 
-__all__ = ["column_of", "library", "readable"]
+__all__ = ["column_of", "library", "readable", "whole"]
 
 
 def library(module: str, package: str, reward: str) -> Any:
@@ -29,6 +29,11 @@ def library(module: str, package: str, reward: str) -> Any:
 def readable(text: str) -> str:
     """Return a text without lone surrogates, which no tokenizer reads."""
     return text.encode("utf-8", "replace").decode()
+
+
+def whole(begun: str) -> str:
+    """Return an unfinished text without a last character whose bytes are not complete yet."""
+    return begun.rstrip("\ufffd")
 
 
 def column_of(columns: Mapping[str, Column], name: str, reward: str, example: str) -> Column:

@@ -18,7 +18,7 @@ from ..base import Reward
 from ..checking import shown
 from ..types import Bounds, Column, Counts, RewardOptions, Scores, Texts, TokenIds
 from .guidelines import MatchesRegex
-from .helpers import column_of, library
+from .helpers import column_of, library, whole
 
 __all__ = ["AnswerFormat", "Countdown", "ExactAnswer", "NumericAnswer", "ReasoningGym"]
 
@@ -72,7 +72,7 @@ class ExactAnswer(_Verified):
         column = column_of(columns, self.column, self.name, self.example)
         return [
             float(wanted is None or str(wanted).strip().startswith(begun.lstrip()) or self.verify(begun, wanted))
-            for begun, wanted in zip(completions, column, strict=True)
+            for begun, wanted in zip(map(whole, completions), column, strict=True)
         ]
 
 
@@ -216,10 +216,21 @@ class ReasoningGym(_Verified):
         """
         return gym_score(_scorer(_source(wanted)), completion, wanted)
 
+    def bound_prefixes(
+        self, prompts: Texts, completions: Texts, remaining: Counts, completion_ids: TokenIds = None, **columns: Column
+    ) -> Bounds:
+        """Return 1 where the answer begins so, else its share of the shortest text that contains it; 1 in doubt."""
+        column = column_of(columns, self.column, self.name, self.example)
+        return [
+            1.0 if wanted is None else _gym_bound(whole(begun).lstrip(), wanted)
+            for begun, wanted in zip(completions, column, strict=True)
+        ]
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 _NUMBER = "(0|[1-9][0-9]{0,8})"  # in an expression too, no number begins with a zero
+_NUMERIC = {"chain_sum", "products"}  # data sets of reasoning-gym that compare answers as `Decimal`
 _STEP = re.compile(rf"{_NUMBER} ?([-+*/]) ?{_NUMBER} ?= ?(0|[1-9][0-9]{{0,17}})(?: \(([0-9 ]*)\))?")
 _BEGUN_STEP = re.compile(rf"{_NUMBER} ?([-+*/])")
 _SYMBOLS = re.compile(r"[0-9]+|[-+*/()]")
@@ -349,6 +360,35 @@ def _scorer(name: str) -> Callable[..., float]:
     except ValueError as error:
         raise ConfigurationError(f"reasoning-gym has no data set {name!r}: {error}") from error
     return scorer
+
+
+def _gym_bound(begun: str, entry: Any) -> float:
+    source, answer = _source(entry), entry.get("answer")
+    if not isinstance(answer, str):
+        return 1.0
+    if source in _NUMERIC:
+        begun, answer = begun.replace(",", ""), answer.replace(",", "")
+        return 1.0 if _may_equal(begun, answer) else _largest_share(begun, answer)
+    is_plain = getattr(_scorer(source), "__func__", None) is gym_module().dataset.ProceduralDataset.score_answer
+    return _largest_share(begun, answer) if is_plain else 1.0
+
+
+def _largest_share(begun: str, answer: str) -> float:
+    """Return the answer's share of the shortest text that begins so and contains it."""
+    if answer in begun:
+        return min(len(answer) / max(len(begun.rstrip()), 1), 1.0)
+    overlap = max(n for n in range(len(answer)) if begun.endswith(answer[:n]))
+    return len(answer) / (len(begun) + len(answer) - overlap)
+
+
+def _may_equal(begun: str, answer: str) -> bool:
+    """Return whether a text that begins so can be the same `Decimal` as the answer; True in doubt."""
+    number, text = (re.fullmatch(r"([+-]?)0*([0-9]*)", part) for part in (answer, begun))
+    if not (number and text):
+        return not number or re.fullmatch(r"[\d\s+\-._eE]*", begun) is not None
+    significant = number[2].rstrip("0")
+    same_sign = not begun or not significant or (text[1] == "-") == (number[1] == "-")
+    return same_sign and (significant.startswith(text[2]) or text[2].rstrip("0") == significant)
 
 
 def gym_score(scorer: Callable[..., float], completion: str, entry: Any) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -93,6 +94,58 @@ def test_data_sets_of_reasoning_gym_are_scored_by_themselves():
     ):
         with pytest.raises(ConfigurationError, match=message):
             reward([""], ["1"], entry=[entry])
+
+
+ANSWERS = [("gcd", "4"), ("gcd", "45"), ("gcd", "4 4"), ("chain_sum", "-4"), ("chain_sum", "40"), ("chain_sum", "0")]
+
+
+@pytest.mark.parametrize(("source", "answer"), [*ANSWERS, ("products", "45"), ("products", "4,0")])
+def test_the_bound_of_a_begun_answer_is_the_most_that_any_continuation_scores(source: str, answer: str) -> None:
+    gym = pytest.importorskip("reasoning_gym")
+    entry = {"answer": answer, "metadata": {"source_dataset": source}}
+    score = gym.get_score_answer_fn(source)
+    best: dict[str, float] = {}
+    for length in range(6):
+        for letters in itertools.product("045-, ", repeat=length):
+            text = "".join(letters)
+            reached = score(text.strip(), entry)
+            for n in range(length + 1):
+                best[text[:n]] = max(best.get(text[:n], 0.0), reached)
+    begun = [text for text in best if len(text) <= 2]
+    bounds = make_reward("reasoning_gym").upper_bound(
+        [""] * len(begun), begun, [3] * len(begun), entry=[entry] * len(begun)
+    )
+    assert all(bound >= best[text] for text, bound in zip(begun, bounds.tolist(), strict=True))
+    if source == "gcd":  # three more letters are enough for the best continuation
+        assert bounds.tolist() == [best[text] for text in begun]
+
+
+@pytest.mark.parametrize(
+    ("source", "answer", "begun", "bound"),
+    [
+        ("chain_sum", "40", "+04", 1),
+        ("chain_sum", "40", "4e", 1),
+        ("chain_sum", "40", "4,", 1),
+        ("chain_sum", "40", "5", 2 / 3),
+        ("chain_sum", "40", "-", 2 / 3),
+        ("chain_sum", "40", "It is", 2 / 7),
+        ("chain_sum", "-4", "4", 2 / 3),
+        ("chain_sum", "Infinity", "inf", 1),
+        ("gcd", "é", "\ufffd", 1),
+        ("gcd", None, "4", 1),
+        ("countdown", "4", "5", 1),
+    ],
+)
+def test_bounds_of_begun_answers(source: str, answer: str | None, begun: str, bound: float) -> None:
+    entry = {"answer": answer, "metadata": {"source_dataset": source}}
+    assert make_reward("reasoning_gym").upper_bound([""], [begun], [3], entry=[entry]).tolist() == [bound]
+
+
+def test_a_half_written_character_says_nothing_about_the_answer() -> None:
+    bound = make_reward("exact_answer").upper_bound(
+        [""] * 3, ["\ufffd", "a\ufffd", "b\ufffd"], [3] * 3, answer=["aé"] * 3
+    )
+    assert bound.tolist() == [1, 1, 0]
 
 
 def test_formats():
