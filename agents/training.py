@@ -15,6 +15,7 @@ import gymnasium as gym
 from stable_baselines3.common.callbacks import BaseCallback
 
 from ..checks import check_integer, check_keywords, check_writable
+from ..envs import DecodingMDP
 from ..envs.mdp import mdp_of
 from ..errors import CheckpointError, ConfigurationError, RewardError
 from ..files import locked
@@ -150,8 +151,9 @@ def train_task(
             stack.callback(tracking[0].close)
         report("loading the language model", 0, None)
         saving = _Saving(checkpoint, save_every, command, partial(report, f"training, seed {seed}"), total)
-        env = gym.make("TokenDecoding-v0", prompts=spec.prompts.of("train"), **spec.env)
-        pool = stack.enter_context(workers(partial(Searcher, spec.mdp))) if workers else None
+        changes = {"reward": spec.training_reward} if spec.training_reward else {}
+        env = gym.make("TokenDecoding-v0", prompts=spec.prompts.of("train"), **{**spec.env, **changes})
+        pool = stack.enter_context(workers(partial(Searcher, partial(spec.mdp, **changes)))) if workers else None
         logs: dict[str, Any] = {"tensorboard_log": str(folder / "tensorboard"), "verbose": verbose}
         if resume:
             agent = QStar.load(checkpoint, env, workers=pool, **logs)
@@ -172,14 +174,14 @@ def held_out_figures(agent: Any, task: Task, *, progress: Progress | None = None
     """Return the means of an agent's Q on a task's test prompts, beside decoders that use no Q.
 
     Args:
-        agent: With a Q-network and an environment, which all decoders search in.
+        agent: With a Q-network and an environment, which all decoders search in unless Q learns from another reward.
         task: Its test prompts, planner settings and budgets are used.
         progress: See :func:`train_task`.
 
     Returns:
         By decoder, the means of :func:`~qstar_decoding.agents.evaluation.outcomes.mean_figures`.
     """
-    mdp, prompts = mdp_of(agent.get_env()), task.prompts.of("test")
+    mdp, prompts = _measured_in(agent.get_env(), task), task.prompts.of("test")
     heuristic, score = QHeuristic(agent), task.planner.get("score", "reward")
     decoders: list[tuple[str, Decoder, int | None]] = [
         ("random legal actions", SamplingDecoder(mdp, n=1, temperature=1e6), None),
@@ -204,7 +206,12 @@ def _learn(
     agent: QStar, total: int, task: Task, folder: Path, saving: _Saving, tracking: list[Tracking], *, fresh: bool
 ) -> None:
     tried = Diagnostics(
-        task.prompts.of("dev"), folder, budgets=task.budgets, every=max(total // 5, 1), planner_kwargs=task.planner
+        task.prompts.of("dev"),
+        folder,
+        budgets=task.budgets,
+        every=max(total // 5, 1),
+        planner_kwargs=task.planner,
+        mdp=_measured_in(agent.get_env(), task),
     )
     try:
         agent.learn(
@@ -217,6 +224,11 @@ def _learn(
     except (KeyboardInterrupt, RewardError):
         saving.save(agent)
         raise
+
+
+def _measured_in(env: Any, task: Task) -> DecodingMDP:
+    """Return the process with the task's own reward."""
+    return task.mdp() if task.training_reward else mdp_of(env)
 
 
 class _Saving(BaseCallback):

@@ -35,6 +35,9 @@ class Task(Strict):
         steps: LM tokens to train for.
         training: Arguments of :class:`~qstar_decoding.agents.QStar`.
         planner: Arguments of :class:`~qstar_decoding.agents.AStarPlanner`, chosen on the dev prompts.
+        training_reward: The reward that Q learns from, where it is not the environment's own. ``exact_answer`` knows of
+            every beginning whether it is wrong, so that its bounds teach more than a score that gives part marks.
+            Everything is measured with the environment's.
         gold: A second reward that is measured beside the first and never optimised.
         budgets: LM tokens a prompt at which Q is evaluated during and after the training.
     """
@@ -46,6 +49,7 @@ class Task(Strict):
     steps: int = Field(ge=1)
     training: dict[str, Any] = Field(default_factory=dict)
     planner: dict[str, Any] = Field(default_factory=dict)
+    training_reward: str | None = None
     gold: str | None = None
     budgets: list[Annotated[int, Field(ge=1)]] = Field([50, 200], min_length=1)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
-from ...envs import load_prompts
+from ...envs import DecodingMDP, load_prompts
 from ...envs.mdp import mdp_of
 from ..learning.q_heuristic import QHeuristic
 from ..planning.astar import AStarPlanner
@@ -38,6 +38,7 @@ class Diagnostics(BaseCallback):
         budgets: Sequence[int] = (50, 200),
         every: int = 25_000,
         planner_kwargs: dict[str, Any] | None = None,
+        mdp: DecodingMDP | None = None,
     ) -> None:
         """Set up the callback.
 
@@ -47,8 +48,10 @@ class Diagnostics(BaseCallback):
             budgets: LM tokens a prompt; calibration is measured at the largest.
             every: Time steps between two measurements; there is one more in the end.
             planner_kwargs: Arguments of :class:`AStarPlanner`.
+            mdp: The process to measure in, for example with another reward; None for the agent's.
         """
         super().__init__()
+        self.mdp = mdp
         self.prompts, self.folder, self.budgets, self.every = (
             load_prompts(prompts),
             Path(folder),
@@ -81,7 +84,7 @@ class Diagnostics(BaseCallback):
 
     def measure(self) -> Calibration:
         """Measure now, log it and return the calibration."""
-        mdp, heuristic = mdp_of(self.training_env), QHeuristic(self.model)
+        mdp, heuristic = self.mdp or mdp_of(self.training_env), QHeuristic(self.model)
         planner = AStarPlanner(mdp, heuristic=heuristic, **self.planner_kwargs)
         point: dict[str, float] = {"time_steps": self.num_timesteps}
         for budget in self.budgets:

@@ -81,6 +81,21 @@ def test_the_figures_are_the_means_of_the_decoders_outcomes(tmp_path):
     assert again["A* on Q, 10"]["objective"] == result.held_out["A* on Q, 10"]["objective"]
 
 
+def test_q_learns_from_the_training_reward_and_is_measured_by_the_tasks(tmp_path):
+    other = TASK.model_copy(update={"training_reward": "-1 * pangram"})
+    taught, plain = train_task(other, tmp_path / "taught"), train_task(TASK, tmp_path / "plain")
+    alone = train_task(TASK.model_copy(update={"env": {**TASK.env, "reward": "-1 * pangram"}}), tmp_path / "alone")
+    for name, value in weights(taught.agent).items():
+        np.testing.assert_array_equal(weights(alone.agent)[name], value, err_msg=name)
+    assert taught.held_out["greedy LM"]["objective"] == plain.held_out["greedy LM"]["objective"]
+    assert taught.held_out["greedy LM"]["objective"] != alone.held_out["greedy LM"]["objective"]
+    measured, by_itself = (
+        json.loads((tmp_path / run / "diagnostics.jsonl").read_text().splitlines()[-1])["held_out/objective_10"]
+        for run in ("taught", "alone")
+    )
+    assert measured != by_itself
+
+
 @pytest.mark.parametrize("at", [30, 60])
 def test_a_killed_training_has_saved_its_first_round_and_resumes_to_the_same_weights(tmp_path, at):
     whole = train_task(TASK, tmp_path / "whole")
