@@ -230,9 +230,9 @@ def test_the_docstring_follows_the_template_and_has_every_observation_and_argume
     template = ["Description", "Action Space", "Observation Space", "Starting State", "Rewards", "Episode End"]
     template += ["Information", "Arguments", "Version History"]
     assert re.findall(r"^## (.*)$", doc, re.M) == template
-    space = tabular_env(top_k=3, candidate_dims=4, context_tokens=2).observation_space
+    space = tabular_env(top_k=3, candidate_dims=4, context_tokens=2, components=True).observation_space
     d, k, e = space["hidden"].shape[0], 3, 4
-    sizes = {"d": d, "k": k, "k·e": k * e, "w·e": 2 * e, "1": 1}
+    sizes = {"d": d, "k": k, "k·e": k * e, "w·e": 2 * e, "r": 1, "1+r": 2, "1": 1}
     rows = re.findall(r"^\| `(\w+)` +\| \((.*),\) +\| (\w+) +\|", doc, re.M)
     described = {name: ((sizes[shape],), np.dtype(dtype)) for name, shape, dtype in rows}
     assert described == {name: (part.shape, part.dtype) for name, part in space.spaces.items()}
