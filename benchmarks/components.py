@@ -10,7 +10,8 @@ prompts at five weightings of the same terms, with equal LM tokens a prompt:
 - heads: one head a term, learned from searches for the first weighting;
 - drawn: one head a term, from searches whose weights are drawn;
 - conditioned: the same, and the weights are an input of the network;
-- retrained: as *whole*, for the weighting itself.
+- retrained: as *whole*, for the weighting itself, of two weightings; for `sentiment` the shipped Q, which had 100,000
+  LM tokens.
 
 Trainings and results are kept in --runs: a second call goes on.
 """
@@ -38,7 +39,8 @@ WEIGHTINGS = (
     "0.1 * sentiment + 0.1 * address + 0.8 * complete_sentence",
     "-0.4 * sentiment + 0.3 * address + 0.3 * complete_sentence",
 )
-RETRAINED = (4,)
+# The weightings that a Q was trained for, by number; with a name where the package ships it.
+RETRAINED = {1: "sentiment", 4: None}
 # Environment and training of each kind of Q.
 DRAWN = {"weight_factors": (-1.0, 2.0)}
 KINDS = {
@@ -113,7 +115,11 @@ def main():
                 continue
             kind, of = ("whole", number) if name == "retrained" else (name, 0)
             folder = arguments.runs / f"{kind}-{of}-{arguments.steps}"
-            q = None if name == "bound" else partial(trained, kind, WEIGHTINGS[of], arguments.steps, folder, task)
+            q = partial(trained, kind, WEIGHTINGS[of], arguments.steps, folder, task)
+            if name == "bound":
+                q = None
+            elif name == "retrained" and RETRAINED[number]:
+                q = partial(str, RETRAINED[number])
             path = arguments.runs / f"{name}-{number}-{arguments.steps}-{arguments.prompts}-{arguments.budget}.json"
             result = read_or_measure(path, partial(measure, mdp, reward, q, prompts, arguments.budget))
             found[name, number] = with_the_worst(result["objective"])

@@ -13,6 +13,7 @@ from qstar_decoding.agents.learning.experience import asymmetric_loss, collect, 
 from qstar_decoding.agents.learning.hub import model_card
 from qstar_decoding.agents.search.backup import backup, sources
 from qstar_decoding.agents.search.budget import Budget
+from qstar_decoding.cli.decode import _heuristic
 from qstar_decoding.envs import Observer, TabularLM, TokenDecodingVecEnv, load_prompts
 from qstar_decoding.errors import CheckpointError, ConfigurationError
 from qstar_decoding.rewards import as_reward
@@ -254,6 +255,13 @@ def test_checkpoint_and_card_tell_the_terms(learned, tmp_path):
         QStar.load(tmp_path / "q", make(components=False))
     with pytest.raises(CheckpointError, match=r"the environment has \['share_c'\]"):
         QStar.load(tmp_path / "q", make(C))
+
+
+def test_the_command_line_says_which_weights_the_heads_get(learned, tmp_path, capsys):
+    env, agent = learned
+    agent.save(tmp_path / "q", training_state=False)
+    _heuristic(env.unwrapped.mdp.with_changes(reward=B), None, str(tmp_path / "q"))
+    assert "0 share_a (0.6 in training), 1 share_b (0.4 in training)" in capsys.readouterr().err
 
 
 def test_a_q_without_components_is_written_as_before():
