@@ -1,4 +1,4 @@
-"""Rewards from sequence-classification models of transformers: sentiment, toxicity, reward models."""
+"""Rewards from classifiers: sequence-classification models of transformers, and profanity by a linear one."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ...checks import check_integer, check_number
 from ...errors import ConfigurationError
 from ..base import Reward
 from ..types import Column, RewardOptions, Scores, Texts, TokenIds
-from .helpers import readable
+from .helpers import library, readable
 
-__all__ = ["Classifier"]
+__all__ = ["Classifier", "Profanity"]
 
 
 class Classifier(Reward):
@@ -137,3 +137,34 @@ def _index(label: str | int | None, labels: dict[int, str]) -> int | None:
     if not found:
         raise ConfigurationError(f"label is one of {list(labels.values())} or its number, got {label!r}")
     return found[0]
+
+
+class Profanity(Reward):
+    """The probability that the completion is profane or offensive, 0 to 1; to be subtracted.
+
+    alt-profanity-check: a linear support vector machine on bags of words, calibrated, trained on 200,000 labelled
+    comments of Wikipedia and tweets. It knows words, not meanings: "damn good" is rude to it, a polite threat is not.
+    For toxicity in a wider sense, give a model to ``classifier``. The potential is the probability so far.
+    """
+
+    name, lower, upper = "profanity", 0.0, 1.0
+    reads_token_ids = False
+
+    def __init__(self, **options: Unpack[RewardOptions]) -> None:
+        """Load the classifier; the arguments are those of `Reward`.
+
+        Raises:
+            ConfigurationError: The library alt-profanity-check is not installed.
+        """
+        super().__init__(**options)
+        _predict([""])
+
+    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
+        """Return the probability for each completion."""
+        return _predict([readable(text) for text in completions])
+
+    score_prefixes = score
+
+
+def _predict(texts: list[str]) -> list[float]:
+    return [float(p) for p in library("profanity_check", "alt-profanity-check", "profanity").predict_prob(texts)]

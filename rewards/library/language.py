@@ -1,149 +1,32 @@
-"""Rewards from language models: the likelihood of a text, and preferences learned from pairs."""
+"""A reward that is learned from pairs of texts, of which one was preferred, on a language model's hidden states."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import numpy as np
 
-from ...checks import check_integer, check_number
+from ...checks import check_number
 from ...errors import ConfigurationError
-from ..base import Reward
 from ..checking import shown
 from ..types import Column, FloatArray, RewardOptions, Scores, Texts, TokenIds
-from .helpers import readable
+from .likelihood import Reader
 
 if TYPE_CHECKING:
     import torch
 
     from ...models import TransformersLM
 
-__all__ = ["Coherence", "Pair", "Preference", "read_pairs", "train_preference"]
+__all__ = ["Pair", "Preference", "read_pairs", "train_preference"]
 
-_LONGEST = 128  # tokens that are read of a prompt, from its end, and of a completion, from its beginning
 _WEIGHTS, _CONFIG = "reward.safetensors", "reward.json"
 
 
-class _Reader(Reward):
-    """A reward that rests on what a causal language model of transformers says of prompt and completion.
-
-    It reads 128 tokens of each at most: the end of the prompt, the beginning of the completion.
-    """
-
-    reads_token_ids = False
-
-    def __init__(self, model: Any, batch_size: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.batch_size = check_integer("batch_size", batch_size)
-        self._model = model
-        self._lm()
-
-    def _lm(self) -> TransformersLM:
-        """Return the language model; one that has a name is the process's own, and not pickled with the reward."""
-        from ...models import TransformersLM, load_language_model
-
-        loaded = load_language_model(str(self._model)) if isinstance(self._model, (str, Path)) else self._model
-        if not isinstance(loaded, TransformersLM):
-            raise ConfigurationError(
-                "model is a causal language model of transformers, by name or loaded by load_language_model; "
-                f"got {loaded!r}"
-            )
-        return loaded
-
-    def _batches(self, prompts: Sequence[str], completions: Sequence[str]) -> Iterator[_Batch]:
-        """Yield texts of like lengths together, in token ids padded on the right, which causal models do not see."""
-        import torch
-
-        lm = self._lm()
-        start = lm.encode("")[:1] or [min(lm.eos_token_ids, default=0)]  # what stands for an empty prompt
-        pairs = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            before = lm.encode(readable(prompt)) or start
-            after = [int(t) for t in lm.tokenizer(readable(completion), add_special_tokens=False)["input_ids"]]
-            most = min(_LONGEST, lm.context_length // 2)
-            pairs.append((before[-most:], after[:most]))
-        order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
-        position = 0
-        while position < len(order):
-            # As many as `batch_size` texts, fewer long ones: what counts is the padded size.
-            rows = order[position : position + self.batch_size]
-            longest = max(sum(map(len, pairs[i])) for i in rows)
-            rows = rows[: max(self.batch_size * 64 // longest, 1)]
-            position += len(rows)
-            lengths = [sum(map(len, pairs[i])) for i in rows]
-            ids = torch.zeros((len(rows), max(lengths)), dtype=torch.long)
-            for row, i in enumerate(rows):
-                ids[row, : lengths[row]] = torch.tensor([*pairs[i][0], *pairs[i][1]])
-            mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
-            begins = [len(pairs[i][0]) for i in rows]
-            yield _Batch(rows, ids.to(lm.device), mask.long().to(lm.device), begins, lengths)
-
-
-class _Batch(NamedTuple):
-    """Some of the texts: which ones, int64 [n, longest] ids and mask, where completions begin and where they end."""
-
-    rows: list[int]
-    ids: torch.Tensor
-    mask: torch.Tensor
-    begins: list[int]
-    ends: list[int]
-
-
-class Coherence(_Reader):
-    """The mean log-probability of the completion's tokens after the prompt, in nats, cut off at ``floor``: floor to 0.
-
-    Minus the logarithm of the perplexity, under any causal language model: another one than the model that decodes is
-    a second opinion of fluency. Texts repeat themselves where this alone is sought (Holtzman et al. 2020): subtract
-    ``repetition`` or ``semantic_repetition``. An empty completion has ``floor``. A text costs a forward of all of it:
-    there is no potential: it would cost as much as decoding does.
-    """
-
-    name, upper = "coherence", 0.0
-
-    def __init__(
-        self,
-        model: Any = "smollm2-135m-instruct",
-        *,
-        floor: float = -10.0,
-        batch_size: int = 16,
-        **options: Unpack[RewardOptions],
-    ) -> None:
-        """Load a language model.
-
-        Args:
-            model: What :func:`~qstar_decoding.envs.load_language_model` takes, or what it returned.
-            floor: The least score, in nats a token; bounds need one.
-            batch_size: Texts a forward.
-            **options: Those of every reward; see `RewardOptions`.
-
-        Raises:
-            ConfigurationError: ``floor`` is above -0.1, or the model is none.
-            UnknownNameError: There is no such model.
-        """
-        lower = check_number("floor", floor, high=-0.1)
-        super().__init__(model, batch_size, lower=lower, **options)
-
-    def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
-        """Return the mean for each completion."""
-        import torch
-
-        scores = [self.lower] * len(completions)
-        for batch in self._batches(prompts, completions):
-            with torch.inference_mode():
-                logits = self._lm().model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
-            for i, said, ids, begin, end in zip(batch.rows, logits, batch.ids, batch.begins, batch.ends, strict=True):
-                if begin < end:
-                    logprobs = said[begin - 1 : end - 1].float().log_softmax(-1)
-                    mean = logprobs.gather(-1, ids[begin:end, None]).mean()
-                    scores[i] = float(np.clip(mean.item(), self.lower, 0.0))
-        return scores
-
-
-class Preference(_Reader):
+class Preference(Reader):
     """The chance that a reader prefers the completion to an average one, 0 to 1, learned from pairs.
 
     A Bradley-Terry head (Bradley & Terry 1952; for language models Stiennon et al. 2020) on the hidden state that a
@@ -202,12 +85,13 @@ class Preference(_Reader):
 
         lm = self._lm()
         features = np.zeros((len(completions), _width(lm)))
-        for batch in self._batches(prompts, completions):
+        pairs = self._tokens(prompts, completions)
+        for batch in self._batches([[*before, *after] for before, after in pairs]):
             with torch.inference_mode():
                 states = lm.model.base_model(
                     input_ids=batch.ids, attention_mask=batch.mask, use_cache=False
                 ).last_hidden_state
-            last = states[torch.arange(len(batch.rows)), torch.tensor(batch.ends) - 1]
+            last = states[torch.arange(len(batch.rows)), batch.lengths - 1]
             features[batch.rows] = last.float().cpu().numpy()
         return features
 
@@ -379,7 +263,7 @@ class _Features(Preference):
     """Reads features before there is a head."""
 
     def __init__(self, model: Any, batch_size: int) -> None:
-        _Reader.__init__(self, model, batch_size)
+        Reader.__init__(self, model, batch_size)
 
 
 def _fit(differences: FloatArray, penalty: float) -> FloatArray:

@@ -28,7 +28,8 @@ from qstar_decoding.rewards import (
 from qstar_decoding.rewards.composition import product
 from qstar_decoding.rewards.library.creativity import Distinct, Novelty
 from qstar_decoding.rewards.library.guidelines import ForbiddenWords, Length, MatchesJSON, MatchesRegex, ShortSentences
-from qstar_decoding.rewards.library.language import Coherence, Preference
+from qstar_decoding.rewards.library.language import Preference
+from qstar_decoding.rewards.library.likelihood import Coherence
 from qstar_decoding.rewards.library.relevance import StaticRelevance
 
 from .samples import call, constant
@@ -93,6 +94,10 @@ def test_a_long_sum_and_thirty_levels_are_fine() -> None:
         ("matches_json({'a': {1}})", "no JSON Schema"),
         ("forbidden_words([1])", "words of letters"),
         ("coherence(floor='x')", "floor"),
+        ("pointwise_mutual_information(0)", "limit"),
+        ("pointwise_mutual_information(references=[])", "references are several prompts"),
+        ("pointwise_mutual_information(references='It')", "references are several prompts"),
+        ("pointwise_mutual_information(references=[3])", "references are several prompts"),
         ("relevance(batch_size=[])", "batch_size"),
         ("1e308 * 10 * length", "a number alone is no reward"),
         ("10 * (1e308 * length)", "has the weight inf"),

@@ -19,7 +19,7 @@ from qstar_decoding.rewards import (
     reward_names,
 )
 from qstar_decoding.rewards.library.creativity import Distinct
-from qstar_decoding.rewards.library.language import Coherence
+from qstar_decoding.rewards.library.likelihood import Coherence
 
 from .samples import Recorder, half_length
 

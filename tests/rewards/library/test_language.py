@@ -1,30 +1,15 @@
-"""Coherence and preferences."""
+"""Preferences that are learned from pairs."""
 
 from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 
 from qstar_decoding.errors import ConfigurationError
-from qstar_decoding.rewards.library.language import Coherence, Pair, Preference, read_pairs, train_preference
+from qstar_decoding.rewards.library.language import Pair, Preference, read_pairs, train_preference
 
 from ..samples import PAIRS
-
-
-def test_coherence_is_the_mean_logprob_of_the_completions_tokens(tiny_lm):
-    lm = tiny_lm("Llama")
-    prompts, completions = ["w2 w3", "w9"], [" w4 w5 w6", " w7"]
-    expected = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        before, after = lm.encode(prompt), lm.encode(completion)
-        _, logprobs = lm.forward([before + after[:i] for i in range(len(after))])
-        expected.append(np.mean([row[token] for row, token in zip(logprobs, after, strict=True)]))
-    reward = Coherence(lm, floor=-50.0)
-    assert reward(prompts, completions) == pytest.approx(expected, abs=1e-4)
-    assert reward(["w2"], [""])[0] == -50.0
-    assert Coherence(lm, floor=-0.5)(prompts, completions).tolist() == [-0.5, -0.5]
 
 
 def test_a_preference_is_learned_from_pairs(tiny_lm, tmp_path):

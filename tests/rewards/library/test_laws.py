@@ -8,14 +8,17 @@ from qstar_decoding.errors import ConfigurationError
 from qstar_decoding.rewards import as_reward, clip, make_reward, minimum, normalise, registry, reward_names
 from qstar_decoding.rewards.library.creativity import Distinct, Freshness, Novelty, Repetition, self_bleu
 from qstar_decoding.rewards.library.guidelines import ForbiddenWords, MatchesJSON, MatchesRegex, ShortSentences
-from qstar_decoding.rewards.library.language import Coherence, Preference, train_preference
+from qstar_decoding.rewards.library.language import Preference, train_preference
+from qstar_decoding.rewards.library.likelihood import Coherence, PointwiseMutualInformation
 from qstar_decoding.rewards.testing import check_reward
 
 from ..samples import PAIRS, gym_entries
 
+ASK_A_MODEL = {"coherence", "pointwise_mutual_information"}  # tried on a tiny one
+
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("name", sorted({*reward_names()} - {*registry.WITH_ARGUMENTS, "coherence"}))
+@pytest.mark.parametrize("name", sorted({*reward_names()} - {*registry.WITH_ARGUMENTS, *ASK_A_MODEL}))
 def test_every_registered_reward_keeps_the_laws(name):
     entry = next(iter(gym_entries().values()))
     check_reward(
@@ -40,7 +43,7 @@ def test_so_does_every_reward_with_arguments(spec):
 def test_so_do_those_that_ask_a_language_model(tiny_lm, tmp_path):
     lm = tiny_lm("Llama")
     train_preference(PAIRS, tmp_path, model=lm)
-    for reward in (Coherence(lm), Preference(tmp_path, model=lm)):
+    for reward in (Coherence(lm), PointwiseMutualInformation(model=lm), Preference(tmp_path, model=lm)):
         check_reward(reward, completions=[" w3 w4", " w5 w6 w7"])
 
 
