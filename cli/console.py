@@ -164,10 +164,9 @@ def quiet() -> None:
     """Turn off the loading bars of transformers, and off a terminal all other bars."""
     if not err.is_terminal:
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
-    from transformers.utils import logging
-
-    disable: Callable[[], None] = logging.disable_progress_bar
-    disable()
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # likewise, of transformers, which is slow to import
+    if (logging := sys.modules.get("transformers.utils.logging")) is not None:
+        logging.disable_progress_bar()
 
 
 def number_text(value: float) -> str:

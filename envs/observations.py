@@ -23,6 +23,7 @@ from .prompts import Prompt, columns_of
 __all__ = ["FEATURES", "Feature", "Observer", "observation_table", "token_features"]
 
 _MIN_LOGPROB = -50.0  # nats; below it a token is as good as impossible
+_ROWS = 1024  # of embeddings that are projected at once
 _MAX_POTENTIAL = 1e4  # a reward without bounds could otherwise leave the observation space
 
 Observation = dict[str, npt.NDArray[np.generic]]
@@ -351,8 +352,13 @@ def token_features(model: LanguageModel, dims: int) -> FloatArray:
     known = embeddings if model.reader is model else model.reader.token_embeddings()
     centre = known.mean(axis=0)
     projection = np.random.default_rng(0).standard_normal((known.shape[1], dims)).astype(np.float32)
-    features = (embeddings - centre) @ projection
-    scale = features if known is embeddings else (known - centre) @ projection
+
+    def projected(rows: FloatArray) -> FloatArray:  # in parts, so that no second matrix of embeddings is in memory
+        parts = [(rows[i : i + _ROWS] - centre) @ projection for i in range(0, len(rows), _ROWS)]
+        return np.concatenate(parts)
+
+    features = projected(embeddings)
+    scale = features if known is embeddings else projected(known)
     features = np.asarray(features / max(float(np.sqrt(np.mean(scale**2))), 1e-6), dtype=np.float32)
     features.flags.writeable = False  # shared by all callers
     return features

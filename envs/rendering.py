@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
 
 from .episodes import Episodes
 from .mdp import DecodingMDP
@@ -71,6 +70,8 @@ class Screen(NamedTuple):
 
     def as_image(self) -> npt.NDArray[np.uint8]:
         """Return the screen as a picture, uint8 [H, W, 3]; H depends on k only, so that frames make a video."""
+        from PIL import Image, ImageDraw, ImageFont
+
         rows = min(self.top_k, _ROWS)
         size = (_WIDTH, 2 * _MARGIN + (_TEXT_LINES + 2 + rows) * _LINE)
         image = Image.new("RGB", size, _PAPER)

@@ -28,7 +28,6 @@ from .policies import TokenQuantilePolicy as TokenQuantilePolicy
 from .policies import TokenScorer as TokenScorer
 from .q_function import QFunction as QFunction
 from .q_function import QSpec as QSpec
-from .q_function import QuantileMean as QuantileMean
 from .q_function import load_q_function as load_q_function
 from .q_heuristic import QHeuristic as QHeuristic
 from .q_heuristic import ValueFunction as ValueFunction
@@ -39,3 +38,4 @@ from .q_heuristic import carried_weight as carried_weight
 from .q_heuristic import export_sb3 as export_sb3
 from .q_heuristic import shipped_heuristic as shipped_heuristic
 from .qstar import QStar as QStar
+from .scorer import QuantileMean as QuantileMean

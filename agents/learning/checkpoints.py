@@ -8,14 +8,16 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
 
 from ...checks import describe_invalid, first_line
 from ...errors import CheckpointError, ConfigurationError, UnknownNameError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = [
     "PRETRAINED",
@@ -236,6 +238,8 @@ def restore_optimizer(
     Raises:
         CheckpointError: It is another network's.
     """
+    import torch
+
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     expected = {f"{i}.{name}": parameters[int(i)].shape for i in steps for name in ("exp_avg", "exp_avg_sq")}
     if {name: tensor.shape for name, tensor in tensors.items()} != expected:

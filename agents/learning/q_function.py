@@ -10,26 +10,29 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import load_file, save_file
 
 from ...envs import DecodingMDP, Observer, Prompt
 from ...envs.mdp import mdp_of
-from ...envs.observations import token_features
+from ...envs.observations import Observation, token_features
 from ...errors import CheckpointError, ConfigurationError
 from ...rewards.composition import terms_of
 from ..search.state import IntArray, Values
 from .checkpoints import CONFIG, WEIGHTS, locate_checkpoint, read_json, read_whole, replacing, wrap_damage
 from .hub import push_folder
-from .scorer import ScorerConfig, TokenScorer
+from .inference import NumpyScorer, ScorerConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from .scorer import TokenScorer
 
 __all__ = [
     "QFunction",
     "QSpec",
-    "QuantileMean",
     "load_q_function",
 ]
 
@@ -124,14 +127,14 @@ class LearnedFunction:
     """A network that can be applied to nodes of the token tree.
 
     Attributes:
-        network: Takes observations, a dict of tensors.
+        network: An agent's takes observations as a dict of tensors, a loaded one as a dict of arrays.
         spec: Its origin; None skips the check.
         shaped: Whether it estimates the return less φ(s).
         candidate_dims: Numbers per candidate token in the observation.
         description: Origin and figures, as its checkpoint states them: command, seed, ….
     """
 
-    network: torch.nn.Module
+    network: torch.nn.Module | NumpyScorer
     spec: QSpec | None
     shaped: bool
     candidate_dims: int
@@ -161,19 +164,16 @@ class LearnedFunction:
 
     def _observe(
         self, mdp: DecodingMDP, prompts: Sequence[Prompt], nodes: IntArray
-    ) -> tuple[dict[str, torch.Tensor], Values]:
+    ) -> tuple[Observation, Values]:
         """Return observations of ``n`` nodes, and the part that the estimates leave out: φ(s) or 0, float64 [n]."""
         observer, potential = self.observer(mdp), mdp.potential(prompts, nodes)
         observation = observer.observe(potential, nodes, observer.term_potentials(prompts, nodes))
-        device = next(self.network.parameters()).device
-        self.network.train(False)
-        tensors = {key: torch.from_numpy(value).to(device) for key, value in observation.items()}
-        return tensors, potential if self.shaped else np.zeros_like(potential)
+        return observation, potential if self.shaped else np.zeros_like(potential)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle everything but the observer, which has this process's MDP, with the network on the CPU."""
         network = self.network
-        if any(parameter.device.type != "cpu" for parameter in network.parameters()):
+        if not isinstance(network, NumpyScorer) and any(p.device.type != "cpu" for p in network.parameters()):
             network = copy.deepcopy(network).cpu()
         return {**vars(self), "network": network, "_observer": None}
 
@@ -221,8 +221,8 @@ class QFunction(LearnedFunction):
     def write(self, folder: Path, description: Mapping[str, Any]) -> None:
         """Write weights and ``config.json`` into an empty folder; see :meth:`save`."""
         config = self.config(description)
-        weights = self.scorer.state_dict()
-        save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, folder / WEIGHTS)
+        weights = self.inference_scorer().weights
+        save_file({name: np.ascontiguousarray(array) for name, array in weights.items()}, folder / WEIGHTS)
         (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def config(self, description: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -231,7 +231,7 @@ class QFunction(LearnedFunction):
         Raises:
             ConfigurationError: The network is not that of a TokenQPolicy, or its origin is not known.
         """
-        scorer = self.scorer
+        scorer = self.inference_scorer()
         if self.spec is None or self.spec.model is None:
             raise ConfigurationError(
                 "a checkpoint states its model, and that of this Q-function is not known; "
@@ -252,11 +252,15 @@ class QFunction(LearnedFunction):
 
     @property
     def scorer(self) -> TokenScorer:
-        """The scorer inside the agent's network.
+        """The scorer inside the agent's network, a module of torch; a new one with the weights of a loaded Q-function.
 
         Raises:
             ConfigurationError: The network is another one.
         """
+        from .scorer import QuantileMean, TokenScorer
+
+        if isinstance(self.network, NumpyScorer):
+            return TokenScorer.of(self.network)
         network: Any = self.network.network if isinstance(self.network, QuantileMean) else self.network
         scorer = getattr(network, "scorer", network)
         if not isinstance(scorer, TokenScorer):
@@ -265,6 +269,14 @@ class QFunction(LearnedFunction):
                 "TokenQPolicy, or use the save() of stable-baselines3"
             )
         return scorer
+
+    def inference_scorer(self) -> NumpyScorer:
+        """Return the scorer in numpy, with the weights that it has now.
+
+        Raises:
+            ConfigurationError: The network is not that of a TokenQPolicy.
+        """
+        return self.network if isinstance(self.network, NumpyScorer) else self.scorer.to_numpy()
 
     def check_env(self, env: Any) -> None:
         """Compare with an agent's environment, its observations included.
@@ -279,7 +291,7 @@ class QFunction(LearnedFunction):
         here: dict[str, Any] = {"candidate_dims": dims, "context_tokens": context.shape[0] // dims if context else 0}
         here["terms"] = [*observed_terms(env)]
         trained: dict[str, Any] = {"candidate_dims": self.candidate_dims}
-        trained["context_tokens"] = self.scorer.config.context_tokens
+        trained["context_tokens"] = self.inference_scorer().config.context_tokens
         trained["terms"] = [*self.spec.terms] if self.spec else here["terms"]
         for name, value in here.items():
             if value != trained[name]:
@@ -319,9 +331,14 @@ class QFunction(LearnedFunction):
     def fingerprint(self) -> str:
         """Return a digest of the weights."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.network.state_dict().items()):
+        network = self.network
+        if isinstance(network, NumpyScorer):
+            weights = network.weights
+        else:
+            weights = {name: tensor.cpu().numpy() for name, tensor in network.state_dict().items()}
+        for name, array in sorted(weights.items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().numpy().tobytes())
+            digest.update(array.tobytes())
         return digest.hexdigest()[:16]
 
     def values(self, mdp: DecodingMDP, prompts: Sequence[Prompt], nodes: IntArray) -> Values:
@@ -331,8 +348,13 @@ class QFunction(LearnedFunction):
             CheckpointError: The network belongs to another model, k or observation layout.
         """
         observation, left_out = self._observe(mdp, prompts, nodes)
-        with torch.inference_mode():
-            q: Values = self.network(observation).double().cpu().numpy()
+        if isinstance(self.network, NumpyScorer):
+            q: Values = self.network(observation).astype(np.float64)
+        else:
+            import torch
+
+            with torch.inference_mode():
+                q = self.network(as_tensors(observation, self.network)).double().cpu().numpy()
         # In float64, as J is: the observation's float32 potential would round the sum.
         return q + left_out[:, None]
 
@@ -345,8 +367,7 @@ class QFunction(LearnedFunction):
             CheckpointError: See :meth:`values`.
         """
         observation, _ = self._observe(mdp, prompts, nodes)
-        with torch.inference_mode():
-            outputs: Values = self.scorer.head_outputs(observation).double().cpu().numpy()
+        outputs: Values = self.inference_scorer().head_outputs(observation).astype(np.float64)
         if self.shaped:
             outputs[..., 1:] += self.observer(mdp).term_potentials(prompts, nodes)[:, None]
         return outputs
@@ -359,18 +380,13 @@ def observed_terms(env: Any) -> dict[str, float]:
     return {name: term.weight for name, term in terms_of(mdp_of(env).reward).items() if term.weight}
 
 
-class QuantileMean(torch.nn.Module):
-    """Q-values [n, k] out of a quantile network: the means of its quantiles [n, quantiles, k]."""
+def as_tensors(observation: Observation, network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return observations on the device of a network, which is put into evaluation mode."""
+    import torch
 
-    def __init__(self, network: torch.nn.Module) -> None:
-        """Wrap ``network``."""
-        super().__init__()
-        self.network = network
-
-    def forward(self, observation: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return Q-values, float [n, k]."""
-        mean: torch.Tensor = self.network(observation).mean(dim=1)
-        return mean
+    device = next(network.parameters()).device
+    network.train(False)
+    return {key: torch.from_numpy(value).to(device) for key, value in observation.items()}
 
 
 @dataclass(frozen=True)
@@ -388,7 +404,7 @@ class _Config:
 
 
 def load_q_function(folder: str | Path) -> QFunction:
-    """Read a Q-function; torch's random generator stays as it is.
+    """Read a Q-function, without torch.
 
     Raises:
         CheckpointError: The folder is not a checkpoint, is damaged, or was written by another version.
@@ -406,33 +422,10 @@ def read_q_function(folder: Path) -> QFunction:
         )
     config = read_json(folder / CONFIG, _Config)
     spec, network = config.trained_on, config.network
-    with wrap_damage(folder), torch.random.fork_rng(devices=[]):
+    with wrap_damage(folder):
         if any(getattr(spec, n) != getattr(network, n) for n in ("hidden_size", "candidate_dims", "context_tokens")):
             raise CheckpointError(f"{folder / CONFIG} is damaged: the sizes of trained_on and network differ")
         if len(spec.terms) != network.terms:
             raise CheckpointError(f"{folder / CONFIG} is damaged: the terms of trained_on and network differ")
-        weights = load_file(folder / WEIGHTS)
-        # These fix all sizes, so no memory is taken before they are known to be right.
-        sizes = {
-            "state.weight": (network.width, network.hidden_size),
-            "token.weight": (network.width, network.candidate_dims + 1 + network.state_numbers),
-            "head.weight": (network.outputs, network.width),
-        }
-        if network.context_tokens:
-            sizes["context.0.weight"] = (network.width, network.context_tokens * network.candidate_dims)
-        wrong = [name for name, size in sizes.items() if name not in weights or tuple(weights[name].shape) != size]
-        if not wrong:
-            scorer = TokenScorer(**asdict(network))
-            shapes = {name: value.shape for name, value in scorer.state_dict().items()}
-            wrong = [name for name, value in weights.items() if shapes.get(name) != value.shape]
-        if wrong:
-            raise CheckpointError(f"{folder} is damaged: config and weights differ in {wrong[0]!r}")
-        # Constants that an older checkpoint lacks stay as they are made: without effect.
-        scorer.load_state_dict({**dict(scorer.named_buffers()), **weights})
-    return QFunction(
-        scorer if scorer.n_quantiles is None else QuantileMean(scorer),
-        spec,
-        spec.shaped,
-        spec.candidate_dims,
-        config.description,
-    )
+        scorer = NumpyScorer(network, load_file(folder / WEIGHTS))
+    return QFunction(scorer, spec, spec.shaped, spec.candidate_dims, config.description)

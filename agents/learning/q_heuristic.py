@@ -10,7 +10,6 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import torch
 
 from ...checks import check_number
 from ...envs import DecodingMDP, Prompt
@@ -21,7 +20,7 @@ from ...rewards.composition import Composition, terms_of
 from ..heuristics import BoundHeuristic, Composable, Heuristic
 from ..search.state import IntArray, Values
 from .checkpoints import pretrained_names
-from .q_function import LearnedFunction, QFunction, QSpec, QuantileMean, observed_terms
+from .q_function import LearnedFunction, QFunction, QSpec, as_tensors, observed_terms
 
 __all__ = [
     "QHeuristic",
@@ -197,8 +196,11 @@ class ValueFunction(LearnedFunction):
         Raises:
             CheckpointError: The network belongs to another model, k or observation layout.
         """
-        observation, left_out = self._observe(mdp, prompts, nodes)
+        import torch
+
+        states, left_out = self._observe(mdp, prompts, nodes)
         policy: Any = self.network
+        observation = as_tensors(states, policy)
         with torch.inference_mode():
             v = policy.predict_values(observation).squeeze(1)
             logprobs = policy.get_distribution(observation).distribution.logits  # normalised, in torch's Categorical
@@ -225,6 +227,8 @@ def as_q_function(q: Any) -> QFunction:
         return made
     network = getattr(q, "q_net", None)
     if network is None and (quantiles := getattr(q, "quantile_net", None)) is not None:
+        from .scorer import QuantileMean
+
         network = QuantileMean(quantiles)
     if network is None or not _sees_tokens(q):
         advice = ""

@@ -3,69 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import asdict
+from typing import Self
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from ...checks import check_integer
 from ...deprecated import with_old_names
 from ...errors import ConfigurationError
+from .inference import LOGPROB_SCALE, NATS_PER_UNIT, NumpyScorer, ScorerConfig
 
-__all__ = ["ScorerConfig", "TokenScorer"]
-
-_NATS = 0.2  # brings log-probabilities to the scale of the other inputs
-_NATS_PER_UNIT = 50.0  # brings the head of the log-probability to come to the scale of the other heads
-
-
-_Size = Annotated[int, Field(gt=0)]
-
-
-@dataclass(frozen=True)
-class ScorerConfig:
-    """Arguments of a :class:`TokenScorer`, as a checkpoint states them.
-
-    Attributes:
-        hidden_size: Width d of the language model's hidden state.
-        candidate_dims: Numbers e per candidate token.
-        width: Width of the scorer's own layers.
-        dropout: Probability, on the hidden state; its 576 numbers are easily learnt by heart.
-        dueling: Learn the state's value on its own; the untrained Q then has the log-prob's differences only.
-        heads: Size of the ensemble.
-        n_quantiles: Return so many quantiles of the return instead of its mean; one head only.
-        context_tokens: Number w of last tokens that are read, with as many numbers each as a candidate. 0 for none.
-        terms: Number r of the reward's terms, each with a head of its own beside that of the log-probability; 0 for one
-            output, the return as a whole. One head and no quantiles only.
-        conditioned: Whether the weights of the terms are an input.
-    """
-
-    hidden_size: _Size
-    candidate_dims: _Size
-    width: _Size = 256
-    dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
-    dueling: bool = False
-    heads: _Size = 1
-    n_quantiles: _Size | None = None
-    context_tokens: Annotated[int, Field(ge=0)] = 0
-    terms: Annotated[int, Field(ge=0)] = 0
-    conditioned: bool = False
-
-    @property
-    def outputs(self) -> int:
-        """Number of outputs for each candidate."""
-        return 1 + self.terms if self.terms else self.n_quantiles or self.heads
-
-    @property
-    def state_numbers(self) -> int:
-        """How many numbers describe a state beside its vectors: potentials, weights, what remains."""
-        return 1 + (self.terms or 1) + (1 + self.terms if self.conditioned else 0)
-
-    def policy_kwargs(self) -> dict[str, Any]:
-        """Return the arguments of a TokenQPolicy with such a network."""
-        names = ("width", "dropout", "dueling", "heads", "conditioned")
-        return {name: getattr(self, name) for name in names}
+__all__ = ["QuantileMean", "ScorerConfig", "TokenScorer"]
 
 
 @with_old_names(answers="head_outputs")
@@ -152,7 +101,7 @@ class TokenScorer(nn.Module):
         nn.init.normal_(self.head.weight, std=0.01 if heads > 1 else 0.0)
         nn.init.zeros_(self.direct.weight)
         with torch.no_grad():
-            self.direct.weight[0, 0] = (1 / _NATS_PER_UNIT if terms else logprob_weight) / _NATS
+            self.direct.weight[0, 0] = (1 / NATS_PER_UNIT if terms else logprob_weight) / LOGPROB_SCALE
         self.context: nn.Sequential | None = None
         if context_tokens:
             self.context = nn.Sequential(
@@ -169,6 +118,18 @@ class TokenScorer(nn.Module):
 
     hidden_mean: Tensor
     hidden_scale: Tensor
+
+    @classmethod
+    def of(cls, scorer: NumpyScorer) -> Self:
+        """Return a network with the weights of ``scorer``; torch's random generator stays as it is."""
+        with torch.random.fork_rng(devices=[]):
+            made = cls(**asdict(scorer.config))
+        made.load_state_dict({name: torch.from_numpy(array) for name, array in scorer.weights.items()})
+        return made
+
+    def to_numpy(self) -> NumpyScorer:
+        """Return the network in numpy; on a CPU, it shares the weights."""
+        return NumpyScorer(self.config, {name: tensor.cpu().numpy() for name, tensor in self.state_dict().items()})
 
     def standardize(self, hidden: Tensor) -> None:
         """Standardise hidden states by mean and standard deviation of ``hidden`` [n, d] from now on.
@@ -205,7 +166,7 @@ class TokenScorer(nn.Module):
         numbers = ["term_potentials" if self.config.terms else "potential", "remaining"]
         numbers += ["weights"] if self.config.conditioned else []
         of_state = torch.cat([observation[name].float() for name in numbers], dim=1)
-        scalars = torch.cat((logprobs.unsqueeze(-1) * _NATS, of_state.unsqueeze(1).expand(batch, k, -1)), dim=-1)
+        scalars = torch.cat((logprobs.unsqueeze(-1) * LOGPROB_SCALE, of_state.unsqueeze(1).expand(batch, k, -1)), dim=-1)
         hidden = self.dropout((observation["hidden"].float() - self.hidden_mean) * self.hidden_scale)
         candidates = observation["candidates"].float().view(batch, k, -1)
         state, gate = self.state(hidden), self.state_gate(hidden)
@@ -225,4 +186,18 @@ class TokenScorer(nn.Module):
             allowed = observation["action_mask"].float().unsqueeze(-1)
             mean = (q * allowed).sum(dim=1, keepdim=True) / allowed.sum(dim=1, keepdim=True).clamp(min=1)
             q = self.value(torch.cat((hidden, of_state), dim=1)).unsqueeze(1) + q - mean
-        return torch.cat((q[..., :1] * _NATS_PER_UNIT, q[..., 1:]), dim=-1) if self.config.terms else q
+        return torch.cat((q[..., :1] * NATS_PER_UNIT, q[..., 1:]), dim=-1) if self.config.terms else q
+
+
+class QuantileMean(nn.Module):
+    """Q-values [n, k] out of a quantile network: the means of its quantiles [n, quantiles, k]."""
+
+    def __init__(self, network: nn.Module) -> None:
+        """Wrap ``network``."""
+        super().__init__()
+        self.network = network
+
+    def forward(self, observation: dict[str, Tensor]) -> Tensor:
+        """Return Q-values, float [n, k]."""
+        mean: Tensor = self.network(observation).mean(dim=1)
+        return mean

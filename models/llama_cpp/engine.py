@@ -25,9 +25,9 @@ from ..token_trie import NO_SLOT, TrieEngine, concatenate, kv_budget_or_default
 from .library import Context, Settings
 from .softmax import top_logprobs
 
-__all__ = ["LlamaEngine", "tree_error"]
+__all__ = ["FEW", "LlamaEngine", "tree_error"]
 
-_FEW = 8  # tokens that nobody asked for: cheaper with outputs than in a decode of their own
+FEW = 8  # tokens that nobody asked for: cheaper with outputs than in a decode of their own
 _NOBODY = -1  # the path without tokens
 # Nats, root mean square, that a small random tree may differ from whole sequences. llama.cpp rounds the inputs of
 # quantised weights to 8 bits, so the last bit of a sum may move an output by .4 (gemma3-270m); a wrong mask: 1.3.
@@ -147,8 +147,10 @@ class LlamaEngine(TrieEngine):
 
     def _levels(self, rows: IntArray) -> list[IntArray]:
         """Return ``rows`` by position, ascending."""
+        if len(rows) < 2:
+            return [rows] if len(rows) else []
         rows = rows[np.argsort(self._table.position[rows], kind="stable")]
-        return np.split(rows, np.flatnonzero(np.diff(self._table.position[rows])) + 1) if len(rows) else []
+        return np.split(rows, np.flatnonzero(np.diff(self._table.position[rows])) + 1)
 
     def _shelve(self, level: IntArray, position: int, keep: IntArray) -> None:
         """Give a shelf to each of the rows ``level``, all at one position: the parent's shelf where it is free."""
@@ -199,6 +201,9 @@ class LlamaEngine(TrieEngine):
         if not len(rows):
             return
         positions = self._table.position[rows]
+        if len(rows) == 1:
+            yield int(groups[0]), int(positions[0]), int(positions[0]) + 1
+            return
         order = np.lexsort((positions, groups))
         positions, groups = positions[order], groups[order]
         starts = np.flatnonzero(np.r_[True, (np.diff(groups) != 0) | (np.diff(positions) != 1)])
@@ -269,47 +274,51 @@ class LlamaEngine(TrieEngine):
         """Process the tokens ``compute`` in one decode, or in two if many of them need no outputs."""
         del continuations
         rows = compute[np.argsort(self._table.position[compute], kind="stable")]
-        silent = self._needs_no_outputs(rows, np.isin(rows, asked))
+        wanted = asked.tolist()
+        outputs_at = set(wanted)
+        silent = self._needs_no_outputs(rows, np.array([row in outputs_at for row in rows.tolist()]))
         for chunk in self._chunks(rows[silent]):
             self._decode(chunk, outputs=False)
         parts: list[Outputs] = []
-        order: list[IntArray] = []
+        order: list[int] = []
         for chunk in self._chunks(rows[~silent]):
             logits, hidden = self._decode(chunk, outputs=True)
-            sorter = np.argsort(chunk)
-            which = np.flatnonzero(np.isin(asked, chunk))
-            places = sorter[np.searchsorted(chunk, asked[which], sorter=sorter)]
-            if len(places) != len(chunk) or (places != np.arange(len(chunk))).any():
+            place = {row: i for i, row in enumerate(chunk.tolist())}
+            which = [i for i, row in enumerate(wanted) if row in place]
+            places = [place[wanted[i]] for i in which]
+            if places != list(range(len(chunk))):
                 logits, hidden = logits[places], hidden[places]
             mask = None
-            if allowed is not None and any(allowed[i] is not None for i in which.tolist()):
+            if allowed is not None and any(allowed[i] is not None for i in which):
                 everything = np.ones(logits.shape[1], dtype=bool)
-                mask = np.stack([everything if (one := allowed[i]) is None else one for i in which.tolist()])
+                mask = np.stack([everything if (one := allowed[i]) is None else one for i in which])
             tokens, logprobs = top_logprobs(logits, top_k, mask)
             if np.isnan(logprobs).any():
                 raise LanguageModelError(f"language model {self._lm.name!r} computed NaN after a prefix")
             parts.append(Outputs(hidden.copy(), tokens, logprobs))
-            order.append(which)
-        together, back = concatenate(parts), np.argsort(np.concatenate(order))
+            order += which
+        if len(parts) == 1:
+            return parts[0]
+        together, back = concatenate(parts), np.argsort(order)
         return Outputs(together.hidden[back], together.tokens[back], together.logprobs[back])
 
     def _needs_no_outputs(self, rows: IntArray, wanted: BoolArray) -> BoolArray:
         """Return bool [n], the rows whose outputs nobody asked for and that follow none that was asked for."""
         nothing = np.zeros(len(rows), dtype=bool)
-        if np.count_nonzero(~wanted) <= _FEW:
+        if np.count_nonzero(~wanted) <= FEW:
             return nothing
         mark = np.zeros(self._table.size + 1, dtype=bool)  # the last one stands for no row
         mark[rows[wanted]] = True
         for level in self._levels(rows):
             mark[level] |= mark[self._table.parent[level]]
         silent: BoolArray = ~mark[rows]
-        return silent if np.count_nonzero(silent) > _FEW else nothing
+        return silent if np.count_nonzero(silent) > FEW else nothing
 
     def _chunks(self, rows: IntArray) -> Iterator[IntArray]:
         """Yield ``rows``, ancestors first, as many at a time as a decode takes."""
         while len(rows):
             chunk = rows[: self._context.batch]
-            if np.count_nonzero(self._continued_in(chunk) < 0) > self._lanes:
+            if len(chunk) > self._lanes and np.count_nonzero(self._continued_in(chunk) < 0) > self._lanes:
                 chunk = chunk[: self._lanes]
             yield chunk
             rows = rows[len(chunk) :]
@@ -323,10 +332,10 @@ class LlamaEngine(TrieEngine):
 
     def _parent_places(self, rows: IntArray) -> IntArray:
         """Return int64 [n]: the place in ``rows`` of each one's parent, where both are new; else -1."""
-        fresh = ~self._stored[rows]
-        place = np.full(self._table.size + 1, -1)  # the last one stands for no row
-        place[rows[fresh]] = np.flatnonzero(fresh)
-        return np.where(fresh, place[self._table.parent[rows]], -1)
+        stored = self._stored[rows].tolist()
+        place = {row: i for i, row in enumerate(rows.tolist()) if not stored[i]}
+        parents = self._table.parent[rows].tolist()
+        return np.array([-1 if stored[i] else place.get(parent, -1) for i, parent in enumerate(parents)])
 
     def _decode(self, rows: IntArray, *, outputs: bool) -> tuple[FloatArray, FloatArray]:
         """Process ``rows``, ancestors first; rows that are in memory already are computed again and thrown away.
@@ -396,8 +405,8 @@ def tree_error(lm: LlamaTreeModel) -> str | None:
 
 def _token_bytes(lm: LlamaTreeModel) -> int:
     """Return the bytes of keys and values of a token, over all layers, as llama.cpp would save them."""
-    context, tokens, sizes = lm.plain_context(2), np.zeros(2, dtype=np.int64), []
-    for position in range(2):
-        context.extend(tokens, position, position + 1, outputs=False)
-        sizes.append(context.state_bytes())
-    return max(sizes[1] - sizes[0], 1)
+    context = lm.plain_context(2)
+    context.extend(np.zeros(2, dtype=np.int64), 0, 2, outputs=False)
+    both = context.state_bytes()
+    context.remove(0, 1)
+    return max(both - context.state_bytes(), 1)

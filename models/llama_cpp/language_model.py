@@ -16,7 +16,7 @@ from ...checks import check_integer
 from ...errors import ConfigurationError, UnknownNameError
 from ..base import Engine, FloatArray, LanguageModel, Message, PrefixEngine
 from ..embedded_model import EMBEDDED_MODELS, gguf_path
-from .engine import LlamaEngine, tree_error
+from .engine import FEW, LlamaEngine, tree_error
 from .gguf_file import read_tensor
 from .library import Context, Model
 from .softmax import log_softmax
@@ -139,7 +139,7 @@ class LlamaCppLM(LanguageModel):
                 context.clear()
                 tokens, count = np.array(sequence, dtype=np.int64), len(sequence)
                 # The last two together: kernels for one token round otherwise than those for several.
-                silent = max(count - 2, 0)
+                silent = count - 2 if count > FEW else 0
                 for start in range(0, silent, context.batch):
                     context.extend(tokens, start, min(start + context.batch, silent), outputs=False)
                 logits, states = context.extend(tokens, silent, count, outputs=True)

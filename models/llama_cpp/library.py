@@ -17,7 +17,7 @@ import numpy as np
 from ...errors import ConfigurationError, LanguageModelError
 from ..base import FloatArray, IntArray
 
-__all__ = ["INSTALL", "Context", "Model", "library"]
+__all__ = ["INSTALL", "Context", "GGUFParameters", "Model", "library", "tensor_library"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,35 @@ def library() -> Any:
     api.llama_log_set(api.qstar_log, None)
     api.llama_backend_init()
     return api
+
+
+class GGUFParameters(ctypes.Structure):
+    """``gguf_init_params``: whether to read the data of no tensor, and a context to make tensors in."""
+
+    _fields_ = (("no_alloc", ctypes.c_bool), ("context", ctypes.c_void_p))
+
+
+@functools.cache
+def tensor_library() -> Any:
+    """Return llama.cpp's library of tensor functions, ggml, which llama-cpp-python brings along."""
+    api = library()
+    loader: Any = importlib.import_module("llama_cpp._ctypes_extensions")
+    ggml = loader.load_shared_library("ggml-base", Path(api.__file__).parent / "lib")
+    pointer, text, integer = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64
+    for name, result, arguments in (
+        ("gguf_init_from_file", pointer, (text, GGUFParameters)),
+        ("gguf_free", None, (pointer,)),
+        ("gguf_find_tensor", integer, (pointer, text)),
+        ("gguf_get_data_offset", ctypes.c_size_t, (pointer,)),
+        ("gguf_get_tensor_ne", ctypes.POINTER(integer), (pointer, integer)),
+        ("gguf_get_tensor_offset", ctypes.c_size_t, (pointer, integer)),
+        ("gguf_get_tensor_size", ctypes.c_size_t, (pointer, integer)),
+        ("gguf_get_tensor_type", ctypes.c_int, (pointer, integer)),
+        ("ggml_type_name", text, (ctypes.c_int,)),
+    ):
+        function = getattr(ggml, name)
+        function.restype, function.argtypes = result, arguments
+    return ggml
 
 
 class Model:

@@ -32,20 +32,25 @@ def top_logprobs(logits: FloatArray, k: int, allowed: BoolArray | None = None) -
     return tokens, logprobs.astype(np.float32, copy=False)
 
 
-def _top(values: FloatArray, k: int, width: int = 128) -> IntArray:
-    """Return the columns of the ``k`` largest values of each row, largest first.
+def _top(values: FloatArray, k: int, width: int = 96) -> IntArray:
+    """Return the columns of the ``k`` largest values of each row, largest first; of equal ones any, the same each time.
 
-    They lie in the k blocks of columns with the largest maxima, or in the columns that fill no block.
+    They lie in the k groups of columns with the largest maxima, or in the columns that fill no group. A group is every
+    so many columns, not those side by side: so its maximum is taken over long rows, ten times as fast in numpy.
     """
     n, size = values.shape
-    blocks = size // width
-    if blocks > 2 * k:
-        maxima = values[:, : blocks * width].reshape(n, blocks, width).max(axis=2)
-        best = np.sort(np.argpartition(maxima, -k, axis=1)[:, -k:], axis=1)
-        columns = (best[:, :, None] * width + np.arange(width)).reshape(n, k * width)
-        columns = np.concatenate((columns, np.tile(np.arange(blocks * width, size), (n, 1))), axis=1)
+    groups = size // width
+    if groups > 2 * k:
+        maxima = values[:, : groups * width].reshape(n, width, groups).max(axis=1)
+        best = np.argpartition(maxima, -k, axis=1)[:, -k:]
+        columns = (best[:, None] + groups * np.arange(width)[:, None]).reshape(n, k * width)
+        columns = np.concatenate((columns, np.tile(np.arange(groups * width, size), (n, 1))), axis=1)
     else:
         columns = np.tile(np.arange(size), (n, 1))
-    candidates = np.take_along_axis(values, columns, axis=1)
-    order = np.argsort(-candidates, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(columns, order, axis=1)
+    # One integer for value and column, so that a partition sorts them together: as integers, the bits of floats >= 0
+    # are in the order of their values, and those of floats < 0 in the reverse order.
+    bits = np.take_along_axis(values, columns, axis=1).view(np.int32)
+    keys = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64) << 32) - columns
+    keys.partition(keys.shape[1] - k, axis=1)
+    largest: IntArray = np.sort(keys[:, -k:], axis=1)[:, ::-1]
+    return -largest & 0xFFFFFFFF

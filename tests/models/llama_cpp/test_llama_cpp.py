@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
@@ -27,7 +28,7 @@ from qstar_decoding.models.embedded_model import gguf_path
 from qstar_decoding.models.llama_cpp import engine as engine_module
 from qstar_decoding.models.llama_cpp.engine import LlamaEngine
 from qstar_decoding.models.llama_cpp.gguf_file import read_tensor
-from qstar_decoding.models.llama_cpp.softmax import log_softmax, top_logprobs
+from qstar_decoding.models.llama_cpp.softmax import log_softmax
 
 from .tiny_gguf import write
 
@@ -279,16 +280,6 @@ def test_the_laws_of_language_models(tiny: Tiny, architecture: str) -> None:
     assert isinstance(tiny(architecture).new_engine(), PrefixEngine if architecture == "Mamba" else LlamaEngine)
 
 
-def test_top_logprobs_are_those_of_the_whole_softmax() -> None:
-    logits = np.random.default_rng(0).standard_normal((3, 1000)).astype(np.float32) * 4
-    exact = logits.astype(np.float64)
-    exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
-    for k in (1, 5, 400, 1000):
-        tokens, logprobs = top_logprobs(logits.copy(), k)
-        np.testing.assert_allclose(logprobs, -np.sort(-exact, axis=1)[:, :k], atol=1e-5)
-        np.testing.assert_allclose(logprobs, np.take_along_axis(exact, tokens, axis=1), atol=1e-5)
-
-
 # ------------------------------------------------------------------------------------------------- quantised models
 
 
@@ -340,6 +331,30 @@ def test_the_embedded_model_is_near_that_of_transformers(embedded: LlamaCppLM, l
     assert path is not None
     np.testing.assert_array_equal(read_tensor(path, "token_embd.weight"), lm.token_embeddings())
     assert read_tensor(path, "no such tensor") is None
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+def test_a_tensor_of_a_file_is_what_the_gguf_package_reads(kind: str, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((6, 64)).astype(np.float32)
+    quantization = gguf.GGMLQuantizationType[kind]
+    data = gguf.quantize(values, quantization)
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_array("words", ["of", "any", "length"])
+    writer.add_tensor("first", values[:1])
+    writer.add_tensor("x", data, raw_dtype=quantization)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    np.testing.assert_array_equal(read_tensor(tmp_path / "x.gguf", "x"), gguf.dequantize(data, quantization))
+    assert read_tensor(tmp_path / "x.gguf", "no such tensor") is None
+    content = (tmp_path / "x.gguf").read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(content[:-100])
+    with pytest.raises(ValueError, match="ends before its tensor 'x' does"):
+        read_tensor(tmp_path / "cut.gguf", "x")
+    (tmp_path / "other.gguf").write_bytes(b"PK" + content)
+    with pytest.raises(ValueError, match="is not a GGUF file"):
+        read_tensor(tmp_path / "other.gguf", "x")
 
 
 def test_a_shipped_q_plans_with_it(embedded: LlamaCppLM) -> None:
