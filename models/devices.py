@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["one_compute_thread", "resolve_device", "resolve_dtype"]
+__all__ = ["one_blas_thread", "one_compute_thread", "resolve_device", "resolve_dtype"]
 
 
 @contextlib.contextmanager
@@ -30,6 +32,35 @@ def one_compute_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+_blas_lock = threading.Lock()
+
+
+@functools.cache
+def _blas_libraries() -> list[Any]:
+    from threadpoolctl import ThreadpoolController
+
+    return list(ThreadpoolController().select(user_api="blas").lib_controllers)
+
+
+@contextlib.contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Let numpy compute products in the calling thread alone while the context lasts; other threads wait to enter it.
+
+    After a product, the workers of OpenBLAS wait actively for some 25 ms. Small products gain nothing from them, and
+    the forward that follows loses their cores.
+    """
+    libraries = _blas_libraries()
+    with _blas_lock:
+        before = [library.get_num_threads() for library in libraries]
+        try:
+            for library in libraries:
+                library.set_num_threads(1)
+            yield
+        finally:
+            for library, threads in zip(libraries, before, strict=True):
+                library.set_num_threads(threads)
 
 
 def resolve_device(device: str) -> torch.device:

@@ -31,6 +31,7 @@ __all__ = [
     "EMBEDDED_MODELS",
     "EmbeddedModel",
     "cache_folder",
+    "converted_folder",
     "embedded_model_folder",
     "gguf_path",
     "is_intact",
@@ -89,11 +90,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("QSTAR_CACHE") or user_cache_path("qstar-decoding"))
 
 
-def embedded_model_folder(name: str) -> Path | None:
+def converted_folder(name: str) -> Path:
+    """Return where :func:`embedded_model_folder` keeps a model; it need not be there yet."""
+    return cache_folder() / "models" / name
+
+
+def embedded_model_folder(name: str, intact: bool | None = None) -> Path | None:
     """Return a folder that ``from_pretrained`` loads in a few seconds, made at the first call.
 
     Args:
         name: A key of :data:`EMBEDDED_MODELS`.
+        intact: What :func:`is_intact` has just said of :func:`converted_folder`; None to ask it here.
 
     Returns:
         The folder, or None where a wheel is not installed.
@@ -103,7 +110,7 @@ def embedded_model_folder(name: str) -> Path | None:
     """
     model = EMBEDDED_MODELS[name]
     files = wheel_files(model)
-    folder = cache_folder() / "models" / name
+    folder = converted_folder(name)
 
     def make() -> None:
         logger.warning("converting %s once into %s (about a minute at most)", name, folder)
@@ -112,7 +119,7 @@ def embedded_model_folder(name: str) -> Path | None:
         _convert(files, folder)
 
     with _in_cache(folder.parent):
-        return _made_once(folder, make if files else None)
+        return folder if intact else _made_once(folder, make if files else None)
 
 
 def gguf_path(name: str) -> Path | None:

@@ -6,6 +6,7 @@ import logging
 import os
 import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from .flat.packed_weights import PackedWeights
 from .base import Engine, FloatArray, LanguageModel, Message, PrefixEngine, bytes_of_piece, free_memory
 from .devices import one_compute_thread, resolve_device, resolve_dtype
-from .embedded_model import EMBEDDED_MODELS, embedded_model_folder
+from .embedded_model import EMBEDDED_MODELS, converted_folder, embedded_model_folder, is_intact
 
 # The model of transformers as it is; its numbers in a flat forward; numbers of half precision in a flat forward.
 WEIGHTS = ("model", "flat", "float16")
@@ -371,12 +372,15 @@ def load_transformers(
     if weights not in WEIGHTS:
         raise ConfigurationError(f"weights is one of {', '.join(map(repr, WEIGHTS))}; got {weights!r}")
     _check_prepack(prepack)
-    torch_device = resolve_device(device)
-    torch_dtype = resolve_dtype("float32" if weights == "float16" and dtype == "auto" else dtype, torch_device)
+    is_new = name in EMBEDDED_MODELS and not any(key[0] == name for key in _LOADED)
+    with ThreadPoolExecutor(1) as pool:  # reading half a gigabyte takes as long as the import of torch, beside it
+        intact = pool.submit(is_intact, converted_folder(name)) if is_new else None
+        torch_device = resolve_device(device)
+        torch_dtype = resolve_dtype("float32" if weights == "float16" and dtype == "auto" else dtype, torch_device)
     options = {**model_kwargs, **({} if weights == "model" else {"weights": weights})}
     key = (name, str(torch_device), str(torch_dtype), str(prepack), repr(sorted(options.items())))
     if key not in _LOADED:
-        _LOADED[key] = _load(name, torch_device, torch_dtype, prepack, options)
+        _LOADED[key] = _load(name, torch_device, torch_dtype, prepack, options, intact and intact.result())
     if not hidden_layers:
         return _LOADED[key]
     tapping = *key, repr(tuple(hidden_layers))
@@ -391,9 +395,15 @@ def load_transformers(
 
 @one_compute_thread()
 def _load(
-    name: str, device: torch.device, dtype: torch.dtype, prepack: bool | str, options: dict[str, Any]
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    prepack: bool | str,
+    options: dict[str, Any],
+    intact: bool | None,
 ) -> TransformersLM:
-    source = str(embedded_model_folder(name) or EMBEDDED_MODELS[name].hub_id) if name in EMBEDDED_MODELS else name
+    known = EMBEDDED_MODELS.get(name)
+    source = str(embedded_model_folder(name, intact) or known.hub_id) if known else name
     try:
         if "weights" in options:
             from .flat.loading import load_flat

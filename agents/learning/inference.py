@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from ...models.base import FloatArray
+from ...models.devices import one_blas_thread
 
 __all__ = ["LOGPROB_SCALE", "NATS_PER_UNIT", "NumpyScorer", "ScorerConfig"]
 
@@ -111,7 +112,7 @@ class NumpyScorer:
         # The default has as much memory as the file has numbers, so that wrong sizes cannot ask for more.
         known, d = dict(weights), config.hidden_size
         if "state.weight" in known and known["state.weight"].shape == (config.width, d):
-            known = {"hidden_mean": np.zeros(d), "hidden_scale": np.ones(d), **known}
+            known = {"hidden_mean": np.zeros(d, np.float32), "hidden_scale": np.ones(d, np.float32), **known}
         shapes = config.shapes()
         wrong = sorted(name for name in {*shapes, *known} if name not in known or known[name].shape != shapes.get(name))
         if wrong:
@@ -131,6 +132,7 @@ class NumpyScorer:
         result: FloatArray = outputs.max(axis=2) if self.config.n_quantiles is None else outputs.mean(axis=2)
         return result
 
+    @one_blas_thread()
     def head_outputs(self, observation: Mapping[str, Any]) -> FloatArray:
         """Return the outputs of all heads or quantiles, float32 [B, k, outputs]; see :class:`TokenScorer`."""
         logprobs = np.asarray(observation["logprobs"], dtype=np.float32)

@@ -172,7 +172,7 @@ class LlamaCppLM(LanguageModel):
                     self.llama.pointer
                 )
                 problem = "it has a recurrent memory" if recurrent else tree_error(self)
-                self._tree_is_exact = problem is None
+                self._tree_is_exact, self._plain = problem is None, None  # a context takes 60 MB
                 if problem:
                     logger.warning("%s: %s; whole prefixes are recomputed instead (exact, slower)", self.name, problem)
         return LlamaEngine(self, kv_budget=kv_budget) if self._tree_is_exact else PrefixEngine(self)
