@@ -87,7 +87,11 @@ class ScorerConfig:
                 **linear("context.3", width, width), **norm("context.4"), **linear("context.6", width, 2 * width),
             }  # fmt: skip
         if self.dueling:
-            shapes |= {**linear("value.0", d + numbers, width), **norm("value.1"), **linear("value.3", width, self.outputs)}
+            shapes |= {
+                **linear("value.0", d + numbers, width),
+                **norm("value.1"),
+                **linear("value.3", width, self.outputs),
+            }
         return shapes
 
 

@@ -162,9 +162,7 @@ class LearnedFunction:
             self._observer = mdp, Observer(mdp, self.candidate_dims, *further)
         return self._observer[1]
 
-    def _observe(
-        self, mdp: DecodingMDP, prompts: Sequence[Prompt], nodes: IntArray
-    ) -> tuple[Observation, Values]:
+    def _observe(self, mdp: DecodingMDP, prompts: Sequence[Prompt], nodes: IntArray) -> tuple[Observation, Values]:
         """Return observations of ``n`` nodes, and the part that the estimates leave out: φ(s) or 0, float64 [n]."""
         observer, potential = self.observer(mdp), mdp.potential(prompts, nodes)
         observation = observer.observe(potential, nodes, observer.term_potentials(prompts, nodes))

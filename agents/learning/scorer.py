@@ -166,7 +166,9 @@ class TokenScorer(nn.Module):
         numbers = ["term_potentials" if self.config.terms else "potential", "remaining"]
         numbers += ["weights"] if self.config.conditioned else []
         of_state = torch.cat([observation[name].float() for name in numbers], dim=1)
-        scalars = torch.cat((logprobs.unsqueeze(-1) * LOGPROB_SCALE, of_state.unsqueeze(1).expand(batch, k, -1)), dim=-1)
+        scalars = torch.cat(
+            (logprobs.unsqueeze(-1) * LOGPROB_SCALE, of_state.unsqueeze(1).expand(batch, k, -1)), dim=-1
+        )
         hidden = self.dropout((observation["hidden"].float() - self.hidden_mean) * self.hidden_scale)
         candidates = observation["candidates"].float().view(batch, k, -1)
         state, gate = self.state(hidden), self.state_gate(hidden)

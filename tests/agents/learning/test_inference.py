@@ -9,26 +9,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qstar_decoding.agents.learning.inference import NumpyScorer, ScorerConfig
+from qstar_decoding.agents.learning.inference import NATS_PER_UNIT, NumpyScorer, ScorerConfig
 from qstar_decoding.agents.learning.scorer import TokenScorer
 
-CONFIGS = st.builds(
-    ScorerConfig,
-    hidden_size=st.integers(1, 40),
-    candidate_dims=st.integers(1, 8),
-    width=st.integers(4, 24),
-    dropout=st.just(0.5),  # off in evaluation, or the outputs would differ
-    dueling=st.booleans(),
-    heads=st.integers(1, 3),
-    context_tokens=st.integers(0, 3),
-) | st.builds(
-    ScorerConfig,
-    hidden_size=st.integers(1, 40),
-    candidate_dims=st.integers(1, 8),
-    width=st.integers(4, 24),
-    dueling=st.booleans(),
-    n_quantiles=st.integers(1, 5),
-    context_tokens=st.integers(0, 3),
+SIZES = {
+    "hidden_size": st.integers(1, 40),
+    "candidate_dims": st.integers(1, 8),
+    "width": st.integers(4, 24),
+    "dropout": st.just(0.5),  # off in evaluation, or the outputs would differ
+    "dueling": st.booleans(),
+    "context_tokens": st.integers(0, 3),
+}
+CONFIGS = st.one_of(
+    st.builds(ScorerConfig, **SIZES, heads=st.integers(1, 3)),
+    st.builds(ScorerConfig, **SIZES, n_quantiles=st.integers(1, 5)),
+    st.builds(ScorerConfig, **SIZES, terms=st.integers(1, 3), conditioned=st.booleans()),
 )
 
 
@@ -53,6 +48,8 @@ def random_observations(config, batch, k, seed):
         "logprobs": -10 * rng.random((batch, k)),
         "potential": rng.standard_normal((batch, 1)),
         "remaining": rng.random((batch, 1)),
+        "term_potentials": rng.standard_normal((batch, config.terms)),
+        "weights": rng.standard_normal((batch, 1 + config.terms)),
     }
     found = {name: values.astype(np.float32) for name, values in found.items()}
     if config.context_tokens:
@@ -71,8 +68,9 @@ def test_numpy_and_torch_agree(config, batch, k, seed):
         q = network(tensors) if config.n_quantiles is None else network(tensors).mean(dim=1)
     scorer = network.to_numpy()
     assert scorer.config == config
-    np.testing.assert_allclose(scorer.head_outputs(observation), expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(scorer(observation), q.numpy(), rtol=1e-5, atol=1e-5)
+    rounding = 1e-5 * (NATS_PER_UNIT if config.terms else 1)
+    np.testing.assert_allclose(scorer.head_outputs(observation), expected, rtol=1e-5, atol=rounding)
+    np.testing.assert_allclose(scorer(observation), q.numpy(), rtol=1e-5, atol=rounding)
     assert scorer(observation).dtype == np.float32
 
 
