@@ -380,7 +380,7 @@ def load_transformers(
     options = {**model_kwargs, **({} if weights == "model" else {"weights": weights})}
     key = (name, str(torch_device), str(torch_dtype), str(prepack), repr(sorted(options.items())))
     if key not in _LOADED:
-        _LOADED[key] = _load(name, torch_device, torch_dtype, prepack, options, intact and intact.result())
+        _LOADED[key] = _load(name, torch_device, torch_dtype, prepack, options, intact.result() if intact else None)
     if not hidden_layers:
         return _LOADED[key]
     tapping = *key, repr(tuple(hidden_layers))
