@@ -165,8 +165,8 @@ class LookAheadHeuristic(Composable):
         row, action = np.nonzero(continuing & (continuing.cumsum(axis=1) <= self.width))
         if not len(row):
             return values
-        here = mdp.tree.expand(nodes[row], action)
-        np.add.at(self.lm_tokens, row, 1)
+        here = mdp.grow([], nodes[row], action)[1]
+        np.add.at(self.lm_tokens, row, mdp.lm_tokens(here))
         for _ in range(self.length - 1):
             legal = mdp.action_mask(here)
             favourite = legal.argmax(axis=1)  # the likeliest that may be taken
@@ -174,8 +174,8 @@ class LookAheadHeuristic(Composable):
             moving = np.flatnonzero(goes_on & legal.any(axis=1))
             if not len(moving):
                 break
-            here[moving] = mdp.tree.expand(here[moving], favourite[moving])
-            np.add.at(self.lm_tokens, row[moving], 1)
+            here[moving] = mdp.grow([], here[moving], favourite[moving])[1]
+            np.add.at(self.lm_tokens, row[moving], mdp.lm_tokens(here[moving]))
         fluency = mdp.path_return(here) - mdp.path_return(nodes[row])
         values[row, action] = fluency + mdp.potential([prompts[i] for i in row.tolist()], here)
         return values
@@ -230,9 +230,8 @@ class OracleHeuristic(Composable):
         completions = mdp.complete([prompt] * len(finishing), np.repeat(here, len(finishing)), finishing)
         rewards = np.array([completion.reward for completion in completions])
         values[finishing] += np.where(np.isnan(rewards), -np.inf, rewards)
-        for action, child in zip(
-            continuing, mdp.tree.expand(np.repeat(here, len(continuing)), continuing), strict=True
-        ):
+        children = mdp.grow([], np.repeat(here, len(continuing)), continuing)[1]
+        for action, child in zip(continuing, children, strict=True):
             below = self._look_below(mdp, prompt, int(child), known)
             values[action] += self.back_up(mdp, below[mdp.action_mask(np.array([child]))[0]])
         known[tuple(mdp.tree.completion_ids(node))] = values

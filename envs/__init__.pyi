@@ -20,6 +20,7 @@ from .observations import Feature as Feature
 from .observations import Observer as Observer
 from .prompts import Prompt as Prompt
 from .prompts import load_prompts as load_prompts
+from .steps import StepMDP as StepMDP
 from .token_decoding import TokenDecodingEnv as TokenDecodingEnv
 from .token_tree import TokenTree as TokenTree
 from .vector import TokenDecodingVecEnv as TokenDecodingVecEnv

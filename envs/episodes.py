@@ -42,7 +42,8 @@ class Steps(NamedTuple):
         observation: Arrays [N, …], the next observations; those after the end where an episode ended and none began.
         rewards: float64 [N].
         terminated: bool [N].
-        tokens: int64 [N], the appended tokens.
+        tokens: int64 [N], the appended tokens; of a step its last one.
+        texts: The appended texts.
         logprobs: float32 [N], nats.
         ended: By episode that ended, the entries of ``info`` about its completion.
     """
@@ -51,6 +52,7 @@ class Steps(NamedTuple):
     rewards: Values
     terminated: npt.NDArray[np.bool_]
     tokens: IntArray
+    texts: list[str]
     logprobs: npt.NDArray[np.float32]
     ended: dict[int, dict[str, Any]]
 
@@ -129,7 +131,8 @@ class Episodes:
         ranks, nodes, rows = self._check(actions), self.node, np.arange(len(self.node))
         terminated = mdp.finishes(nodes)[rows, ranks] != Finish.NO
         rewards = mdp.edge_returns(nodes)[rows, ranks]
-        tokens, logprobs = mdp.tree.tokens[nodes, ranks], mdp.tree.logprobs[nodes, ranks]
+        tokens = mdp.last_tokens(nodes, ranks)
+        logprobs, written = mdp.logprobs(nodes)[rows, ranks].astype(np.float32), mdp.edge_texts(nodes, ranks)
         # The reward comes first: it may fail, and until then nothing has changed. An unused forward is only cached.
         ending, continuing = np.flatnonzero(terminated), np.flatnonzero(~terminated)
         completions = mdp.complete([self._prompt(i) for i in ending.tolist()], nodes[ending], ranks[ending])
@@ -165,12 +168,12 @@ class Episodes:
         for i, completion in zip(ending, completions, strict=True):
             self.ended[i] = completion if after[i] == _NONE else None
         self.node[:], self._potential, self.prompt = after, potential, prompts
-        return Steps(observation, rewards, terminated, tokens, logprobs, ended)
+        return Steps(observation, rewards, terminated, tokens, written, logprobs, ended)
 
     def token_info(self, steps: Steps, index: int) -> dict[str, Any]:
         """Return the entries of ``info`` about one episode's step, except the mask."""
-        token = int(steps.tokens[index])
-        info = {"token": token, "token_text": self._mdp.token_text(token), "logprob": float(steps.logprobs[index])}
+        token, text = int(steps.tokens[index]), steps.texts[index]
+        info = {"token": token, "token_text": text, "logprob": float(steps.logprobs[index])}
         return info | steps.ended.get(index, {})
 
     @_in_turn

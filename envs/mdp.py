@@ -28,14 +28,16 @@ from .constraints import Rules, StopStrings, make_constraint
 from .prompts import Prompt, columns_of
 from .token_tree import GrowRequest, TokenTree, grow_together
 
-__all__ = ["Completion", "DecodingMDP", "Finish", "mdp_of"]
+__all__ = ["SETTINGS", "Completion", "DecodingMDP", "Finish", "grow_processes", "logprob_left", "mdp_of"]
 
 Values = npt.NDArray[np.float64]
 
+# Unit round-offs, relative: of float32, in which log-probabilities come, and of float64, in which they are summed.
+_FLOAT32, _FLOAT64 = 2.0**-24, 2.0**-53
 _NOTHING = np.empty(0, dtype=np.int64)
 _BOUND_RULES = 256  # prompts whose rules are kept, beside those in the tree
 # The arguments that the processes of one language model may differ in.
-_SETTINGS = ("reward", "top_k", "top_p", "max_new_tokens", "stop", "logprob_weight", "max_prefixes", "constraint")
+SETTINGS = ("reward", "top_k", "top_p", "max_new_tokens", "stop", "logprob_weight", "max_prefixes", "constraint")
 
 
 class Finish(IntEnum):
@@ -77,7 +79,8 @@ class DecodingMDP:
 
         J(y | x) = α · Σ_t log π(y_t | x, y_<t) + r(x, y).
 
-    All methods are batched over ``n`` edges or nodes.
+    All methods are batched over ``n`` edges or nodes. Actions may be longer than a token (:class:`StepMDP`): such a
+    class overrides what depends on the actions.
 
     Attributes:
         model: The language model π.
@@ -87,7 +90,11 @@ class DecodingMDP:
         max_new_tokens: The horizon T, in tokens.
         logprob_weight: α.
         max_prefixes: Approximate number of prefixes kept in the tree.
+        action: What an action is, ``"token"`` or ``"step"``; see :class:`StepMDP`.
     """
+
+    action = "token"
+    _settings: tuple[str, ...] = SETTINGS
 
     def __init__(
         self,
@@ -192,19 +199,27 @@ class DecodingMDP:
         Raises:
             ConfigurationError: There is no such setting, or a value is out of range.
         """
-        check_keywords("with_changes", changes, _SETTINGS)
+        check_keywords("with_changes", changes, self._settings)
         return self._like(changes, self.tree.engine)
 
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments, by name, that another process on this language model may differ in."""
+        return {name: getattr(self, name) for name in self._settings}
+
     def _like(self, changes: dict[str, Any], engine: Engine) -> DecodingMDP:
-        settings = {name: getattr(self, name) for name in _SETTINGS} | changes
-        process = DecodingMDP(self.model, **settings, kv_budget=self._kv_budget)
+        process = type(self)(self.model, **{**self.settings(), **changes}, kv_budget=self._kv_budget)
         if process.tree.engine is not engine:
             process.tree = process._new_tree(engine)
         return process
 
     def _new_tree(self, engine: Engine) -> TokenTree:
         allowed = None if self._rules is None or self._rules.of_prompt else self._rules.allowed
-        return TokenTree(self.model, self.top_k, self._kv_budget, allowed, engine=engine)
+        return TokenTree(self.model, self._tree_top_k, self._kv_budget, allowed, engine=engine)
+
+    @property
+    def _tree_top_k(self) -> int:
+        """Next tokens kept at each node of the tree."""
+        return self.top_k
 
     # -- states -------------------------------------------------------------------------------------------------------
 
@@ -241,12 +256,21 @@ class DecodingMDP:
 
     def grow(self, prompts: Sequence[Prompt], nodes: IntArray, actions: IntArray) -> tuple[IntArray, IntArray]:
         """Return the initial states of ``m`` prompts and the successors of ``n`` edges, all in one forward."""
-        return grow_together([self.grow_request(prompts, nodes, actions)])[0]
+        return grow_processes([(self, prompts, nodes, actions)])[0]
 
     def grow_request(self, prompts: Sequence[Prompt], nodes: IntArray, actions: IntArray) -> GrowRequest:
         """Return what :meth:`grow` asks of the tree, for :func:`grow_together`."""
         rules = [self._bound_rules(prompt) for prompt in prompts] if self._rules and self._rules.of_prompt else ()
-        return GrowRequest(self.tree, [self.encode(prompt) for prompt in prompts], nodes, actions, rules)
+        return GrowRequest(self.tree, [self.encode(p) for p in prompts], *self._token_edges(nodes, actions), rules)
+
+    def draw(self, nodes: IntArray) -> Iterator[GrowRequest]:
+        """Yield what must be grown, one forward after the other, before the actions of ``n`` states are known."""
+        del nodes  # tokens are known with the state
+        yield from ()
+
+    def _token_edges(self, nodes: IntArray, actions: IntArray) -> tuple[IntArray, IntArray]:
+        """Return the edge of the token tree that each action ends with, as its node and rank, int64 [n] each."""
+        return nodes, actions
 
     def _bound_rules(self, prompt: Prompt) -> Rules:
         """Return the rules of one prompt; equal prompts have the same."""
@@ -272,13 +296,17 @@ class DecodingMDP:
 
         Nodes are renumbered. Pinned nodes survive, and their holders get the new numbers (:meth:`TokenTree.pin`).
         """
-        if len(self.tree) <= self.max_prefixes:
-            return
+        if len(self.tree) > self.max_prefixes:
+            self._evict()
+
+    def _evict(self) -> IntArray:
+        """Evict the least recently used half; return the new number of each node, -1 where it was evicted."""
         new = self.tree.evict(self.max_prefixes // 2)
         self._texts = {int(new[node]): text for node, text in self._texts.items() if new[node] >= 0}
         self._prompts = {int(new[root]): prompt for root, prompt in self._prompts.items() if new[root] >= 0}
         self._potentials.keep(np.flatnonzero(new[: self._potentials.size] >= 0))
         self._encoded.clear()
+        return new
 
     def remaining(self, nodes: IntArray) -> IntArray:
         """Return the number of tokens that may still be generated, int64 [n]."""
@@ -294,7 +322,7 @@ class DecodingMDP:
             mask[:, 0] = True
             return mask
         # A text that the horizon or a stop string ends must satisfy the constraint; forbidden tokens have -inf.
-        ends = np.isin(self.finishes(nodes), (Finish.LENGTH, Finish.STOP)) & mask
+        ends = np.isin(DecodingMDP.finishes(self, nodes), (Finish.LENGTH, Finish.STOP)) & mask
         rules = self._rules_at(nodes)
         for row in np.flatnonzero(ends.any(axis=1)).tolist():
             prefix, tokens = self.tree.completion_ids(int(nodes[row])), self.tree.tokens[nodes[row]].tolist()
@@ -302,6 +330,58 @@ class DecodingMDP:
                 ids = [*prefix, tokens[action]]
                 mask[row, action] = rules[row].accepts(self._decode(ids), self._without_end(ids))
         return mask
+
+    def logprobs(self, nodes: IntArray) -> Values:
+        """Return the log-probabilities of the actions, float64 [n, k], nats, of the full-vocabulary softmax."""
+        return self.tree.logprobs[nodes].astype(np.float64)
+
+    def omitted_logprobs(self, nodes: IntArray) -> Values:
+        """Bound the log-probability of any continuation that begins with none of the k actions, float64 [n], nats.
+
+        A token outside the top k is at most as likely as the k-th, and as all of them together. What is left for them
+        is 1 less the sum of the others. Each of those, and the omitted token's own log-probability, may be too large by
+        :attr:`LanguageModel.logprob_error` and the rounding of a float32.
+        """
+        if self.top_k >= self.model.vocab_size:
+            return np.full(len(nodes), -np.inf)
+        logprobs = self.logprobs(nodes)
+        return np.minimum(logprobs[:, -1], logprob_left(logprobs, self.model.logprob_error))
+
+    def edge_tokens(self, nodes: IntArray) -> IntArray:
+        """Return the tokens of the actions, int64 [n, k], or [n, k, m] for actions of up to m, -1 where there is none.
+
+        Observations describe an action by the mean of its tokens' embeddings.
+        """
+        return self.tree.tokens[nodes]
+
+    def last_tokens(self, nodes: IntArray, actions: IntArray) -> IntArray:
+        """Return the last token that each of ``n`` edges appends, int64 [n]."""
+        return self.tree.tokens[self._token_edges(nodes, actions)]
+
+    def edge_texts(self, nodes: IntArray, actions: IntArray) -> list[str]:
+        """Return the texts that ``n`` edges append."""
+        return [self.token_text(token) for token in self.tree.tokens[nodes, actions].tolist()]
+
+    def lm_tokens(self, nodes: IntArray) -> IntArray:
+        """Return the LM tokens that ``n`` states took, int64 [n]: their own prefix, and those that drew their actions.
+
+        Where a state is a prompt, its prefix counts here, too.
+        """
+        return np.ones(len(nodes), dtype=np.int64)
+
+    def lm_forwards(self, nodes: IntArray) -> int:
+        """Return how many forwards ``n`` states took together."""
+        del nodes
+        return 1
+
+    @property
+    def most_lm_tokens(self) -> int:
+        """The most LM tokens that a state can take."""
+        return 1
+
+    def actions_left(self, nodes: IntArray) -> int:
+        """Return how many actions the longest text takes from one of ``n`` states; about, if actions vary in length."""
+        return int(self.remaining(nodes).max(initial=0))
 
     def token_text(self, token: int) -> str:
         """Return the text of one token."""
@@ -343,8 +423,7 @@ class DecodingMDP:
 
     def edge_potentials(self, prompt: Prompt, node: int, actions: IntArray) -> Values:
         """Return φ of the prefixes that ``m`` edges of one state make, float64 [m], without a forward."""
-        prefix, [tokens] = self.tree.completion_ids(node), self.tree.tokens[[node]]
-        ids = [[*prefix, token] for token in tokens[actions].tolist()]
+        ids = self._edge_completions(np.full(len(actions), node), actions)
         same = [prompt] * len(ids)
         return self.reward.potential([p.text for p in same], [self._decode(x) for x in ids], ids, **columns_of(same))
 
@@ -364,9 +443,8 @@ class DecodingMDP:
             return bounds
         row, action = np.nonzero(self.action_mask(nodes) & (self.finishes(nodes) == Finish.NO))
         if len(row):
-            prefixes, tokens = self.tree.completions(nodes), self.tree.tokens[nodes[row], action].tolist()
-            ids = [[*prefixes[i], token] for i, token in zip(row.tolist(), tokens, strict=True)]
-            remaining, asking = (self.remaining(nodes)[row] - 1).tolist(), [prompts[i] for i in row.tolist()]
+            ids = self._edge_completions(nodes[row], action)
+            remaining, asking = [self.max_new_tokens - len(x) for x in ids], [prompts[i] for i in row.tolist()]
             bounds[row, action] = self._bound(asking, ids, [self._decode(sequence) for sequence in ids], remaining)
         return bounds
 
@@ -414,8 +492,7 @@ class DecodingMDP:
     def edge_returns(self, nodes: IntArray) -> Values:
         """Return the edges' own rewards, α · log π(a | s), float64 [n, k]."""
         # α = 0 must give 0 even where a token has probability 0.
-        logprobs = np.maximum(self.tree.logprobs[nodes].astype(np.float64), -1e6)
-        return self.logprob_weight * logprobs
+        return self.logprob_weight * np.maximum(self.logprobs(nodes), -1e6)
 
     def path_return(self, nodes: IntArray) -> Values:
         """Return g, the sum of the edges' own rewards since the prompt, float64 [n]."""
@@ -432,15 +509,15 @@ class DecodingMDP:
         """
         if not len(nodes):
             return []
-        tokens = self.tree.tokens[nodes, actions]
-        ids = [(*prefix, token) for prefix, token in zip(self.tree.completions(nodes), tokens.tolist(), strict=True)]
+        ids = [tuple(sequence) for sequence in self._edge_completions(nodes, actions)]
         texts = [self._decode(sequence) for sequence in ids]
         rules = self._rules_at(nodes) if self._rules else []
         for rule, text, sequence in zip(rules, texts, ids, strict=bool(rules)):
             if not rule.accepts(text, self._without_end(sequence)):
                 raise InternalError(f"the completion {text!r} breaks the constraint; please report this")
         kinds = self.finishes(nodes)[np.arange(len(nodes)), actions]
-        logprobs = self.tree.path_logprob[nodes] + np.maximum(self.tree.logprobs[nodes, actions], -1e6)
+        ends, last = self._token_edges(nodes, actions)
+        logprobs = self.tree.path_logprob[ends] + np.maximum(self.tree.logprobs[ends, last], -1e6)
         rewards = self.rewards(prompts, texts, ids) if score else np.full(len(nodes), np.nan)
         return [
             Completion(x, y, float(lp), float(r), float(self.logprob_weight * lp + r), Finish(int(kind)).name.lower())
@@ -465,6 +542,12 @@ class DecodingMDP:
 
     # -----------------------------------------------------------------------------------------------------------------
 
+    def _edge_completions(self, nodes: IntArray, actions: IntArray) -> list[list[int]]:
+        """Return the token ids of the completions so far that ``n`` edges make."""
+        ends, last = self._token_edges(nodes, actions)
+        tokens = self.tree.tokens[ends, last].tolist()
+        return [[*prefix, token] for prefix, token in zip(self.tree.completions(ends), tokens, strict=True)]
+
     def _decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of a completion: no end-of-sequence token, cut off where a stop string begins."""
         text = self.model.decode_continuation(self._without_end(token_ids))
@@ -475,6 +558,43 @@ class DecodingMDP:
         """Return a completion's tokens without the end-of-sequence or stop token."""
         ends = bool(token_ids) and (token_ids[-1] in self.model.eos_token_ids or token_ids[-1] in self._stop_tokens)
         return list(token_ids[:-1] if ends else token_ids)
+
+
+def grow_processes(
+    requests: Sequence[tuple[DecodingMDP, Sequence[Prompt], IntArray, IntArray]],
+) -> list[tuple[IntArray, IntArray]]:
+    """Do the work of :meth:`DecodingMDP.grow` for several processes, in as few forwards as one of them takes.
+
+    Args:
+        requests: Process, prompts, nodes [n] and actions [n] of each.
+    """
+    grown = grow_together([mdp.grow_request(prompts, at, actions) for mdp, prompts, at, actions in requests])
+    nodes: dict[int, list[IntArray]] = {}
+    for (mdp, *_), found in zip(requests, grown, strict=True):
+        nodes.setdefault(id(mdp), []).extend(found)
+    processes = {id(mdp): mdp for mdp, *_ in requests}
+    drawing = [processes[key].draw(np.concatenate(found)) for key, found in nodes.items()]
+    while drawing:
+        asked = [(one, request) for one in drawing if (request := next(one, None)) is not None]
+        if asked:
+            grow_together([request for _, request in asked])
+        drawing = [one for one, _ in asked]
+    return grown
+
+
+def logprob_left(logprobs: Values, error: float) -> Values:
+    """Return log(1 - Σ exp(logprobs [n, k])), float64 [n], rounded up by what the terms may be too large.
+
+    Args:
+        logprobs: float64 [n, k], nats, of continuations of which none begins with another.
+        error: Of each of them, beside its rounding to float32; see :attr:`LanguageModel.logprob_error`.
+    """
+    listed = np.where(np.isneginf(logprobs), 0.0, logprobs)  # a probability of 0 has no error
+    inside = np.exp(logprobs - error - _FLOAT32 * np.abs(listed)).sum(axis=1)
+    with np.errstate(divide="ignore"):
+        left = np.log(np.maximum(1 - inside * (1 - logprobs.shape[1] * _FLOAT64), 0.0))
+    rounded: Values = left + error + _FLOAT32 * np.abs(np.where(np.isneginf(left), 0.0, left))
+    return rounded
 
 
 def mdp_of(env: Any) -> DecodingMDP:

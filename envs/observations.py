@@ -24,6 +24,7 @@ __all__ = ["FEATURES", "Feature", "Observer", "observation_table", "token_featur
 
 _MIN_LOGPROB = -50.0  # nats; below it a token is as good as impossible
 _ROWS = 1024  # of embeddings that are projected at once
+_NO_NODES = np.zeros(0, dtype=np.int64)
 _MAX_POTENTIAL = 1e4  # a reward without bounds could otherwise leave the observation space
 
 Observation = dict[str, npt.NDArray[np.generic]]
@@ -34,7 +35,7 @@ class States(NamedTuple):
 
     Attributes:
         observer: Their observer.
-        tokens: int64 [n, k], the candidates' token ids.
+        tokens: int64 [n, k], the candidates' token ids; [n, k, m] of candidates of up to m tokens, -1 for none.
         context: int64 [n, w], the ids of the last w tokens, -1 where there are fewer.
         nodes: int64 [n]; not given where a feature is made again from the token ids.
         potential: float64 [n], φ; likewise.
@@ -104,8 +105,11 @@ def _hidden_bounds(observer: Observer) -> tuple[float, float]:
 
 
 def _candidates(states: States) -> FloatArray:
-    n, k = states.tokens.shape
-    return states.observer.features[states.tokens].reshape(n, k * states.observer.candidate_dims)
+    (n, k, *_), features = states.tokens.shape, states.observer.features[states.tokens]
+    if states.tokens.ndim == 3:
+        inside = states.tokens >= 0
+        features = (features * inside[..., None]).sum(axis=2) / np.maximum(inside.sum(axis=2), 1)[..., None]
+    return np.asarray(features.reshape(n, k * states.observer.candidate_dims), np.float32)
 
 
 def _context(states: States) -> FloatArray:
@@ -151,7 +155,7 @@ FEATURES = (
     Feature(
         "candidates",
         "k·e",
-        "the candidate tokens' embeddings, reduced to e numbers each; ``reshape(k, e)`` gives rows",
+        "the candidates' mean token embeddings, reduced to e numbers each; ``reshape(k, e)`` gives rows",
         _candidates,
         _candidate_bounds,
         stored=None,
@@ -168,7 +172,7 @@ FEATURES = (
         "logprobs",
         "k",
         "the candidates' log-probabilities, nats, cut off at -50",
-        lambda states: np.clip(states.observer.mdp.tree.logprobs[states.nodes], _MIN_LOGPROB, 0.0),
+        lambda states: np.clip(states.observer.mdp.logprobs(states.nodes), _MIN_LOGPROB, 0.0),
         lambda _: (_MIN_LOGPROB, 0.0),
         stored=np.float32,
     ),
@@ -295,11 +299,11 @@ class Observer:
     def token_ids(self) -> Layout:
         """Return shape and dtype of the token ids that the other features are made from, by name."""
         context: Layout = {"context_ids": ((self.context_tokens,), np.int32)} if self.context_tokens else {}
-        return {"tokens": ((self.mdp.top_k,), np.int32), **context}
+        return {"tokens": (self.mdp.edge_tokens(_NO_NODES).shape[1:], np.int32), **context}
 
     def token_ids_of(self, nodes: IntArray) -> dict[str, IntArray]:
         """Return these token ids of ``n`` states, by name."""
-        ids = {"tokens": self.mdp.tree.tokens[nodes], "context_ids": self.mdp.tree.recent(nodes, self.context_tokens)}
+        ids = {"tokens": self.mdp.edge_tokens(nodes), "context_ids": self.mdp.tree.recent(nodes, self.context_tokens)}
         return {name: ids[name] for name in self.token_ids()}
 
     def term_potentials(self, prompts: Sequence[Prompt], nodes: IntArray) -> Values:
@@ -324,11 +328,11 @@ class Observer:
         if term_potentials is None:
             term_potentials = np.zeros((len(nodes), 0))
         context = self.mdp.tree.recent(nodes, self.context_tokens)
-        states = States(self, self.mdp.tree.tokens[nodes], context, nodes, potential, term_potentials)
+        states = States(self, self.mdp.edge_tokens(nodes), context, nodes, potential, term_potentials)
         return {feature.name: np.asarray(feature.values(states), feature.dtype) for feature in self.declared}
 
     def from_tokens(self, tokens: IntArray, context_ids: IntArray | None = None) -> Observation:
-        """Return the features that depend on the ids of candidates [n, k] and last tokens [n, w] alone, by name."""
+        """Return the features that depend on the ids of candidates [n, k, …] and last tokens [n, w] alone, by name."""
         states = States(self, tokens, np.zeros((len(tokens), 0), np.int64) if context_ids is None else context_ids)
         return {f.name: np.asarray(f.values(states), f.dtype) for f in self.declared if f.stored is None}
 

@@ -53,9 +53,9 @@ class Screen(NamedTuple):
             scores = f"reward {end.reward:.3f}, log-prob {end.logprob:.2f} nats, J {end.objective:.3f}"
             return cls(prompt.text, end.text, f"finished    {end.stop}: {scores}", [], mdp.top_k)
         nodes = np.array([node])
-        rows = zip(mdp.tree.tokens[node].tolist(), np.exp(mdp.tree.logprobs[node]).tolist(), strict=True)
-        legal = mdp.action_mask(nodes)[0].tolist()
-        candidates = [Candidate(mdp.token_text(t), p, ok) for (t, p), ok in zip(rows, legal, strict=True)]
+        texts = mdp.edge_texts(np.full(mdp.top_k, node), np.arange(mdp.top_k))
+        rows = zip(texts, np.exp(mdp.logprobs(nodes)[0]).tolist(), mdp.action_mask(nodes)[0].tolist(), strict=True)
+        candidates = [Candidate(*row) for row in rows]
         status = f"remaining   {int(mdp.remaining(nodes)[0])} of {mdp.max_new_tokens} tokens"
         return cls(prompt.text, mdp.text(node), status, candidates, mdp.top_k)
 

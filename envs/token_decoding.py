@@ -18,10 +18,10 @@ from ..errors import ConfigurationError
 from ..models.base import LanguageModel
 from ..rewards.composition import terms_of
 from .episodes import Episodes, EpisodeState
-from .mdp import DecodingMDP
 from .observations import Observation, Observer
 from .prompts import as_prompt, load_prompts
 from .rendering import Screen
+from .steps import make_process, process_arguments
 
 __all__ = ["TokenDecodingEnv", "environment_arguments"]
 
@@ -122,7 +122,8 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
     )
     ```
 
-    ``__init__`` describes these, and :class:`~qstar_decoding.envs.mdp.DecodingMDP` the further ones.
+    ``__init__`` describes these, and :class:`~qstar_decoding.envs.mdp.DecodingMDP` the further ones. With
+    ``action="step"`` an action is a whole step; see :class:`~qstar_decoding.envs.steps.StepMDP`.
 
     ## Version History
     - v0: Initial release.
@@ -147,6 +148,7 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
         context_tokens: int = 0,
         components: bool = False,
         render_mode: str | None = None,
+        action: str = "token",
         **mdp_kwargs: Any,
     ) -> None:
         """Make the environment.
@@ -171,6 +173,7 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
                 then learns the return of each term, and a search may weigh the terms otherwise without training. A
                 term costs 2 numbers in the observation, and 8 + 4·k bytes in the experience.
             render_mode: None, ``"ansi"`` (a string), ``"human"`` (printed) or ``"rgb_array"`` (a picture).
+            action: ``"token"``, or ``"step"`` for whole steps, see :class:`~qstar_decoding.envs.steps.StepMDP`.
             mdp_kwargs: ``constraint``, ``device``, ``dtype``, ``hidden_layers``, …; see :class:`DecodingMDP`.
 
         Raises:
@@ -188,8 +191,9 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
             modes = ", ".join(map(repr, self.metadata["render_modes"]))
             raise ConfigurationError(f"render_mode is None or one of {modes}; got {render_mode!r}")
         self.prompts = load_prompts(prompts)
-        self.mdp = DecodingMDP(
+        self.mdp = make_process(
             model,
+            action=action,
             reward=reward,
             top_k=top_k,
             top_p=top_p,
@@ -290,8 +294,8 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
 
 def environment_arguments() -> list[str]:
     """Return the names of all arguments of ``gym.make("TokenDecoding-v0", …)``."""
-    own, passed_on = (inspect.signature(cls).parameters for cls in (TokenDecodingEnv, DecodingMDP))
-    return list(dict.fromkeys([*own, *passed_on]).keys() - {"mdp_kwargs"})
+    own = inspect.signature(TokenDecodingEnv).parameters
+    return list(dict.fromkeys([*own, *process_arguments()]).keys() - {"mdp_kwargs"})
 
 
 def _first(batch: Observation) -> Observation:

@@ -165,6 +165,12 @@ class TokenTree:
         """Let the nodes in ``holder.node`` be evicted again."""
         self._holders.discard(holder)
 
+    def pinned(self) -> IntArray:
+        """Return the nodes that are pinned, each once, int64 [n]."""
+        nodes = np.unique(np.concatenate([_NOTHING, *(holder.node.ravel() for holder in self._holders)]))
+        pinned: IntArray = nodes[nodes != _MISSING]
+        return pinned
+
     def evict(self, most: int) -> IntArray:
         """Evict the nodes whose last use is longest ago, so that at most ``most`` stay beside the pinned ones.
 
@@ -176,8 +182,7 @@ class TokenTree:
         size = len(self)
         keep = np.zeros(size, dtype=bool)
         keep[np.argsort(self.last_used)[max(size - most, 0) :]] = True
-        for holder in self._holders:
-            keep[holder.node[holder.node != _MISSING]] = True
+        keep[self.pinned()] = True
         frontier = np.flatnonzero(keep)
         while len(frontier):
             frontier = self.parent[frontier]
@@ -212,6 +217,10 @@ class TokenTree:
             tokens[:, column] = self.tokens[parents, self.action[nodes]]  # of the last node, where not inside
             nodes = np.where(inside, parents, nodes)
         return [row[len(row) - depth :] for row, depth in zip(tokens.tolist(), depths.tolist(), strict=True)]
+
+    def sequence(self, node: int) -> list[int]:
+        """Return the token ids up to ``node``, the prompt's among them."""
+        return [*self._prompts[int(self.root[node])], *self.completion_ids(node)]
 
     def recent(self, nodes: IntArray, count: int) -> IntArray:
         """Return the last ``count`` token ids up to each of ``n`` nodes, the prompt's among them, int64 [n, count].

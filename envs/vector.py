@@ -159,7 +159,7 @@ class TokenDecodingVectorEnv(VectorEnv[Observation, Any, Any]):
         """
         core, steps = self._core, self._core.step(actions)
         done, truncated = steps.terminated, np.zeros(self.num_envs, dtype=bool)
-        texts = np.array([core.env.mdp.token_text(token) for token in steps.tokens.tolist()], dtype=object)
+        texts = np.array(steps.texts, dtype=object)
         # Gymnasium's layout of vector infos: an array for each key, valid where the array ``_key`` is True.
         taken = {"token": steps.tokens, "token_text": texts, "logprob": steps.logprobs.astype(np.float64)}
         info = self._masks(steps.observation)

@@ -273,6 +273,8 @@ class Runs:
         run = self._runs.get(number)
         if run is None or run.tree is None:
             raise ConfigurationError(f"run {number} has no tree to go on from; run it again")
+        if load_task(request.task).env.get("action") == "step":
+            raise ConfigurationError(f"task {request.task!r} has steps as actions; only one with tokens can go on so")
         if run.request.task != request.task:
             raise ConfigurationError(f"run {number} was of task {run.request.task!r}; it goes on with that one only")
         if node > int(run.tree.child.max(initial=0)):
@@ -298,7 +300,7 @@ def _state(search: Search, nodes: int, texts: int) -> dict[str, Any]:
     finished, best = list(search.completions), search.best
 
     def token(row: int, action: int) -> str:
-        return search.mdp.token_text(int(search.mdp.tree.tokens[search.node[row], action]))
+        return search.mdp.edge_texts(search.node[[row]], np.array([action]))[0]
 
     def edge_to(row: int) -> tuple[int, str]:
         parent = int(search.parent[row])

@@ -66,10 +66,10 @@ class Task(Strict):
 
         Arguments that concern only step rewards and observations, such as shaping, are left out.
         """
-        from ..envs import DecodingMDP
+        from ..envs.steps import make_process
 
         arguments = {**self.env, **changes}
-        return DecodingMDP(**{key: value for key, value in arguments.items() if key not in _NOT_OF_THE_MDP})
+        return make_process(**{key: value for key, value in arguments.items() if key not in _NOT_OF_THE_MDP})
 
 
 def task_names() -> list[str]:

@@ -226,7 +226,8 @@ class SearchExperience:
             raise ValueError("the experience has other shapes than this environment's")
         if size > self.capacity or not 0 <= position <= size:
             raise ValueError(f"the experience of {size} states, at {position}, does not fit {self.capacity}")
-        for name, least in {"tokens": 0, "context_ids": -1}.items():
+        least_token = -1 if len(self._columns.layout["tokens"][0]) > 1 else 0  # steps are filled up with -1
+        for name, least in {"tokens": least_token, "context_ids": -1}.items():
             ids = arrays.get(name, np.zeros(0))
             if np.any(ids >= len(self._observer.features)) or np.any(ids < least):
                 raise ValueError("the experience has token ids beyond the vocabulary")

@@ -59,6 +59,7 @@ class QSpec:
         hidden_layers: The layers whose states the hidden state holds beside the last one's; None if that is not known.
         context_tokens: Number of last tokens in the observation.
         terms: The terms of the reward that have heads of their own, with the weights that they had in training.
+        action: What an action is, ``"token"`` or ``"step"``; None if that is not known.
     """
 
     model: str | None
@@ -70,6 +71,7 @@ class QSpec:
     hidden_layers: tuple[int, ...] | None = ()
     context_tokens: int = 0
     terms: dict[str, float] = field(default_factory=dict)
+    action: str | None = "token"
 
     @classmethod
     def of(
@@ -94,6 +96,7 @@ class QSpec:
             tuple(model.hidden_layers),
             context_tokens,
             dict(terms),
+            mdp.action,
         )
 
     def check(self, mdp: DecodingMDP) -> None:
@@ -106,7 +109,7 @@ class QSpec:
         trained, here = asdict(self), asdict(spec)
         differences = [
             f"{name} {trained[name]!r} (trained) against {here[name]!r} (here)"
-            for name in ("model", "top_k", "hidden_size", "hidden_layers")
+            for name in ("model", "action", "top_k", "hidden_size", "hidden_layers")
             if trained[name] not in (None, here[name])
         ]
         if not differences and self.features:
@@ -241,6 +244,8 @@ class QFunction(LearnedFunction):
             for name in ("context_tokens", "terms", "conditioned"):
                 if not settings.get(name, True):
                     del settings[name]
+        if self.spec.action == "token":
+            del trained_on["action"]
         return {
             "format": _FORMAT,
             "trained_on": trained_on,

@@ -308,7 +308,14 @@ def _trained_on(agent: Any) -> QSpec:
     shaped = True if env is None else bool(env.get_attr("shaping")[0])
     if mdp is None:
         return QSpec(
-            None, k, int(spaces["hidden"].shape[0]), dims, shaped=shaped, hidden_layers=None, context_tokens=context
+            None,
+            k,
+            int(spaces["hidden"].shape[0]),
+            dims,
+            shaped=shaped,
+            hidden_layers=None,
+            context_tokens=context,
+            action=None,
         )
     return QSpec.of(mdp, dims, shaped, context, observed_terms(env))
 

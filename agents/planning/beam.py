@@ -74,7 +74,7 @@ class LevelSearch(Decoder):
 
     def first_width(self, search: Search) -> float:
         """Return the width of the first round; infinite where the taper rations a budget."""
-        unlimited = self.taper is None or math.isinf(search.affordable_tokens(search.mdp.max_new_tokens))
+        unlimited = self.taper is None or math.isinf(search.affordable_rows(search.actions_to_come(0)))
         return float(self.width or (self.unbudgeted_width if unlimited else math.inf))
 
     def wider(self, width: float) -> float:
@@ -118,12 +118,10 @@ class LevelSearch(Decoder):
             The edges, and the share.
         """
         assert self.taper is not None
-        still_to_come = search.mdp.max_new_tokens - 1 - depth
-        affordable = search.affordable_tokens(still_to_come + 1)
-        if math.isinf(affordable) or (self.all_endings and not still_to_come):
+        still_to_come = max(search.actions_to_come(depth) - 1, 0)
+        room = search.affordable_rows(still_to_come + 1)
+        if math.isinf(room) or (self.all_endings and not still_to_come):
             return edges, before
-        # What is left pays for fewer prefixes where the heuristic looks ahead, at the price that they have had so far.
-        room = affordable * search.size / (search.size + search.heuristic_tokens)
         if still_to_come:
             shares = np.arange(1, still_to_come + 1, dtype=np.float64) ** self.taper
             share = 1 + max(int((room - still_to_come) * shares[-1] / shares.sum()), 0)
@@ -207,16 +205,17 @@ class DiverseBeamSearch(Decoder):
             width = self.width or max(width, affordable_width(search, depth))
             sizes = [len(part) for part in np.array_split(np.arange(width), groups)]
             chosen: list[Edges] = []
-            said: Counter[int] = Counter()
+            said: Counter[bytes] = Counter()
             taken: set[tuple[int, int]] = set()
             for rows, size in zip(members, sizes, strict=True):
                 row, action = np.nonzero(search.status[rows] == Status.OPEN)
                 row = rows[row]
-                tokens = search.mdp.tree.tokens[search.node[row], action]
-                worth = search.f[row, action] - self.diversity * np.array([said[t] for t in tokens.tolist()])
+                every = search.mdp.edge_tokens(search.node[row])
+                tokens = [own.tobytes() for own in every[np.arange(len(row)), action]]
+                worth = search.f[row, action] - self.diversity * np.array([said[own] for own in tokens])
                 ranked = [i for i in np.argsort(-worth, kind="stable") if (row[i], action[i]) not in taken][:size]
                 chosen.append(Edges(row[ranked], action[ranked]))
-                said.update(tokens[ranked].tolist())
+                said.update(tokens[i] for i in ranked)
                 taken.update(zip(row[ranked], action[ranked], strict=True))
             if not taken:
                 return
@@ -227,6 +226,6 @@ class DiverseBeamSearch(Decoder):
 
 def affordable_width(search: Search, depth: int = 0) -> int:
     """Return how many prefixes of each length, from this depth on, the rest of the budget surely pays for."""
-    steps = max(search.mdp.max_new_tokens - 1 - depth, 1)
-    affordable = search.affordable_tokens(steps)
+    steps = max(search.actions_to_come(depth) - 1, 1)
+    affordable = search.affordable_rows(steps)
     return LevelSearch.unbudgeted_width if math.isinf(affordable) else max(int(affordable) // steps, 1)

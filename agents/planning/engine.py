@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 import threading
 import time
@@ -15,7 +14,8 @@ from typing import Any, Self, Unpack
 import numpy as np
 
 from ...checks import check_integer, check_keywords
-from ...envs.mdp import DecodingMDP, mdp_of
+from ...envs.mdp import mdp_of
+from ...envs.steps import make_process, process_arguments
 from ...errors import ConfigurationError, DeadlineError, EngineClosedError, InternalError, QueueFullError
 from ...models.base import Engine, IntArray, LanguageModel
 from ..search.budget import Budget
@@ -111,7 +111,7 @@ class SearchEngine:
         self._tick_edges = check_integer("tick_edges", tick_edges)
         is_model = isinstance(source, (str, os.PathLike, LanguageModel))
         if is_model:
-            check_keywords("SearchEngine", settings, inspect.signature(DecodingMDP).parameters.keys() - {"model"})
+            check_keywords("SearchEngine", settings, {*process_arguments()} - {"model"})
             settings.setdefault("max_prefixes", _MOST_PREFIXES)
         elif settings:
             raise ConfigurationError(
@@ -121,7 +121,7 @@ class SearchEngine:
         if isinstance(source, Decoder):
             self.decoder = source
         else:
-            self.decoder = AStarPlanner(DecodingMDP(source, **settings) if is_model else mdp_of(source))
+            self.decoder = AStarPlanner(make_process(source, **settings) if is_model else mdp_of(source))
         if is_model and isinstance(settings.get("reward", ""), str):
             keep_few_scores(self.decoder.mdp.reward)
         self.mdp, self.ticks = self.decoder.mdp, 0

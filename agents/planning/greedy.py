@@ -85,7 +85,7 @@ class ARGSDecoder(GreedyDecoder):
         mdp, node = search.mdp, search.node[row]
         legal = np.flatnonzero(search.status[row] != Status.MASKED)
         values = np.full(mdp.top_k, -np.inf)
-        values[legal] = mdp.tree.logprobs[node, legal] + self.reward_weight * mdp.edge_potentials(
+        values[legal] = mdp.logprobs(np.array([node]))[0, legal] + self.reward_weight * mdp.edge_potentials(
             search.prompt, int(node), legal
         )
         return values

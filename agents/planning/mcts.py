@@ -112,7 +112,7 @@ class Simulations:
             return
         rows: IntArray = np.arange(len(self._stats), search.size)
         legal = search.status[rows] != Status.MASKED
-        logprobs = search.mdp.tree.logprobs[search.node[rows]].astype(np.float64) / self._temperature
+        logprobs = search.mdp.logprobs(search.node[rows]) / self._temperature
         most = logprobs.max(axis=1, where=legal, initial=-np.inf, keepdims=True)
         with np.errstate(invalid="ignore"):  # a constraint may leave nothing to take
             prior = np.where(legal, np.exp(logprobs - most), 0.0)
@@ -159,8 +159,8 @@ class MCTS(Decoder):
 
     def select(self, search: Search) -> Iterator[Edges]:
         """Yield the edge that each simulation ends with."""
-        horizon = search.mdp.max_new_tokens
-        affordable = search.affordable_tokens(horizon * _UNBUDGETED_SIMULATIONS)
+        horizon = search.actions_to_come(0)
+        affordable = search.affordable_rows(horizon * _UNBUDGETED_SIMULATIONS)
         unlimited = math.isinf(affordable)
         budgeted = _UNBUDGETED_SIMULATIONS if unlimited else int(affordable) // horizon
         per_token = self.simulations or max(budgeted, 1)

@@ -72,7 +72,7 @@ class RebaseSearch(Decoder):
             for i in np.argsort(-value, kind="stable"):
                 count = min(max(round(left * share[i] / weight), 0), int(legal[i].sum())) if weight > 0 else 0
                 left, weight = left - count, weight - share[i]
-                logprobs = search.mdp.tree.logprobs[search.node[rows[i]]].astype(np.float64)
+                logprobs = search.mdp.logprobs(search.node[rows[i : i + 1]])[0]
                 noisy = np.where(legal[i], logprobs / self.temperature + rng.gumbel(size=logprobs.shape), -np.inf)
                 edges += [(int(rows[i]), int(action)) for action in np.argsort(-noisy)[:count]]
             if not edges:
@@ -139,11 +139,11 @@ class ParticleFilter(Decoder):
 
     def select(self, search: Search) -> Iterator[Edges]:
         """Yield the next token of each particle."""
-        rng, cost = generator(self.seed, search), max(search.mdp.max_new_tokens - 1, 1)
+        rng, cost = generator(self.seed, search), max(search.actions_to_come(0) - 1, 1)
         estimates: list[float] = []
         fruitless = 0  # a small tree may be known long before the budget is used up
         while fruitless < 20:
-            affordable = search.affordable_tokens(cost)
+            affordable = search.affordable_rows(cost)
             if estimates and affordable < cost:
                 search.stop_reason = "budget"  # until it is resumed with a larger one
                 yield NO_EDGES
@@ -162,7 +162,7 @@ class ParticleFilter(Decoder):
         while len(going := np.flatnonzero(rows >= 0)):
             legal = search.status[rows[going]] != Status.MASKED
             twist = np.clip(self._twists(search, rows[going]), -_LARGE, _LARGE) / self.beta
-            logprobs = search.mdp.tree.logprobs[search.node[rows[going]]].astype(np.float64)
+            logprobs = search.mdp.logprobs(search.node[rows[going]])
             logprobs = np.where(legal, logprobs, -np.inf)
             logprobs -= log_sum_exp(logprobs)[:, None]
             proposal = np.where(legal, logprobs + twist, -np.inf)
@@ -205,7 +205,7 @@ class ParticleFilter(Decoder):
             node = int(search.node[row])
             search.reward_calls += len(legal)
             scores = mdp.edge_potentials(search.prompt, node, legal)
-            values = search.g[row] + mdp.logprob_weight * mdp.tree.logprobs[node, legal] + scores
+            values = search.g[row] + mdp.logprob_weight * mdp.logprobs(np.array([node]))[0, legal] + scores
             found[np.ix_(rows == row, legal)] = values
         return found
 

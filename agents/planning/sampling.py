@@ -12,6 +12,7 @@ import numpy as np
 
 from ...checks import check_integer, check_number
 from ...envs import Completion, Finish
+from ...envs.steps import gumbel_below
 from ...errors import ConfigurationError
 from ..search.state import NO_EDGES, Edges, IntArray, Search, Status, Values
 from .decoder import Decoder
@@ -73,10 +74,10 @@ class SamplingDecoder(Decoder):
     def select(self, search: Search) -> Iterator[Edges]:
         """Yield the next token of each of a wave of samples; samples that share a prefix share its cost."""
         rng = generator(self.seed, search)
-        cost = max(search.mdp.max_new_tokens - 1, 1)
+        cost = max(search.actions_to_come(0) - 1, 1)
         drawn = fruitless = 0
         while self.n is None or drawn < self.n:
-            affordable = search.affordable_tokens(cost)
+            affordable = search.affordable_rows(cost)
             wave = math.inf if math.isinf(affordable) else int(affordable) // cost
             wave = min(wave, (self.n or (self.unbudgeted if math.isinf(wave) else math.inf)) - drawn)
             if wave < 1 and drawn:
@@ -126,7 +127,7 @@ class SamplingDecoder(Decoder):
 
     def logits(self, search: Search, rows: IntArray) -> Values:
         """Return the logits of the actions of these rows, float64 [n, k]."""
-        logits: Values = search.mdp.tree.logprobs[search.node[rows]].astype(np.float64) / self.temperature
+        logits: Values = search.mdp.logprobs(search.node[rows]) / self.temperature
         if self.heuristic is not None:
             logits += (search.f[rows] - search.g[rows, None]) / self.beta
         return logits
@@ -144,7 +145,7 @@ class ILQLDecoder(SamplingDecoder):
         h = search.f[rows] - search.g[rows, None]
         legal = search.status[rows] != Status.MASKED
         advantage = h - h.max(axis=1, where=legal, initial=-np.inf, keepdims=True)
-        logprobs = search.mdp.tree.logprobs[search.node[rows]].astype(np.float64)
+        logprobs = search.mdp.logprobs(search.node[rows])
         logits: Values = (logprobs + advantage / self.beta) / self.temperature
         return logits
 
@@ -223,10 +224,7 @@ class UniqueSampler(SamplingDecoder):
             for value, row, action in beam:
                 if action < 0:
                     noisy = left[row] + rng.gumbel(size=len(left[row]))
-                    # Moved so that the largest is the prefix's own value; Kool et al. 2019, appendix B.3.
-                    with np.errstate(divide="ignore", invalid="ignore"):
-                        v = value - noisy + np.log1p(-np.exp(noisy - noisy.max()))
-                        moved = value - np.maximum(v, 0.0) - np.log1p(np.exp(-np.abs(v)))
+                    moved = gumbel_below(noisy, value)  # so that the largest is the prefix's own value
                     grown += [(moved[a], row, int(a)) for a in np.flatnonzero(np.isfinite(left[row]))]
             grown.sort(key=lambda entry: -entry[0])
             beam = grown[:count]
@@ -286,8 +284,8 @@ class BlockwiseDecoder(SamplingDecoder):
 
     def select(self, search: Search) -> Iterator[Edges]:
         """Yield the next token of each block."""
-        rng, cost = generator(self.seed, search), max(search.mdp.max_new_tokens - 1, 1)
-        affordable = search.affordable_tokens(cost)
+        rng, cost = generator(self.seed, search), max(search.actions_to_come(0) - 1, 1)
+        affordable = search.affordable_rows(cost)
         n = self.n or (4 if math.isinf(affordable) else max(int(affordable) // cost, 1))
         fruitless = 0
         while fruitless < 20 and (math.isfinite(affordable) or not search.completions):
@@ -312,7 +310,7 @@ class BlockwiseDecoder(SamplingDecoder):
 
     def logits(self, search: Search, rows: IntArray) -> Values:
         """Return log π / temperature: the blocks are drawn from the language model."""
-        logits: Values = search.mdp.tree.logprobs[search.node[rows]].astype(np.float64) / self.temperature
+        logits: Values = search.mdp.logprobs(search.node[rows]) / self.temperature
         return logits
 
 

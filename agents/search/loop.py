@@ -16,9 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from ...envs.mdp import Completion, DecodingMDP, Finish, Values
+from ...envs.mdp import Completion, DecodingMDP, Finish, Values, grow_processes
 from ...envs.prompts import Prompt
-from ...envs.token_tree import grow_together
 from ...models.base import IntArray
 from .problem import Problem
 from .slow_rewards import SlowRewards
@@ -274,18 +273,20 @@ def _follow(
 
 def _expand(work: Sequence[tuple[Search, Edges]], new: Sequence[Search] = ()) -> None:
     """Expand edges that go on, and the prompts of new searches: one forward a model, one call of each heuristic."""
-    requests = [search.mdp.grow_request([], search.node[edges.rows], edges.actions) for search, edges in work]
-    grown = grow_together(requests + [s.mdp.grow_request([s.prompt], _NO_NODES, _NO_NODES) for s in new])
+    no_prompts: list[Prompt] = []
+    grown = grow_processes(
+        [(search.mdp, no_prompts, search.node[edges.rows], edges.actions) for search, edges in work]
+        + [(search.mdp, [search.prompt], _NO_NODES, _NO_NODES) for search in new]
+    )
     nodes = [children for _, children in grown[: len(work)]] + [roots for roots, _ in grown[len(work) :]]
     searches: list[tuple[Search, Edges | None]] = [*work, *((search, None) for search in new)]
     estimates = _evaluate([search for search, _ in searches], nodes)
     for (search, edges), expanded, (h, tokens) in zip(searches, nodes, estimates, strict=True):
         search.add(expanded, h, parent_edges=edges)
-        search.charge(tokens)
+        search.charge(tokens + int(search.mdp.lm_tokens(expanded).sum()) - len(expanded))
+        search.lm_forwards += search.mdp.lm_forwards(expanded) - (edges is None)
         if edges is None:
             search.mdp.tree.pin(search)
-        else:
-            search.lm_forwards += 1
 
 
 def _evaluate(searches: Sequence[Search], nodes: Sequence[IntArray]) -> list[tuple[Values, int]]:

@@ -34,8 +34,8 @@ class SearchTree:
         parent: int64 [m], index of the node the edge leaves; node 0 is the prompt, node i the i-th expanded.
         child: int64 [m], index of the node it leads to, -1 if it was not expanded.
         action: int64 [m], rank among the node's candidates.
-        token: int64 [m].
-        token_text: The tokens' text.
+        token: int64 [m], of a step its last one.
+        token_text: The text of the token, or step.
         logprob: float32 [m], nats.
         g: float64 [m], α · Σ log π up to the node the edge leaves.
         f: float64 [m], the edge's estimate g + h.
@@ -70,27 +70,26 @@ class SearchTree:
         """Copy what ``search`` holds; ``proposed`` are the tokens of the text that the plan proposes."""
         mdp, rows, k = search.mdp, slice(0, search.size), search.mdp.top_k
         nodes = search.node[rows]
-        tokens = mdp.tree.tokens[nodes]
-        distinct, inverse = np.unique(tokens.ravel(), return_inverse=True)
-        texts = [mdp.token_text(token) for token in distinct.tolist()]
+        every = np.repeat(nodes, k), np.tile(np.arange(k), search.size)
         objective = np.full((search.size, k), np.nan)
         for edge, completion in search.completions.items():
             objective[edge] = completion.objective
         names = np.array([Status(s).name.lower() for s in Status])[search.status[rows]].astype(object)
         names[(search.status[rows] == Status.OPEN) & (search.bound[rows] <= search.pruning_threshold)] = "pruned"
+        ends = [edge for edge, completion in search.completions.items() if completion.token_ids == proposed]
         best: list[int] = []
-        row = 0
-        for token in proposed or ():
-            action = int(np.flatnonzero((tokens[row] == token) & (search.status[row] != Status.MASKED))[0])
-            best.append(row * k + action)
-            row = int(search.child[row, action])
+        row, action = ends[0] if ends else (-1, -1)
+        while row >= 0:
+            best.insert(0, row * k + action)
+            child, row = row, int(search.parent[row])
+            action = int(np.flatnonzero(search.child[row] == child)[0]) if row >= 0 else -1
         return cls(
             parent=np.repeat(np.arange(search.size), k),
             child=search.child[rows].ravel(),
             action=np.tile(np.arange(k), search.size),
-            token=tokens.ravel(),
-            token_text=[texts[i] for i in inverse.ravel()],
-            logprob=mdp.tree.logprobs[nodes].ravel(),
+            token=mdp.last_tokens(*every),
+            token_text=mdp.edge_texts(*every),
+            logprob=mdp.logprobs(nodes).ravel().astype(np.float32),
             g=np.repeat(search.g[rows], k),
             f=search.f[rows].ravel(),
             bound=search.bound[rows].ravel(),

@@ -27,8 +27,7 @@ __all__ = ["NO_EDGES", "Edges", "IntArray", "Search", "Status", "Values"]
 EPSILON = 1e-9
 _GRACE = 2  # times its deadline, for a search that has no text yet
 _MEASURED_STEPS = 24  # from which the speed of a search with a deadline is estimated
-# Unit round-offs, relative: of float32, in which log-probabilities come, and of float64, in which bounds are summed.
-_FLOAT32, _FLOAT64 = 2.0**-24, 2.0**-53
+_FLOAT64 = 2.0**-53  # unit round-off, relative
 # By how much a completion may exceed its bound before the bound is called broken: rewards round.
 _TOLERANCE = 1e-6
 
@@ -69,7 +68,7 @@ class Search:
         shared: The budget that it shares with other searches instead of LM tokens of its own; usually None.
         node: int64 [rows], the node of the token tree.
         parent: int64 [rows], the row it was reached from, -1 at the prompt.
-        depth: int64 [rows], tokens since the prompt.
+        depth: int64 [rows], actions since the prompt.
         g: float64 [rows], α · Σ log π so far.
         f: float64 [rows, k], the estimate g + h of each edge, -inf where it is masked.
         bound: float64 [rows, k], U = g + α · log π(a | s) + r_max(s); no learned value enters.
@@ -82,7 +81,7 @@ class Search:
         completions: What was finished, by row and action.
         draws: How often a sampler drew each finishing edge.
         log_normalizer: What a particle filter estimates, NaN elsewhere; see :class:`ParticleFilter`.
-        heuristic_tokens: LM tokens that the heuristic has used; see :class:`LookAheadHeuristic`.
+        further_tokens: LM tokens beside one a row: of :class:`StepMDP`, of :class:`LookAheadHeuristic`.
         busy_seconds: Wall-clock time of its steps; of steps taken together with others, its share.
         is_exhausted: Whether it has followed everything promising; see :class:`SharedBudget`.
         stop_reason: Why it is over; empty while it is not. See :class:`Plan`.
@@ -140,7 +139,7 @@ class Search:
         self.draws: Counter[tuple[int, int]] = Counter()
         self.trace: list[TracePoint] = []
         self.largest_step = 1
-        self.lm_forwards = self.reward_calls = self.heuristic_tokens = 0
+        self.lm_forwards = self.reward_calls = self.further_tokens = 0
         self.busy_seconds, self.log_normalizer = 0.0, math.nan
         self._improved_at = 0  # LM tokens when the best text was found
         self._started, self._seconds_before = time.perf_counter() if started is None else started, 0.0
@@ -197,7 +196,7 @@ class Search:
     @property
     def lm_tokens(self) -> int:
         """LM tokens used, those of the heuristic included; the prompt's row is free."""
-        return max(self.size - 1, 0) + self.heuristic_tokens
+        return max(self.size - 1, 0) + self.further_tokens
 
     @property
     def pops(self) -> int:
@@ -210,23 +209,31 @@ class Search:
         remaining = math.inf if self.budget.lm_tokens is None else self.budget.lm_tokens - self.lm_tokens
         if self.shared is not None:
             remaining = min(remaining, self.shared.share(self))
-        if self.budget.pops is not None:
-            reserved = 0 if self.completions else 1  # to end the first text
-            remaining = min(remaining, self.budget.pops - self.pops - reserved)
+        if self.budget.pops is not None:  # less one to end the first text
+            remaining = min(remaining, (self.budget.pops - self.pops - (not self.completions)) * self.price)
         if self.budget.kv_bytes is not None and (size := self.mdp.model.kv_token_bytes):
             prompt_tokens = len(self.mdp.encode(self.prompt))
             remaining = min(remaining, self.budget.kv_bytes // size - prompt_tokens - self.lm_tokens)
         return remaining
 
-    def affordable_tokens(self, steps: int) -> float:
-        """Return how many LM tokens the budget, its deadline included, pays for if spent in so many steps.
+    @property
+    def price(self) -> float:
+        """LM tokens a row, the mean so far; 1 unless actions are drawn or the heuristic looks ahead."""
+        return (self.size + self.further_tokens) / max(self.size, 1)
+
+    def actions_to_come(self, depth: int) -> int:
+        """Return how many actions a text takes beyond this depth; see :meth:`DecodingMDP.actions_left`."""
+        return self.mdp.actions_left(self.node[self.at_depth(depth)])
+
+    def affordable_rows(self, steps: int) -> float:
+        """Return how many rows the budget, its deadline included, pays for at the price so far, in so many steps.
 
         The time of a step is taken for a + b · tokens, fitted to the last steps. While all of them had one size, b is
         taken for an eighth of the time per token, as measured on CPUs for steps of 1 to 16 tokens.
         """
         remaining, recent = self.remaining_tokens, self.trace[-_MEASURED_STEPS:]
         if self.budget.seconds is None or len(recent) < 2:
-            return remaining
+            return remaining / self.price
         tokens, seconds = np.diff([point[:2] for point in recent], axis=0).T
         sizes = tokens - tokens.mean()
         per_token = seconds.sum() / max(tokens.sum(), 1) / 8
@@ -234,7 +241,7 @@ class Search:
             per_token = max(float(sizes @ seconds / (sizes @ sizes)), per_token)
         per_step = max(float(seconds.mean() - per_token * tokens.mean()), 0.0)
         left = self.budget.seconds - self.seconds - steps * per_step
-        return max(min(remaining, float(left / max(per_token, 1e-9))), 0.0)
+        return max(min(remaining, float(left / max(per_token, 1e-9))), 0.0) / self.price
 
     @property
     def seconds(self) -> float:
@@ -258,9 +265,8 @@ class Search:
 
     def edge_logprob(self, rows: IntArray) -> Values:
         """Return log π of the prefixes that the edges of these rows lead to, float64 [n, k], nats."""
-        tree, nodes = self.mdp.tree, self.node[rows]
-        values: Values = tree.path_logprob[nodes][:, None] + tree.logprobs[nodes]
-        return values
+        nodes = self.node[rows]
+        return self.mdp.tree.path_logprob[nodes][:, None] + self.mdp.logprobs(nodes)
 
     # -- what the loop does -------------------------------------------------------------------------------------------
 
@@ -281,7 +287,8 @@ class Search:
         rows = np.arange(self.size, self.size + len(nodes))
         if self._tables.reserve(self.size + len(nodes)):
             self._publish()
-        self.node[rows], self.depth[rows], self.g[rows] = nodes, mdp.tree.depth[nodes], mdp.path_return(nodes)
+        self.node[rows], self.g[rows] = nodes, mdp.path_return(nodes)
+        self.depth[rows] = 0 if parent_edges is None else self.depth[parent_edges.rows] + 1
         self.f[rows] = np.where(mask, self.g[rows, None] + h, -np.inf)
         self.bound[rows] = _sum_outward(self.g[rows, None], edge, most_beyond)
         self.omitted[rows] = _sum_outward(self.g[rows], omitted)
@@ -349,26 +356,34 @@ class Search:
             self.stop_reason = "patience"
 
     def affordable(self, edges: Edges) -> Edges:
-        """Return the leading edges that the budget pays for; the search is over if that is not all of them."""
+        """Return the leading edges that the budget pays for; the search is over if it pays for no more.
+
+        Where actions are drawn, what an edge takes is known afterwards. As many are returned as are paid for in any
+        case, the others with the next call; in the end one, at the mean price. One drawing may exceed the budget.
+        Ends of texts, which take nothing, do not wait there.
+        """
         budget, continuing = self.budget, self.finish[edges] == Finish.NO
+        most, remaining = self.mdp.most_lm_tokens, self.remaining_tokens
+        if most > 1 and math.isfinite(remaining):
+            remaining = max(remaining // most, float(self.price <= remaining))
         calls = math.inf
         if budget.reward_calls is not None and self.score == "reward":
             calls = budget.reward_calls - self.reward_calls
         pops = math.inf if budget.pops is None else budget.pops - self.pops
-        fits = np.cumsum(continuing) <= self.remaining_tokens
+        fits = (np.cumsum(continuing) <= remaining) | (~continuing & (most > 1))
         fits &= (np.cumsum(~continuing) <= calls) & (np.arange(len(continuing)) < pops)
         late = self.is_late
-        if late or not fits.all():
-            self.stop_reason = "budget"
         # Everything after the first edge that does not fit waits, so that the order of the strategy is kept.
-        count = 0 if late else int(np.cumprod(fits).sum())
+        taken = (fits if most > 1 else np.cumprod(fits, dtype=bool)) & (not late)
+        if not (taken.all() or (most > 1 and (taken & continuing).any())):
+            self.stop_reason = "budget"
         if self.shared is not None:
-            self.shared.remaining_tokens -= int(continuing[:count].sum())
-        return Edges(edges.rows[:count], edges.actions[:count])
+            self.shared.remaining_tokens -= int((taken & continuing).sum())
+        return Edges(edges.rows[taken], edges.actions[taken])
 
     def charge(self, tokens: int) -> None:
-        """Count LM tokens that the heuristic has used for this search."""
-        self.heuristic_tokens += tokens
+        """Count LM tokens that a step took beside one a row."""
+        self.further_tokens += tokens
         if self.shared is not None:
             self.shared.remaining_tokens -= tokens
 
@@ -382,7 +397,7 @@ class Search:
         depth = self.depth[row]
         for level in range(int(depth.max(initial=-1)) + 1):
             rows, actions = row[depth == level], action[depth == level]
-            self.node[self.child[rows, actions]] = self.mdp.tree.expand(self.node[rows], actions)
+            self.node[self.child[rows, actions]] = self.mdp.grow([], self.node[rows], actions)[1]
 
     @property
     def usage(self) -> Usage:
@@ -427,23 +442,9 @@ def _sum_outward(*terms: Values) -> Values:
 
 
 def _omitted_bound(mdp: DecodingMDP, nodes: IntArray, mask: npt.NDArray[np.bool_], most: Values) -> Values:
-    """Bound what the tokens that are no actions could bring from here on: α · log π + r_max(s), float64 [n].
-
-    A token outside the top k is at most as likely as the k-th, and as all of them together. What is left for them is 1
-    less the sum of the others. Each of those, and the omitted token's own log-probability, may be too large by
-    :attr:`LanguageModel.logprob_error` and the rounding of a float32.
-    """
-    logprobs = mdp.tree.logprobs[nodes].astype(np.float64)
-    outside = np.full(len(nodes), -np.inf)
-    if mdp.top_k < mdp.model.vocab_size:
-        listed = np.where(np.isneginf(logprobs), 0.0, logprobs)  # a probability of 0 has no error
-        inside = np.exp(logprobs - mdp.model.logprob_error - _FLOAT32 * np.abs(listed)).sum(axis=1)
-        with np.errstate(divide="ignore"):
-            left = np.log(np.maximum(1 - inside * (1 - mdp.top_k * _FLOAT64), 0.0))
-        left = left + mdp.model.logprob_error + _FLOAT32 * np.abs(np.where(np.isneginf(left), 0.0, left))
-        outside = np.minimum(logprobs[:, -1], left)
-    masked = np.where(mask, -np.inf, logprobs).max(axis=1)
-    best = np.maximum(outside, masked)
+    """Bound what continuations that are no actions could bring from here on: α · log π + r_max(s), float64 [n]."""
+    masked = np.where(mask, -np.inf, mdp.logprobs(nodes)).max(axis=1)
+    best = np.maximum(mdp.omitted_logprobs(nodes), masked)
     with np.errstate(invalid="ignore"):  # 0 · -inf, -inf + inf
         bound = mdp.logprob_weight * best + most
     return np.where(np.isneginf(best), -np.inf, bound)

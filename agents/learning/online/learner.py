@@ -363,11 +363,10 @@ def environment_like(mdp: DecodingMDP, prompts: Any = None, **settings: Any) -> 
     """Return an environment for an agent that learns from searches in ``mdp``.
 
     Args:
-        mdp: The process; model, reward, constraint, k, horizon and α are its own.
+        mdp: The process; model and settings are its own.
         prompts: Of the environment. Learning from searches never asks for them, so that one token will do.
         settings: Other arguments of ``TokenDecoding-v0``.
     """
-    same = ("model", "reward", "constraint", "top_k", "max_new_tokens", "logprob_weight")
-    own = {name: getattr(mdp, name) for name in same}
+    own = {"model": mdp.model, "action": mdp.action, **mdp.settings()}
     prompts = [Prompt(mdp.model.decode([0]) or "-", token_ids=(0,))] if prompts is None else prompts
     return gym.make("TokenDecoding-v0", prompts=prompts, **{**settings, **own})
