@@ -21,7 +21,7 @@ from learning import make, trained
 from rich.table import Table
 from rows import add_json_option, out, read_or_measure, row, with_the_worst, write
 
-from qstar_decoding.agents import GreedyDecoder, QHeuristic
+from qstar_decoding.agents import QHeuristic
 from qstar_decoding.agents.evaluation.outcomes import evaluate, paired_bootstrap
 from qstar_decoding.tasks import load_task
 
