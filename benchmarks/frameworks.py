@@ -37,7 +37,7 @@ from rows import add_json_option, out, read_or_measure, row, with_the_worst, wri
 
 from qstar_decoding.agents import QHeuristic
 from qstar_decoding.agents.evaluation.outcomes import evaluate, paired_bootstrap
-from qstar_decoding.envs.prompts import columns_of
+from qstar_decoding.envs.prompts import as_prompt, columns_of
 from qstar_decoding.tasks import load_task
 
 OURS = ("best-of-n", "A*, no Q (bound)", "Q*")
@@ -94,7 +94,7 @@ class Judge(AbstractOutcomeRewardModel, AbstractProcessRewardModel):
     """What a search is told of its texts: J of finished ones, or the reward of unfinished ones as a probability."""
 
     def __init__(self, task, prompt, served):
-        self.mdp, self.prompt, self.served = task.mdp(), prompt, served
+        self.mdp, self.prompt, self.served = task.mdp(), as_prompt(prompt), served
 
     def objective(self, text):
         """Return J of a text whose end, where the model drew one, counts."""
