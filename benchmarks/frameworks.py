@@ -56,8 +56,8 @@ GRIDS = {
 class Served(AbstractLanguageModel):
     """The plain model of a server, as its-hub asks for it; counts what was drawn."""
 
-    def __init__(self, client, task, temperature, seed):
-        self.client, self.task, self.temperature, self.seeds = client, task, temperature, itertools.count(1000 * seed)
+    def __init__(self, client, mdp, temperature, seed):
+        self.client, self.mdp, self.temperature, self.seeds = client, task, temperature, itertools.count(1000 * seed)
         self.lm_tokens, self.lengths, self.complete = 0, {}, set()
 
     async def agenerate(self, messages, stop=None, max_completion_tokens=None, temperature=None, **_):
@@ -67,11 +67,11 @@ class Served(AbstractLanguageModel):
         prompt, *rest = (message.content for message in messages)
         so_far = "".join(rest)
         length = self.lengths.get(so_far, 0)
-        left = self.task.env["max_new_tokens"] - length
+        left = self.mdp.max_new_tokens - length
         if left <= 0:
             return {"role": "assistant", "content": END}
         answer = await self.client.completions.create(
-            model=self.task.mdp().model.name,
+            model=self.mdp.model.name,
             prompt=prompt + so_far,
             max_tokens=min(left, max_completion_tokens or left),
             temperature=self.temperature if temperature is None else temperature,
@@ -93,8 +93,8 @@ class Served(AbstractLanguageModel):
 class Judge(AbstractOutcomeRewardModel, AbstractProcessRewardModel):
     """What a search is told of its texts: J of finished ones, or the reward of unfinished ones as a probability."""
 
-    def __init__(self, task, prompt, served):
-        self.mdp, self.prompt, self.served = task.mdp(), as_prompt(prompt), served
+    def __init__(self, prompt, served):
+        self.mdp, self.prompt, self.served = served.mdp, as_prompt(prompt), served
 
     def objective(self, text):
         """Return J of a text whose end, where the model drew one, counts."""
@@ -122,12 +122,12 @@ class Judge(AbstractOutcomeRewardModel, AbstractProcessRewardModel):
         return self.score(conversations, steps)
 
 
-def search(name, setting, task, served, judge, samples):
+def search(name, setting, served, judge, samples):
     """Return the answer of its-hub's search with ``samples`` texts at a time."""
     if name == "best-of-n":
         algorithm = BestOfN(judge)
     else:
-        steps = -(-task.env["max_new_tokens"] // setting["step"])
+        steps = -(-served.mdp.max_new_tokens // setting["step"])
         step = StepGeneration(
             max_steps=steps, tokens_per_step=setting["step"], temperature=setting["temperature"], stop_token=END
         )
@@ -138,16 +138,16 @@ def search(name, setting, task, served, judge, samples):
     return algorithm.ainfer(served, judge.prompt.content, samples)
 
 
-async def decode(name, setting, task, prompts, samples, address):
+async def decode(name, setting, mdp, prompts, samples, address):
     """Return J and LM tokens of every prompt."""
     objectives, lm_tokens = [], []
     async with AsyncOpenAI(base_url=f"{address}/v1", api_key="none") as client:
         for seed, prompt in enumerate(prompts):
             random.seed(seed)
             np.random.seed(seed)  # noqa: NPY002  its-hub draws from these
-            served = Served(client, task, setting["temperature"], seed)
-            judge = Judge(task, prompt, served)
-            found = await search(name, setting, task, served, judge, samples)
+            served = Served(client, mdp, setting["temperature"], seed)
+            judge = Judge(prompt, served)
+            found = await search(name, setting, served, judge, samples)
             objectives.append(judge.objective(found["content"].removesuffix(END)))
             lm_tokens.append(served.lm_tokens)
     return {"objectives": objectives, "lm_tokens": lm_tokens}
@@ -175,11 +175,12 @@ def main():
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
     task, rows = load_task(arguments.task), []
+    mdp = task.mdp()
     dev, test = task.prompts.of("dev")[: arguments.dev], task.prompts.of("test")[: arguments.prompts]
 
-    def measured(name, setting, task, prompts, samples):
+    def measured(name, setting, prompts, samples):
         which = hashlib.sha256(repr((task.name, name, setting, prompts, samples)).encode()).hexdigest()[:16]
-        call = partial(decode, name, setting, task, prompts, samples, address)
+        call = partial(decode, name, setting, mdp, prompts, samples, address)
         return read_or_measure(arguments.runs / f"{which}.json", lambda: asyncio.run(call()))
 
     title = f"{task.name}: {len(test)} test prompts; its-hub {version('its-hub')}, tuned on {len(dev)} dev prompts"
@@ -195,10 +196,10 @@ def main():
                 ours[name] = {**outcome, "setting": "the task's", "samples": ""}
             theirs = {}
             for name, grid in GRIDS.items():
-                samples = max(2, budget // task.env["max_new_tokens"])  # even, as a beam of width 2 wants
-                tuned = [measured(name, setting, task, dev, samples)["objectives"] for setting in grid]
+                samples = max(2, budget // mdp.max_new_tokens)  # even, as a beam of width 2 wants
+                tuned = [measured(name, setting, dev, samples)["objectives"] for setting in grid]
                 best = grid[np.argmax([np.mean(with_the_worst(objectives)) for objectives in tuned])]
-                result = measured(name, best, task, test, samples)
+                result = measured(name, best, test, samples)
                 shown = ", ".join(f"{key} {value}" for key, value in best.items())
                 theirs[f"its-hub: {name}"] = {**result, "setting": shown, "samples": str(samples)}
             reference = with_the_worst(ours["Q*"]["objectives"])
