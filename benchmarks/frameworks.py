@@ -57,7 +57,7 @@ class Served(AbstractLanguageModel):
     """The plain model of a server, as its-hub asks for it; counts what was drawn."""
 
     def __init__(self, client, mdp, temperature, seed):
-        self.client, self.mdp, self.temperature, self.seeds = client, task, temperature, itertools.count(1000 * seed)
+        self.client, self.mdp, self.temperature, self.seeds = client, mdp, temperature, itertools.count(1000 * seed)
         self.lm_tokens, self.lengths, self.complete = 0, {}, set()
 
     async def agenerate(self, messages, stop=None, max_completion_tokens=None, temperature=None, **_):
