@@ -139,17 +139,19 @@ def search(name, setting, served, judge, samples):
 
 
 async def decode(name, setting, mdp, prompts, samples, address):
-    """Return J and LM tokens of every prompt."""
-    objectives, lm_tokens = [], []
-    async with AsyncOpenAI(base_url=f"{address}/v1", api_key="none") as client:
-        for seed, prompt in enumerate(prompts):
-            random.seed(seed)
-            np.random.seed(seed)  # noqa: NPY002  its-hub draws from these
+    """Return J and LM tokens of every prompt; all are asked at once, so that the server can batch them."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  its-hub draws from these
+    async with AsyncOpenAI(base_url=f"{address}/v1", api_key="none", timeout=3600) as client:
+
+        async def one(seed, prompt):
             served = Served(client, mdp, setting["temperature"], seed)
             judge = Judge(prompt, served)
             found = await search(name, setting, served, judge, samples)
-            objectives.append(judge.objective(found["content"].removesuffix(END)))
-            lm_tokens.append(served.lm_tokens)
+            return judge.objective(found["content"].removesuffix(END)), served.lm_tokens
+
+        found = await asyncio.gather(*(one(seed, prompt) for seed, prompt in enumerate(prompts)))
+    objectives, lm_tokens = zip(*found, strict=True)
     return {"objectives": objectives, "lm_tokens": lm_tokens}
 
 
