@@ -139,12 +139,17 @@ def search(name, setting, served, judge, samples):
 
 
 async def decode(name, setting, mdp, prompts, samples, address):
-    """Return J and LM tokens of every prompt; all are asked at once, so that the server can batch them."""
+    """Return J and LM tokens of every prompt; eight are asked at once, so that the server can batch them."""
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  its-hub draws from these
+    at_once = asyncio.Semaphore(8)
     async with AsyncOpenAI(base_url=f"{address}/v1", api_key="none", timeout=3600) as client:
 
         async def one(seed, prompt):
+            async with at_once:
+                return await alone(seed, prompt)
+
+        async def alone(seed, prompt):
             served = Served(client, mdp, setting["temperature"], seed)
             judge = Judge(prompt, served)
             found = await search(name, setting, served, judge, samples)
