@@ -23,6 +23,7 @@ from rows import add_json_option, out, read_or_measure, row, with_the_worst, wri
 
 from qstar_decoding.agents import QHeuristic
 from qstar_decoding.agents.evaluation.outcomes import evaluate, paired_bootstrap
+from qstar_decoding.envs.prompts import as_prompt
 from qstar_decoding.tasks import load_task
 
 FULL = "nothing"
@@ -61,7 +62,7 @@ def measure(task, folder, budget):
     description = q.q.description
     return {
         **found,
-        "parameters": sum(parameter.numel() for parameter in q.q.network.parameters()),
+        "parameters": sum(parameter.numel() for parameter in q.q.scorer.parameters()),
         "lm_tokens": description.get("lm_tokens"),
         "minutes": description.get("minutes"),
     }
@@ -72,7 +73,7 @@ def milliseconds(runs, repeats=30):
     calls = {}
     for name, (task, folder) in runs.items():
         mdp, q = task.mdp(), QHeuristic(folder / "q")
-        prompts = [mdp.encode(prompt) for prompt in task.prompts.of("test")[:PREFIXES]]
+        prompts = [as_prompt(prompt) for prompt in task.prompts.of("test")[:PREFIXES]]
         calls[name] = partial(q, mdp, prompts, mdp.roots(prompts))
     times = {name: [] for name in calls}
     for _ in range(repeats):
