@@ -63,8 +63,8 @@ def measure(task, folder, budget):
     return {
         **found,
         "parameters": sum(parameter.numel() for parameter in q.q.scorer.parameters()),
-        "lm_tokens": description.get("lm_tokens"),
-        "minutes": description.get("minutes"),
+        "lm_tokens": description["time_steps"],
+        "minutes": description["minutes"],
     }
 
 

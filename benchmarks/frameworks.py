@@ -25,11 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from its_hub.api import AbstractLanguageModel, AbstractOutcomeRewardModel, AbstractProcessRewardModel
-from its_hub.core.algorithms.beam_search import BeamSearch as ItsBeamSearch
-from its_hub.core.algorithms.bon import BestOfN
-from its_hub.core.algorithms.particle_gibbs import EntropicParticleFiltering, ParticleFiltering
-from its_hub.core.lms.step_generation import StepGeneration
 from learning import make
 from openai import AsyncOpenAI
 from rich.table import Table
@@ -53,7 +48,7 @@ GRIDS = {
 }
 
 
-class Served(AbstractLanguageModel):
+class Served:
     """The plain model of a server, as its-hub asks for it; counts what was drawn."""
 
     def __init__(self, client, mdp, temperature, seed):
@@ -90,7 +85,7 @@ class Served(AbstractLanguageModel):
         return await self.agenerate(messages, stop, **options)
 
 
-class Judge(AbstractOutcomeRewardModel, AbstractProcessRewardModel):
+class Judge:
     """What a search is told of its texts: J of finished ones, or the reward of unfinished ones as a probability."""
 
     def __init__(self, prompt, served):
@@ -124,6 +119,11 @@ class Judge(AbstractOutcomeRewardModel, AbstractProcessRewardModel):
 
 def search(name, setting, served, judge, samples):
     """Return the answer of its-hub's search with ``samples`` texts at a time."""
+    from its_hub.core.algorithms.beam_search import BeamSearch
+    from its_hub.core.algorithms.bon import BestOfN
+    from its_hub.core.algorithms.particle_gibbs import EntropicParticleFiltering, ParticleFiltering
+    from its_hub.core.lms.step_generation import StepGeneration
+
     if name == "best-of-n":
         algorithm = BestOfN(judge)
     else:
@@ -132,7 +132,7 @@ def search(name, setting, served, judge, samples):
             max_steps=steps, tokens_per_step=setting["step"], temperature=setting["temperature"], stop_token=END
         )
         if name == "beam search":
-            algorithm = ItsBeamSearch(step, judge, setting["beam_width"])
+            algorithm = BeamSearch(step, judge, setting["beam_width"])
         else:
             algorithm = (EntropicParticleFiltering if setting["entropic"] else ParticleFiltering)(step, judge)
     return algorithm.ainfer(served, judge.prompt.content, samples)

@@ -119,6 +119,7 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
         candidate_dims=32,
         context_tokens=0,
         components=False,
+        action="token",
     )
     ```
 

@@ -180,7 +180,7 @@ def test_a_video_is_recorded(tmp_path):
         ({"rewards": "length"}, "no argument 'rewards'; did you mean 'reward'?"),
         ({"constraints": None}, "no argument 'constraints'; did you mean 'constraint'?"),
         ({"model_args": {}}, "no argument 'model_args'; did you mean 'model_kwargs'?"),
-        ({"qqq": 1}, "no argument 'qqq'; it takes candidate_dims, constraint, .*top_p"),
+        ({"qqq": 1}, "no argument 'qqq'; it takes action, candidate_dims, .*top_p"),
         ({"model": 3}, "model is a name, a hub id, a local folder or a LanguageModel; got int"),
         ({"model": None}, "LanguageModel; got NoneType"),
         ({"stop": 3}, "stop is a non-empty string or a list of them, got 3"),

@@ -51,7 +51,7 @@ def check(reward: Reward, text: str, **columns: Any) -> None:
 
 def test_every_reward_of_the_library_with_bounds_is_among_them() -> None:
     bounded = {name for name in {*reward_names()} - {*registry.WITH_ARGUMENTS} if _has_bounds(name)}
-    assert bounded == {"countdown", "exact_answer", "length"}
+    assert bounded == {"countdown", "exact_answer", "length", "reasoning_gym"}  # the last one: test_reasoning.py
     with_arguments = {
         name for name in registry.WITH_ARGUMENTS if _class(name).bound_prefixes is not Reward.bound_prefixes
     }
