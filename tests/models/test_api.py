@@ -220,7 +220,8 @@ def test_a_search_goes_on_when_the_server_is_back(local: TabularLM) -> None:
         server.start()
         plan = astar.plan("ab", 60)
         assert (plan.text, plan.objective) == (expected.text, expected.objective)
-        assert len(server.prompts) - before == uninterrupted  # no prefix is paid for twice
+        # No prefix that was answered is paid for twice; one connection's answer may be lost as the server dies.
+        assert 0 <= len(server.prompts) - before - uninterrupted <= 1
 
 
 # ------------------------------------------------------------------------------------------------------ many requests
