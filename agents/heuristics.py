@@ -165,7 +165,7 @@ class LookAheadHeuristic(Composable):
         row, action = np.nonzero(continuing & (continuing.cumsum(axis=1) <= self.width))
         if not len(row):
             return values
-        here = mdp.grow([], nodes[row], action)[1]
+        here = mdp.expand(nodes[row], action)
         np.add.at(self.lm_tokens, row, mdp.lm_tokens(here))
         for _ in range(self.length - 1):
             legal = mdp.action_mask(here)
@@ -174,7 +174,7 @@ class LookAheadHeuristic(Composable):
             moving = np.flatnonzero(goes_on & legal.any(axis=1))
             if not len(moving):
                 break
-            here[moving] = mdp.grow([], here[moving], favourite[moving])[1]
+            here[moving] = mdp.expand(here[moving], favourite[moving])
             np.add.at(self.lm_tokens, row[moving], mdp.lm_tokens(here[moving]))
         fluency = mdp.path_return(here) - mdp.path_return(nodes[row])
         values[row, action] = fluency + mdp.potential([prompts[i] for i in row.tolist()], here)
@@ -230,7 +230,7 @@ class OracleHeuristic(Composable):
         completions = mdp.complete([prompt] * len(finishing), np.repeat(here, len(finishing)), finishing)
         rewards = np.array([completion.reward for completion in completions])
         values[finishing] += np.where(np.isnan(rewards), -np.inf, rewards)
-        children = mdp.grow([], np.repeat(here, len(continuing)), continuing)[1]
+        children = mdp.expand(np.repeat(here, len(continuing)), continuing)
         for action, child in zip(continuing, children, strict=True):
             below = self._look_below(mdp, prompt, int(child), known)
             values[action] += self.back_up(mdp, below[mdp.action_mask(np.array([child]))[0]])

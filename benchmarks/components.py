@@ -22,12 +22,12 @@ from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
-import numpy as np
 from rich.table import Table
 from rows import add_json_option, out, read_or_measure, row, with_the_worst, write
 from stable_baselines3.common.callbacks import BaseCallback
 
 from qstar_decoding.agents import AStarPlanner, BoundHeuristic, QHeuristic, QStar
+from qstar_decoding.agents.evaluation.outcomes import paired_bootstrap
 from qstar_decoding.agents.learning.checkpoints import find_checkpoint
 from qstar_decoding.tasks import load_task
 
@@ -91,12 +91,6 @@ def measure(mdp, reward, q, prompts, budget):
     return {"objective": found, "texts": [p.text for p in plans], "seconds": time.perf_counter() - start}
 
 
-def interval(differences, rng):
-    """Return a 95 % bootstrap interval of the mean difference over prompts."""
-    means = rng.choice(differences, (10_000, len(differences))).mean(axis=1)
-    return np.quantile(means, (0.025, 0.975))
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=20)
@@ -124,7 +118,7 @@ def main():
             result = read_or_measure(path, partial(measure, mdp, reward, q, prompts, arguments.budget))
             found[name, number] = with_the_worst(result["objective"])
             print(f"{name}, {reward}: J {found[name, number].mean():.3f}", flush=True)
-    rows, rng = [], np.random.default_rng(0)
+    rows = []
     table = Table(title=f"mean J over {len(prompts)} test prompts, {arguments.budget} LM tokens each; minus heads")
     for column in ("weights", *arguments.rows):
         table.add_column(column)
@@ -138,7 +132,7 @@ def main():
             rows.append(row(f"{reward}, {name}", objective.mean(), "J"))
             cells.append(f"{objective.mean():.3f}")
             if heads is not None and name != "heads":
-                low, high = interval(objective - heads, rng)
+                low, high = paired_bootstrap(objective - heads)
                 cells[-1] += f"\n{(objective - heads).mean():+.3f} [{low:.3f}, {high:.3f}]"
         table.add_row(reward, *cells)
     out.print(table)

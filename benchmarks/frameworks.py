@@ -146,13 +146,10 @@ async def decode(name, setting, mdp, prompts, samples, address):
     async with AsyncOpenAI(base_url=f"{address}/v1", api_key="none", timeout=3600) as client:
 
         async def one(seed, prompt):
-            async with at_once:
-                return await alone(seed, prompt)
-
-        async def alone(seed, prompt):
             served = Served(client, mdp, setting["temperature"], seed)
             judge = Judge(prompt, served)
-            found = await search(name, setting, served, judge, samples)
+            async with at_once:
+                found = await search(name, setting, served, judge, samples)
             return judge.objective(found["content"].removesuffix(END)), served.lm_tokens
 
         found = await asyncio.gather(*(one(seed, prompt) for seed, prompt in enumerate(prompts)))

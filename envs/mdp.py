@@ -258,6 +258,10 @@ class DecodingMDP:
         """Return the initial states of ``m`` prompts and the successors of ``n`` edges, all in one forward."""
         return grow_processes([(self, prompts, nodes, actions)])[0]
 
+    def expand(self, nodes: IntArray, actions: IntArray) -> IntArray:
+        """Return the successors of ``n`` edges, int64 [n]; unseen ones cost a forward together."""
+        return self.grow([], nodes, actions)[1]
+
     def grow_request(self, prompts: Sequence[Prompt], nodes: IntArray, actions: IntArray) -> GrowRequest:
         """Return what :meth:`grow` asks of the tree, for :func:`grow_together`."""
         rules = [self._bound_rules(prompt) for prompt in prompts] if self._rules and self._rules.of_prompt else ()

@@ -16,7 +16,7 @@ from gymnasium import spaces
 from ..checks import check_keywords, check_number
 from ..errors import ConfigurationError
 from ..models.base import LanguageModel
-from ..rewards.composition import terms_of
+from ..rewards.composition import term_weights
 from .episodes import Episodes, EpisodeState
 from .observations import Observation, Observer
 from .prompts import as_prompt, load_prompts
@@ -207,9 +207,8 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
             self.mdp.encode(prompt)  # reports a prompt that is too long before a training begins
         if not isinstance(components, bool):
             raise ConfigurationError(f"components is true or false, got {components!r}")
-        terms = terms_of(self.mdp.reward) if components else {}
-        weights = {name: term.weight for name, term in terms.items() if term.weight}
-        self.observer = Observer(self.mdp, candidate_dims, context_tokens, weights)
+        terms = term_weights(self.mdp.reward) if components else {}
+        self.observer = Observer(self.mdp, candidate_dims, context_tokens, terms)
         self.shaping, self.render_mode = bool(shaping), render_mode
         self.observation_space = cast("spaces.Space[Observation]", self.observer.space)
         self.action_space = spaces.Discrete(self.mdp.top_k)

@@ -176,6 +176,11 @@ def terms_of(reward: Reward) -> dict[str, Term]:
     return terms
 
 
+def term_weights(reward: Reward) -> dict[str, float]:
+    """Return the weights of a reward's terms by name, those of weight 0 left out; see :func:`terms_of`."""
+    return {name: term.weight for name, term in terms_of(reward).items() if term.weight}
+
+
 class _Product(Composition):
     def __init__(self, parts: Sequence[Reward]) -> None:
         lower = upper = 1.0

@@ -21,14 +21,22 @@ from ...rewards.composition import terms_of
 from ..planning.astar import AStarPlanner
 from ..search.backup import best_found, sources
 from ..search.budget import Budget
-from ..search.loop import drive, score_completions
+from ..search.loop import score_completions
 from ..search.request import Request
 from ..search.state import Edges, IntArray, Search, Status, Values
 from .config import CollectConfig, Regression
 from .q_function import QFunction
 
-__all__ = ["Collected", "SearchExperience", "Searcher", "Transitions", "asymmetric_loss", "collect", "extract_targets"]
-__all__ += ["states_of"]
+__all__ = [
+    "Collected",
+    "SearchExperience",
+    "Searcher",
+    "Transitions",
+    "asymmetric_loss",
+    "collect",
+    "extract_targets",
+    "states_of",
+]
 
 Transitions = dict[str, npt.NDArray[Any]]
 
@@ -336,9 +344,9 @@ def collect(
     by_bound = rng.random(len(prompts)) < config.bound_share if config.bound_share else np.zeros(len(prompts), bool)
     requests = [Request(prompt, budget, reward=_drawn_reward(mdp, config, rng)) for prompt in prompts]
     led, free = ([r for r, led in zip(requests, by_bound.tolist(), strict=True) if led == on] for on in (True, False))
-    searches = _run(AStarPlanner(mdp, width=config.width, margin=config.margin), led) if led else []
+    searches = AStarPlanner(mdp, width=config.width, margin=config.margin).run_requests(led) if led else []
     if free:
-        searches += _run(_Collector(mdp, q, config, [request.prompt for request in free], rng), free)
+        searches += _Collector(mdp, q, config, [request.prompt for request in free], rng).run_requests(free)
     score_completions([search for search in searches if search.score == "q"])
     return Collected(
         [states_of(search, q, config.bound_targets) for search in searches],
@@ -354,13 +362,6 @@ def _drawn_reward(mdp: DecodingMDP, config: CollectConfig, rng: np.random.Genera
         return None
     terms = terms_of(mdp.reward).values()
     return WeightedSum([(term.weight * rng.uniform(*config.weight_factors), term.reward) for term in terms])
-
-
-def _run(planner: AStarPlanner, requests: Sequence[Request]) -> list[Search]:
-    active = planner.start_requests(requests)
-    for _ in drive(active):
-        pass
-    return [one.search for one in active]
 
 
 class Searcher:

@@ -60,6 +60,12 @@ class ScorerConfig:
         """How many numbers describe a state beside its vectors: potentials, weights, what remains."""
         return 1 + (self.terms or 1) + (1 + self.terms if self.conditioned else 0)
 
+    @property
+    def state_features(self) -> tuple[str, ...]:
+        """The entries of an observation that hold these numbers."""
+        weights = ("weights",) if self.conditioned else ()
+        return ("term_potentials" if self.terms else "potential", "remaining", *weights)
+
     def policy_kwargs(self) -> dict[str, Any]:
         """Return the arguments of a TokenQPolicy with such a network."""
         names = ("width", "dropout", "dueling", "heads", "conditioned")
@@ -141,9 +147,7 @@ class NumpyScorer:
         """Return the outputs of all heads or quantiles, float32 [B, k, outputs]; see :class:`TokenScorer`."""
         logprobs = np.asarray(observation["logprobs"], dtype=np.float32)
         batch, k = logprobs.shape
-        numbers = ["term_potentials" if self.config.terms else "potential", "remaining"]
-        numbers += ["weights"] if self.config.conditioned else []
-        of_state = np.concatenate([observation[name] for name in numbers], axis=1, dtype=np.float32)
+        of_state = np.concatenate([observation[name] for name in self.config.state_features], axis=1, dtype=np.float32)
         hidden = (observation["hidden"] - self.weights["hidden_mean"]) * self.weights["hidden_scale"]
         candidates = np.asarray(observation["candidates"], dtype=np.float32).reshape(batch * k, -1)
         state, gate = self._linear("state", hidden), self._linear("state_gate", hidden)

@@ -19,7 +19,7 @@ from ...envs import DecodingMDP, Observer, Prompt
 from ...envs.mdp import mdp_of
 from ...envs.observations import Observation, token_features
 from ...errors import CheckpointError, ConfigurationError
-from ...rewards.composition import terms_of
+from ...rewards.composition import term_weights
 from ..search.state import IntArray, Values
 from .checkpoints import CONFIG, WEIGHTS, locate_checkpoint, read_json, read_whole, replacing, wrap_damage
 from .hub import push_folder
@@ -380,7 +380,7 @@ def observed_terms(env: Any) -> dict[str, float]:
     """Return the terms of the reward that an environment observes one by one, with their weights; empty for none."""
     if "term_potentials" not in env.observation_space.spaces:
         return {}
-    return {name: term.weight for name, term in terms_of(mdp_of(env).reward).items() if term.weight}
+    return term_weights(mdp_of(env).reward)
 
 
 def as_tensors(observation: Observation, network: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -163,9 +163,7 @@ class TokenScorer(nn.Module):
         """
         logprobs = observation["logprobs"].float()
         batch, k = logprobs.shape
-        numbers = ["term_potentials" if self.config.terms else "potential", "remaining"]
-        numbers += ["weights"] if self.config.conditioned else []
-        of_state = torch.cat([observation[name].float() for name in numbers], dim=1)
+        of_state = torch.cat([observation[name].float() for name in self.config.state_features], dim=1)
         scalars = torch.cat(
             (logprobs.unsqueeze(-1) * LOGPROB_SCALE, of_state.unsqueeze(1).expand(batch, k, -1)), dim=-1
         )

@@ -195,7 +195,11 @@ class Decoder(ABC):
 
     def run_searches(self, prompts: Sequence[Prompt], budget: Budget) -> list[Search]:
         """Search all prompts and return the searches themselves; Ctrl-C is let through."""
-        active = self.start(prompts, budget)
+        return self.run_requests([Request(prompt, budget) for prompt in prompts])
+
+    def run_requests(self, requests: Sequence[Request]) -> list[Search]:
+        """Do the same for requests of :func:`load_requests`, each with settings of its own."""
+        active = self.start_requests(requests)
         for _ in drive(active):
             pass
         return [one.search for one in active]

@@ -397,7 +397,7 @@ class Search:
         depth = self.depth[row]
         for level in range(int(depth.max(initial=-1)) + 1):
             rows, actions = row[depth == level], action[depth == level]
-            self.node[self.child[rows, actions]] = self.mdp.grow([], self.node[rows], actions)[1]
+            self.node[self.child[rows, actions]] = self.mdp.expand(self.node[rows], actions)
 
     @property
     def usage(self) -> Usage:
