@@ -21,6 +21,7 @@ from ..checks import check_integer, check_keywords, check_number
 from ..columns import GrowableColumns
 from ..deprecated import with_old_names
 from ..errors import ConfigurationError, ConstraintError, InternalError, PromptError
+from ..logprobs import logprob_left
 from ..models.base import Engine, IntArray, LanguageModel, free_memory
 from ..models.registry import load_language_model
 from ..rewards import Reward, as_reward
@@ -28,12 +29,10 @@ from .constraints import Rules, StopStrings, make_constraint
 from .prompts import Prompt, columns_of
 from .token_tree import GrowRequest, TokenTree, grow_together
 
-__all__ = ["SETTINGS", "Completion", "DecodingMDP", "Finish", "grow_processes", "logprob_left", "mdp_of"]
+__all__ = ["SETTINGS", "Completion", "DecodingMDP", "Finish", "grow_processes", "mdp_of"]
 
 Values = npt.NDArray[np.float64]
 
-# Unit round-offs, relative: of float32, in which log-probabilities come, and of float64, in which they are summed.
-_FLOAT32, _FLOAT64 = 2.0**-24, 2.0**-53
 _NOTHING = np.empty(0, dtype=np.int64)
 _BOUND_RULES = 256  # prompts whose rules are kept, beside those in the tree
 # The arguments that the processes of one language model may differ in.
@@ -584,21 +583,6 @@ def grow_processes(
             grow_together([request for _, request in asked])
         drawing = [one for one, _ in asked]
     return grown
-
-
-def logprob_left(logprobs: Values, error: float) -> Values:
-    """Return log(1 - Σ exp(logprobs [n, k])), float64 [n], rounded up by what the terms may be too large.
-
-    Args:
-        logprobs: float64 [n, k], nats, of continuations of which none begins with another.
-        error: Of each of them, beside its rounding to float32; see :attr:`LanguageModel.logprob_error`.
-    """
-    listed = np.where(np.isneginf(logprobs), 0.0, logprobs)  # a probability of 0 has no error
-    inside = np.exp(logprobs - error - _FLOAT32 * np.abs(listed)).sum(axis=1)
-    with np.errstate(divide="ignore"):
-        left = np.log(np.maximum(1 - inside * (1 - logprobs.shape[1] * _FLOAT64), 0.0))
-    rounded: Values = left + error + _FLOAT32 * np.abs(np.where(np.isneginf(left), 0.0, left))
-    return rounded
 
 
 def mdp_of(env: Any) -> DecodingMDP:

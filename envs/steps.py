@@ -13,11 +13,12 @@ import numpy.typing as npt
 
 from ..checks import check_choice, check_integer
 from ..errors import ConfigurationError
+from ..logprobs import gumbel_below, logprob_left
 from ..models.base import IntArray
-from .mdp import SETTINGS, DecodingMDP, Finish, Values, logprob_left
+from .mdp import SETTINGS, DecodingMDP, Finish, Values
 from .token_tree import GrowRequest
 
-__all__ = ["StepMDP", "StepProposals", "gumbel_below", "make_process", "process_arguments"]
+__all__ = ["StepMDP", "StepProposals", "make_process", "process_arguments"]
 
 StepProposals = Literal["sample", "beam"]
 
@@ -224,19 +225,6 @@ def process_arguments() -> list[str]:
     """Return the names of all arguments of :func:`make_process`."""
     names = [name for cls in (DecodingMDP, StepMDP) for name in inspect.signature(cls).parameters]
     return list(dict.fromkeys(["action", *names]).keys() - {"args", "kwargs"})
-
-
-def gumbel_below(noisy: Values, most: float) -> Values:
-    """Return perturbed log-probabilities moved so that the largest is ``most``; Kool et al. 2019, appendix B.3.
-
-    Args:
-        noisy: float64 [n], log-probabilities plus Gumbel noise.
-        most: The perturbed log-probability of the prefix that they continue.
-    """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        v = most - noisy + np.log1p(-np.exp(noisy - noisy.max()))
-        moved: Values = most - np.maximum(v, 0.0) - np.log1p(np.exp(-np.abs(v)))
-    return moved
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ ROOMS = ("agents", "cli", "envs", "explorer", "models", "rewards", "serve", "tas
 # belongs to the longest prefix of its name that is listed.
 LAYERS = [
     ["errors"],
-    ["checks", "columns", "deprecated", "files", "locks", "processes"],
+    ["checks", "columns", "deprecated", "files", "locks", "logprobs", "processes"],
     ["models"],
     ["rewards"],
     ["envs"],

@@ -10,10 +10,11 @@ import numpy as np
 
 from ...checks import check_integer, check_number
 from ...errors import ConfigurationError
+from ...logprobs import log_sum_exp
 from ..search.state import NO_EDGES, Edges, IntArray, Search, Status, Values
 from .beam import affordable_width
 from .decoder import Decoder
-from .sampling import generator, log_sum_exp
+from .sampling import generator
 
 __all__ = ["ParticleFilter", "RebaseSearch"]
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from ...checks import check_integer, check_number
 from ...envs import Completion, Finish
-from ...envs.steps import gumbel_below
 from ...errors import ConfigurationError
+from ...logprobs import gumbel_below, log_sum_exp
 from ..search.state import NO_EDGES, Edges, IntArray, Search, Status, Values
 from .decoder import Decoder
 
@@ -259,15 +259,6 @@ class UniqueSampler(SamplingDecoder):
         for (level, parents), actions in zip(reversed(levels), reversed(taken), strict=True):
             left[parents, actions] = log_sum_exp(left[level])
         return left
-
-
-def log_sum_exp(values: Values) -> Values:
-    """Return the logarithm of the sum of exp over the last axis; -inf where there is nothing else."""
-    most = values.max(axis=-1)
-    safe = np.where(np.isfinite(most), most, 0.0)
-    with np.errstate(divide="ignore"):
-        result: Values = safe + np.log(np.exp(values - safe[..., None]).sum(axis=-1))
-    return result
 
 
 class BlockwiseDecoder(SamplingDecoder):
