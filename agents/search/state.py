@@ -364,19 +364,19 @@ class Search:
         """
         budget, continuing = self.budget, self.finish[edges] == Finish.NO
         most, remaining = self.mdp.most_lm_tokens, self.remaining_tokens
-        if most > 1 and math.isfinite(remaining):
-            remaining = max(remaining // most, float(self.price <= remaining))
-        calls = math.inf
-        if budget.reward_calls is not None and self.score == "reward":
-            calls = budget.reward_calls - self.reward_calls
+        allowed = budget.reward_calls if self.score == "reward" else None
+        calls = math.inf if allowed is None else allowed - self.reward_calls
         pops = math.inf if budget.pops is None else budget.pops - self.pops
-        fits = (np.cumsum(continuing) <= remaining) | (~continuing & (most > 1))
-        fits &= (np.cumsum(~continuing) <= calls) & (np.arange(len(continuing)) < pops)
-        late = self.is_late
-        # Everything after the first edge that does not fit waits, so that the order of the strategy is kept.
-        taken = (fits if most > 1 else np.cumprod(fits, dtype=bool)) & (not late)
-        if not (taken.all() or (most > 1 and (taken & continuing).any())):
-            self.stop_reason = "budget"
+        rows = np.cumsum(continuing)
+        fits = (np.cumsum(~continuing) <= calls) & (np.arange(len(continuing)) < pops) & (not self.is_late)
+        if most == 1:
+            # Everything after the first edge that does not fit waits, so that the order of the strategy is kept.
+            taken = np.cumprod(fits & (rows <= remaining), dtype=bool)
+            is_last = not taken.all()
+        else:
+            taken = fits & (~continuing | (rows * most <= remaining) | ((rows <= 1) & (self.price <= remaining)))
+            is_last = not (taken.all() or (taken & continuing).any())
+        self.stop_reason = "budget" if is_last else self.stop_reason
         if self.shared is not None:
             self.shared.remaining_tokens -= int((taken & continuing).sum())
         return Edges(edges.rows[taken], edges.actions[taken])
