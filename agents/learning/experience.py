@@ -45,7 +45,13 @@ _MIN_ROWS = 1000  # less experience is no use
 _MIN_PRIORITY = 0.01  # a state that Q fits keeps a small chance, so that a later error there is noticed
 
 
-def extract_targets(search: Search, observer: Observer, q: Values, bound_targets: bool = False) -> Transitions:
+def extract_targets(
+    search: Search,
+    observer: Observer,
+    q: Values,
+    bound_targets: bool = False,
+    term_potentials: Values | None = None,
+) -> Transitions:
     """Return a finished search's states with targets, and the targets of their edges.
 
     Nothing in it refers to the token tree, so it can be stored or sent.
@@ -57,6 +63,7 @@ def extract_targets(search: Search, observer: Observer, q: Values, bound_targets
             [rows, k, 1+r]: see :meth:`QFunction.returns`.
         bound_targets: Whether a reward's prefix bounds are targets too: they cut estimates, and stand for edges that
             were not followed.
+        term_potentials: float64 [rows, r], as :meth:`Observer.term_potentials` gives it; None to compute it.
 
     Returns:
         By name, [states, …]: the stored features of :data:`~qstar_decoding.envs.observations.FEATURES`, the token ids
@@ -65,13 +72,13 @@ def extract_targets(search: Search, observer: Observer, q: Values, bound_targets
         come, nats, and each term's return, of the completion whose J is the best.
     """
     nodes, prompts = search.node[: search.size], [search.prompt] * search.size
+    if term_potentials is None:
+        term_potentials = observer.term_potentials(prompts, nodes)
     if observer.terms:
-        of_terms = observer.term_potentials(prompts, nodes)
         value, target = _term_targets(search, observer, q)
         target[..., 0] -= search.mdp.tree.path_logprob[nodes, None]
-        target[..., 1:] -= of_terms[:, None]
+        target[..., 1:] -= term_potentials[:, None]
     else:
-        of_terms = None
         value, _ = sources(search, search.g[: search.size, None] + q)
     if bound_targets and search.mdp.reward.has_prefix_bounds:
         legal = search.status[: search.size] != Status.MASKED
@@ -80,7 +87,7 @@ def extract_targets(search: Search, observer: Observer, q: Values, bound_targets
     rows = np.flatnonzero(np.isfinite(value).any(axis=1))
     nodes, prompts = nodes[rows], prompts[: len(rows)]
     potential = search.mdp.potential(prompts, nodes)
-    observation = observer.observe(potential, nodes, None if of_terms is None else of_terms[rows])
+    observation = observer.observe(potential, nodes, term_potentials[rows])
     return {
         **{name: observation[name] for name in observer.stored()},
         **observer.token_ids_of(nodes),
@@ -124,9 +131,10 @@ def states_of(search: Search, q: QFunction, bound_targets: bool = False) -> Tran
         bound_targets: See :func:`extract_targets`.
     """
     observer = q.observer(search.mdp)
-    estimate = q.returns if observer.terms else q.values
-    nodes = search.node[: search.size]
-    return extract_targets(search, observer, estimate(search.mdp, [search.prompt] * search.size, nodes), bound_targets)
+    asked = search.mdp, [search.prompt] * search.size, search.node[: search.size]
+    of_terms = observer.term_potentials(*asked[1:])
+    estimate = q.returns(*asked, of_terms) if observer.terms else q.values(*asked)
+    return extract_targets(search, observer, estimate, bound_targets, of_terms)
 
 
 class Batch(NamedTuple):

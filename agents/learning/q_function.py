@@ -165,10 +165,14 @@ class LearnedFunction:
             self._observer = mdp, Observer(mdp, self.candidate_dims, *further)
         return self._observer[1]
 
-    def _observe(self, mdp: DecodingMDP, prompts: Sequence[Prompt], nodes: IntArray) -> tuple[Observation, Values]:
+    def _observe(
+        self, mdp: DecodingMDP, prompts: Sequence[Prompt], nodes: IntArray, term_potentials: Values | None = None
+    ) -> tuple[Observation, Values]:
         """Return observations of ``n`` nodes, and the part that the estimates leave out: φ(s) or 0, float64 [n]."""
         observer, potential = self.observer(mdp), mdp.potential(prompts, nodes)
-        observation = observer.observe(potential, nodes, observer.term_potentials(prompts, nodes))
+        if term_potentials is None:
+            term_potentials = observer.term_potentials(prompts, nodes)
+        observation = observer.observe(potential, nodes, term_potentials)
         return observation, potential if self.shaped else np.zeros_like(potential)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -361,18 +365,28 @@ class QFunction(LearnedFunction):
         # In float64, as J is: the observation's float32 potential would round the sum.
         return q + left_out[:, None]
 
-    def returns(self, mdp: DecodingMDP, prompts: Sequence[Prompt], nodes: IntArray) -> Values:
+    def returns(
+        self, mdp: DecodingMDP, prompts: Sequence[Prompt], nodes: IntArray, term_potentials: Values | None = None
+    ) -> Values:
         """Return the estimates that :meth:`values` weighs, float64 [n, k, 1+r], where the terms have heads.
 
         They are the log-probability to come, nats, and each term's value in the end, unweighted.
 
+        Args:
+            mdp: The process.
+            prompts: The prompt of each node.
+            nodes: int64 [n].
+            term_potentials: float64 [n, r], as :meth:`Observer.term_potentials` gives it; None to compute it.
+
         Raises:
             CheckpointError: See :meth:`values`.
         """
-        observation, _ = self._observe(mdp, prompts, nodes)
+        if term_potentials is None:
+            term_potentials = self.observer(mdp).term_potentials(prompts, nodes)
+        observation, _ = self._observe(mdp, prompts, nodes, term_potentials)
         outputs: Values = self.inference_scorer().head_outputs(observation).astype(np.float64)
         if self.shaped:
-            outputs[..., 1:] += self.observer(mdp).term_potentials(prompts, nodes)[:, None]
+            outputs[..., 1:] += term_potentials[:, None]
         return outputs
 
 

@@ -9,7 +9,7 @@ from stable_baselines3.common.env_checker import check_env as check_env_sb3
 
 from qstar_decoding.agents import AStarPlanner, GreedyDecoder, QFunction, QHeuristic, QStar, TokenQPolicy
 from qstar_decoding.agents.learning import CollectConfig
-from qstar_decoding.agents.learning.experience import asymmetric_loss, collect, extract_targets
+from qstar_decoding.agents.learning.experience import asymmetric_loss, collect, extract_targets, states_of
 from qstar_decoding.agents.learning.hub import model_card
 from qstar_decoding.agents.search.backup import backup, sources
 from qstar_decoding.agents.search.budget import Budget
@@ -134,6 +134,16 @@ def test_a_target_comes_from_the_edge_that_has_it(budget):
     known = ~np.isnan(value)
     assert known.any()
     np.testing.assert_array_equal(at_the_source.ravel()[source[known]], value[known])
+
+
+def test_a_search_asks_for_each_terms_potentials_once(monkeypatch):
+    env = make()
+    q, search = QStar(TokenQPolicy, env, seed=0, **SMALL).q_function(), explored(env, 30)
+    search.mdp.potential([search.prompt] * search.size, search.node[: search.size])  # that of the sum, kept from now on
+    asked = []
+    monkeypatch.setattr(type(A), "potential", lambda self, prompts, *rest: asked.append(self) or np.zeros(len(prompts)))
+    states_of(search, q)
+    assert sorted(term.name for term in asked) == ["share_a", "share_b"]
 
 
 def test_the_experience_keeps_the_best_target_found_with_all_its_parts():
