@@ -8,8 +8,6 @@ prompts at five weightings of the same terms, with equal LM tokens a prompt:
 - bound: A* without Q;
 - whole: A* with a Q that learned the sum as one number, for the first weighting;
 - heads: one head a term, learned from searches for the first weighting;
-- drawn: one head a term, from searches whose weights are drawn;
-- conditioned: the same, and the weights are an input of the network;
 - retrained: as *whole*, for the weighting itself, of two weightings; for `sentiment` the shipped Q, which had 100,000
   LM tokens.
 
@@ -41,14 +39,8 @@ WEIGHTINGS = (
 )
 # The weightings that a Q was trained for, by number; with a name where the package ships it.
 RETRAINED = {1: "sentiment", 4: None}
-# Environment and training of each kind of Q.
-DRAWN = {"weight_factors": (-1.0, 2.0)}
-KINDS = {
-    "whole": ({}, {}),
-    "heads": ({"components": True}, {}),
-    "drawn": ({"components": True}, DRAWN),
-    "conditioned": ({"components": True}, {**DRAWN, "policy_kwargs": {"conditioned": True}}),
-}
+# Environment of each kind of Q.
+KINDS = {"whole": {}, "heads": {"components": True}}
 
 
 class Saving(BaseCallback):
@@ -69,12 +61,11 @@ def trained(kind, reward, steps, folder, task):
     """Return the folder of a Q that learned from so many LM tokens, trained first where there is none."""
     done, begun = folder / "q", folder / "checkpoint"
     if find_checkpoint(done) is None:
-        changes, settings = KINDS[kind]
         env = gym.make(
-            "TokenDecoding-v0", prompts=task.prompts.of("train"), **{**task.env, **changes, "reward": reward}
+            "TokenDecoding-v0", prompts=task.prompts.of("train"), **{**task.env, **KINDS[kind], "reward": reward}
         )
         fresh = find_checkpoint(begun) is None
-        agent = QStar(env=env, seed=0, **{**task.training, **settings}) if fresh else QStar.load(begun, env)
+        agent = QStar(env=env, seed=0, **task.training) if fresh else QStar.load(begun, env)
         start = time.perf_counter()
         agent.learn(steps - agent.num_timesteps, callback=Saving(begun), reset_num_timesteps=fresh)
         print(f"{kind} for {reward}: trained in {time.perf_counter() - start:.0f} s", flush=True)
@@ -97,7 +88,7 @@ def main():
     parser.add_argument("--budget", type=int, default=100, help="LM tokens a prompt")
     parser.add_argument("--steps", type=int, default=15_000, help="LM tokens of each training")
     parser.add_argument("--runs", type=Path, default=Path("runs/components"), help="folder of trainings and results")
-    parser.add_argument("--rows", nargs="+", default=["bound", "whole", "heads", "drawn", "conditioned", "retrained"])
+    parser.add_argument("--rows", nargs="+", default=["bound", "whole", "heads", "retrained"])
     add_json_option(parser)
     arguments = parser.parse_args()
     task = load_task("sentiment")

@@ -37,6 +37,12 @@ WEIGHTS, CONFIG = "q_network.safetensors", "config.json"
 EXPERIENCE, OPTIMIZER, STATE = "experience.safetensors", "optimizer.safetensors", "training_state.json"
 PRETRAINED = Path(__file__).parent / "pretrained"
 
+# Settings that were given up, by their section and name, with the value that still means nothing.
+_GIVEN_UP: dict[tuple[str, str], Any] = {
+    ("network", "conditioned"): False,
+    ("arguments", "weight_factors"): [1.0, 1.0],
+}
+
 T = TypeVar("T")
 
 
@@ -185,12 +191,21 @@ def read_json(path: Path, content_type: type[T]) -> T:
     """Return a checkpoint's JSON file as an instance of a dataclass; unknown keys are ignored.
 
     Raises:
-        CheckpointError: The file is missing, is not JSON, lacks a key, or has a value of another type.
+        CheckpointError: The file is missing, is not JSON, lacks a key, has a value of another type, or was written with
+            a setting that was given up.
     """
     try:
         text = path.read_bytes()
-        if not isinstance(json.loads(text), dict):
+        content = json.loads(text)
+        if not isinstance(content, dict):
             raise CheckpointError(f"{path} is damaged: it does not hold an object")
+        for (section, name), unused in _GIVEN_UP.items():
+            settings = content.get(section)
+            if isinstance(settings, dict) and settings.get(name, unused) != unused:
+                raise CheckpointError(
+                    f"{path} has {name}={settings[name]!r}, which this version no longer has; train it again without, "
+                    "or use the version that wrote it"
+                )
         return TypeAdapter(content_type).validate_json(text, strict=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path.parent} is not a checkpoint: {path.name} is missing") from error

@@ -67,9 +67,6 @@ class CollectConfig:
             estimates do. A state then teaches all its edges instead of those that were followed.
         episode_share: Share of the prompts that get ε-greedy episodes of the same budget instead of a search.
         epsilon: ε of these episodes.
-        weight_factors: Range of the numbers, drawn uniformly for each search, that the weights of the reward's terms
-            are multiplied by (Abels et al. 2019); (1, 1) leaves them alone. For an environment with
-            ``components=True``: Q then sees texts that other weights prefer.
     """
 
     tokens_per_search: int = 96
@@ -82,7 +79,6 @@ class CollectConfig:
     bound_targets: bool = False
     episode_share: float = 0.0
     epsilon: float = 0.2
-    weight_factors: tuple[float, float] = (1.0, 1.0)
 
     def __post_init__(self) -> None:
         check_integer("tokens_per_search", self.tokens_per_search, high=_MOST)
@@ -95,12 +91,6 @@ class CollectConfig:
             check_number(name, getattr(self, name), low=0, high=1)
         if not isinstance(self.bound_targets, bool):
             raise ConfigurationError(f"bound_targets is true or false, got {self.bound_targets!r}")
-        factors: Any = self.weight_factors
-        is_pair = isinstance(factors, list | tuple) and len(factors) == 2
-        least, most = (check_number("weight_factors", factor) for factor in factors) if is_pair else (1, 0)
-        if least > most:
-            raise ConfigurationError(f"weight_factors is a pair (least, most), got {factors!r}")
-        object.__setattr__(self, "weight_factors", (float(least), float(most)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +113,7 @@ class QStarConfig(CollectConfig):
             matter, for example when one answer in many is right.
         buffer_bytes: Memory for experience.
         policy_kwargs: Of the policy: ``width``, ``dropout`` (0.4 unless given: a few hundred prompts are easily learnt
-            by heart), ``dueling``, ``heads``, the size of an ensemble whose largest output counts, and
-            ``conditioned``, whether the weights of the reward's terms are an input.
+            by heart), ``dueling``, and ``heads``, the size of an ensemble whose largest output counts.
         seed: Of the network, the prompts' order and the noise.
     """
 
@@ -236,11 +225,6 @@ def check_terms(config: QStarConfig, terms: Mapping[str, float]) -> None:
         raise ConfigurationError(
             "bound_targets bounds the reward as a whole and says nothing of its terms; leave it out, or make the "
             "environment without components=True"
-        )
-    if not terms and config.weight_factors != (1.0, 1.0):
-        raise ConfigurationError(
-            "weight_factors changes the weights of the reward's terms, which this environment does not observe; "
-            "make it with components=True"
         )
 
 

@@ -16,8 +16,6 @@ from ...columns import GrowableColumns
 from ...envs import Completion, DecodingMDP, Observer, Prompt
 from ...envs.prompts import columns_of
 from ...errors import ConfigurationError
-from ...rewards import Reward, WeightedSum
-from ...rewards.composition import terms_of
 from ..planning.astar import AStarPlanner
 from ..search.backup import best_found, sources
 from ..search.budget import Budget
@@ -350,7 +348,7 @@ def collect(
     """Search the prompts with a Q-function, in a tree of their own, and return the experience."""
     mdp, budget = mdp.with_empty_tree(), Budget(config.tokens_per_search)
     by_bound = rng.random(len(prompts)) < config.bound_share if config.bound_share else np.zeros(len(prompts), bool)
-    requests = [Request(prompt, budget, reward=_drawn_reward(mdp, config, rng)) for prompt in prompts]
+    requests = [Request(prompt, budget) for prompt in prompts]
     led, free = ([r for r, led in zip(requests, by_bound.tolist(), strict=True) if led == on] for on in (True, False))
     searches = AStarPlanner(mdp, width=config.width, margin=config.margin).run_requests(led) if led else []
     if free:
@@ -362,14 +360,6 @@ def collect(
         sum(len(search.completions) for search in searches),
         [max(search.completions.values(), key=_objective) for search in searches if search.completions],
     )
-
-
-def _drawn_reward(mdp: DecodingMDP, config: CollectConfig, rng: np.random.Generator) -> Reward | None:
-    """Return the reward with each term's weight multiplied by a number drawn for it; None where none is drawn."""
-    if config.weight_factors == (1.0, 1.0):
-        return None
-    terms = terms_of(mdp.reward).values()
-    return WeightedSum([(term.weight * rng.uniform(*config.weight_factors), term.reward) for term in terms])
 
 
 class Searcher:

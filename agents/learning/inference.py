@@ -36,7 +36,6 @@ class ScorerConfig:
         context_tokens: Number w of last tokens that are read, with as many numbers each as a candidate. 0 for none.
         terms: Number r of the reward's terms, each with a head of its own beside that of the log-probability; 0 for one
             output, the return as a whole. One head and no quantiles only.
-        conditioned: Whether the weights of the terms are an input.
     """
 
     hidden_size: _Size
@@ -48,7 +47,6 @@ class ScorerConfig:
     n_quantiles: _Size | None = None
     context_tokens: Annotated[int, Field(ge=0)] = 0
     terms: Annotated[int, Field(ge=0)] = 0
-    conditioned: bool = False
 
     @property
     def outputs(self) -> int:
@@ -57,18 +55,17 @@ class ScorerConfig:
 
     @property
     def state_numbers(self) -> int:
-        """How many numbers describe a state beside its vectors: potentials, weights, what remains."""
-        return 1 + (self.terms or 1) + (1 + self.terms if self.conditioned else 0)
+        """How many numbers describe a state beside its vectors: potentials, and what remains."""
+        return 1 + (self.terms or 1)
 
     @property
     def state_features(self) -> tuple[str, ...]:
         """The entries of an observation that hold these numbers."""
-        weights = ("weights",) if self.conditioned else ()
-        return ("term_potentials" if self.terms else "potential", "remaining", *weights)
+        return ("term_potentials" if self.terms else "potential", "remaining")
 
     def policy_kwargs(self) -> dict[str, Any]:
         """Return the arguments of a TokenQPolicy with such a network."""
-        names = ("width", "dropout", "dueling", "heads", "conditioned")
+        names = ("width", "dropout", "dueling", "heads")
         return {name: getattr(self, name) for name in names}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -35,8 +35,7 @@ class TokenQNetwork(BasePolicy):
         Args:
             observation_space: Of the environment.
             action_space: Of the environment.
-            scorer_kwargs: ``width``, ``dropout``, ``dueling``, ``heads``, ``n_quantiles``, ``conditioned``; see
-                :class:`ScorerConfig`.
+            scorer_kwargs: ``width``, ``dropout``, ``dueling``, ``heads``, ``n_quantiles``; see :class:`ScorerConfig`.
 
         Raises:
             ConfigurationError: The spaces are another environment's.
@@ -81,7 +80,6 @@ class _TokenPolicy(BasePolicy):
         dropout: float = 0.1,
         dueling: bool = False,
         heads: int = 1,
-        conditioned: bool = False,
         **kwargs: Any,
     ) -> None:
         """Build the policy.
@@ -92,14 +90,12 @@ class _TokenPolicy(BasePolicy):
             dropout: See :class:`ScorerConfig`.
             dueling: See :class:`ScorerConfig`.
             heads: See :class:`ScorerConfig`.
-            conditioned: See :class:`ScorerConfig`.
             kwargs: The parent class's; those that describe its own networks change nothing.
 
         Raises:
             ConfigurationError: The spaces are not those of ``TokenDecoding-v0``.
         """
         self._scorer_kwargs: dict[str, Any] = {"width": width, "dropout": dropout, "dueling": dueling, "heads": heads}
-        self._scorer_kwargs["conditioned"] = conditioned
         super().__init__(*args, **kwargs)
 
     def _make_network(self, n_quantiles: int | None = None) -> TokenQNetwork:
@@ -114,8 +110,8 @@ class TokenQPolicy(_TokenPolicy, DQNPolicy):
     """``DQN(TokenQPolicy, env)``: the scorer as Q-network; the greedy action honours the observation's mask.
 
     ``MaskableDQN``, ``MaskableQRDQN`` and ``QStar`` take it too. ``policy_kwargs``: ``width``, ``dropout``,
-    ``dueling``, ``heads`` and ``conditioned``, as in :class:`ScorerConfig`. Only ``QStar`` trains several heads apart,
-    and the heads of the reward's terms, which an environment with ``components=True`` asks for.
+    ``dueling`` and ``heads``, as in :class:`ScorerConfig`. Only ``QStar`` trains several heads apart, and the heads of
+    the reward's terms, which an environment with ``components=True`` asks for.
     """
 
     def make_q_net(self) -> TokenQNetwork:  # type: ignore[override]

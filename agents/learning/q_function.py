@@ -245,7 +245,7 @@ class QFunction(LearnedFunction):
         description = dict(self.description if description is None else description)
         trained_on, network = asdict(self.spec), asdict(scorer.config)
         for settings in (trained_on, network):  # so that earlier versions can read it
-            for name in ("context_tokens", "terms", "conditioned"):
+            for name in ("context_tokens", "terms"):
                 if not settings.get(name, True):
                     del settings[name]
         if self.spec.action == "token":

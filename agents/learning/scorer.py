@@ -35,8 +35,7 @@ class TokenScorer(nn.Module):
 
     With ``terms``, the return is learned in parts: the log-probability to come, and each term of the reward. Their sum
     with any weights w is a Q (successor features: Barreto et al. 2017, eq. 3). It is exact for the texts that training
-    preferred, with its own weights. ``conditioned`` on the weights, it may know which texts others prefer
-    (Abels et al. 2019; Borsa et al. 2019).
+    preferred, with its own weights.
     """
 
     def __init__(
@@ -51,7 +50,6 @@ class TokenScorer(nn.Module):
         n_quantiles: int | None = None,
         context_tokens: int = 0,
         terms: int = 0,
-        conditioned: bool = False,
         logprob_weight: float = 0.02,
     ) -> None:
         """Build the network.
@@ -66,22 +64,18 @@ class TokenScorer(nn.Module):
             n_quantiles: See there.
             context_tokens: See there.
             terms: See there.
-            conditioned: See there.
             logprob_weight: The untrained Q is this times the log-prob, the one term of the return that is known. With
                 ``terms`` the weight is an input, and this means nothing.
 
         Raises:
-            ConfigurationError: There are several of heads, quantiles and terms, or none; or ``conditioned`` has nothing
-                to stand on.
+            ConfigurationError: There are several of heads, quantiles and terms, or none.
         """
         super().__init__()
         check_integer("heads", heads, high=None if n_quantiles is None and not terms else 1)
         if terms and n_quantiles is not None:
             raise ConfigurationError("quantiles are of the whole return; leave out components=True of the environment")
-        if conditioned and not terms:
-            raise ConfigurationError("conditioned takes the weights of terms; give the environment components=True")
         self.config = ScorerConfig(
-            hidden_size, candidate_dims, width, dropout, dueling, heads, n_quantiles, context_tokens, terms, conditioned
+            hidden_size, candidate_dims, width, dropout, dueling, heads, n_quantiles, context_tokens, terms
         )
         self.heads, self.n_quantiles = heads, n_quantiles
         outputs, numbers = self.config.outputs, self.config.state_numbers

@@ -1,5 +1,7 @@
 """Heads for the terms of a reward: what they learn, and how other weights are used without training."""
 
+import json
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -8,8 +10,7 @@ from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as check_env_sb3
 
 from qstar_decoding.agents import AStarPlanner, GreedyDecoder, QFunction, QHeuristic, QStar, TokenQPolicy
-from qstar_decoding.agents.learning import CollectConfig
-from qstar_decoding.agents.learning.experience import asymmetric_loss, collect, extract_targets, states_of
+from qstar_decoding.agents.learning.experience import asymmetric_loss, extract_targets, states_of
 from qstar_decoding.agents.learning.hub import model_card
 from qstar_decoding.agents.search.backup import backup, sources
 from qstar_decoding.agents.search.budget import Budget
@@ -277,40 +278,15 @@ def test_the_command_line_says_which_weights_the_heads_get(learned, tmp_path, ca
 def test_a_q_without_components_is_written_as_before():
     env = make(components=False)
     config = QStar(TokenQPolicy, env, seed=0, **SMALL).q_function().config()
-    assert not {"terms", "conditioned", "context_tokens"} & (config["network"].keys() | config["trained_on"].keys())
+    assert not {"terms", "context_tokens"} & (config["network"].keys() | config["trained_on"].keys())
 
 
-# -- drawn weights ----------------------------------------------------------------------------------------------------
+# -- training ---------------------------------------------------------------------------------------------------------
 
 
-def test_searches_draw_weights_within_their_range():
-    env = make(0.6 * A - 0.4 * B, prompts=["ab", "c", "a", "d"])
-    agent = QStar(TokenQPolicy, env, seed=0, **{**SMALL, "searches_per_round": 4}, weight_factors=(-1.0, 2.0)).learn(1)
-    weights = np.unique(agent.experience.state()["weights"], axis=0)
-    assert len(weights) == 4
-    np.testing.assert_allclose(weights[:, 0], 0.1)
-    factors = weights[:, 1:] / [0.6, -0.4]
-    assert (factors >= -1).all()
-    assert (factors <= 2).all()
-
-
-def test_without_a_range_the_outcome_is_as_ever():
-    env = make(components=False)
-    mdp, prompts, q = env.unwrapped.mdp, env.unwrapped.prompts, QStar(env=env, seed=0, **SMALL).q_function()
-    rng = np.random.default_rng(0)
-    found = collect(mdp, q, CollectConfig(tokens_per_search=30), prompts, rng)
-    assert len(found.states) == 2
-    again = collect(mdp, q, CollectConfig(tokens_per_search=30), prompts, np.random.default_rng(0))
-    for one, other in zip(found.states, again.states, strict=True):
-        np.testing.assert_array_equal(one["target"], other["target"])
-
-
-@pytest.mark.parametrize(
-    "settings", [{}, {"weight_factors": (-1, 2), "policy_kwargs": {"conditioned": True, "width": 8}}]
-)
-def test_a_training_that_goes_on_equals_an_uninterrupted_one_to_the_last_bit(tmp_path, settings):
+def test_a_training_that_goes_on_equals_an_uninterrupted_one_to_the_last_bit(tmp_path):
     def train(steps, agent=None):
-        agent = agent or QStar(TokenQPolicy, make(), **{**SMALL, **settings, "learning_rate": 1e-3}, seed=3)
+        agent = agent or QStar(TokenQPolicy, make(), **{**SMALL, "learning_rate": 1e-3}, seed=3)
         return agent.learn(steps - agent.num_timesteps, reset_num_timesteps=not agent.num_timesteps)
 
     whole, half = train(400), train(1)
@@ -320,13 +296,30 @@ def test_a_training_that_goes_on_equals_an_uninterrupted_one_to_the_last_bit(tmp
     assert resumed.q_function().fingerprint() == whole.q_function().fingerprint()
 
 
-@pytest.mark.parametrize("conditioned", [False, True])
-def test_vector_environments_and_dueling_take_components(conditioned):
+@pytest.mark.parametrize(
+    ("file", "section", "setting", "unused", "used"),
+    [
+        ("config.json", "network", "conditioned", False, True),
+        ("training_state.json", "arguments", "weight_factors", [1.0, 1.0], [-1.0, 2.0]),
+    ],
+)
+def test_a_setting_that_was_given_up_is_named(tmp_path, file, section, setting, unused, used):
+    QStar(TokenQPolicy, make(), seed=0, **SMALL).learn(1).save(tmp_path / "q")
+    path = tmp_path / "q" / file
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, section: {**content[section], setting: unused}}))
+    QStar.load(tmp_path / "q", make())
+    path.write_text(json.dumps({**content, section: {**content[section], setting: used}}))
+    with pytest.raises(CheckpointError, match=f"{setting}=.*no longer has; train it again") as raised:
+        QStar.load(tmp_path / "q", make())
+    assert "\n" not in str(raised.value)
+
+
+def test_vector_environments_and_dueling_take_components():
     env = TokenDecodingVecEnv(2, **make().unwrapped.spec.kwargs)
-    policy = {"width": 8, "dueling": True, "conditioned": conditioned}
+    policy = {"width": 8, "dueling": True}
     agent = QStar(TokenQPolicy, env, seed=0, **{**SMALL, "policy_kwargs": policy}).learn(60)
     assert agent.predict(env.reset())[0].shape == (2,)
-    assert agent.q_function().scorer.config.conditioned == conditioned
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
@@ -338,12 +331,9 @@ def test_vector_environments_and_dueling_take_components(conditioned):
         (lambda: make(components="yes"), "components is true or false, got 'yes'"),
         (lambda: make(A + share("a")), "two terms named 'share_a'"),
         (lambda: QStar(env=make(), policy_kwargs={"heads": 2}), "heads"),
-        (lambda: QStar(env=make(components=False), policy_kwargs={"conditioned": True}), "components=True"),
-        (lambda: QStar(env=make(components=False), weight_factors=(0, 2)), "components=True"),
+        (lambda: QStar(env=make(), policy_kwargs={"conditioned": True}), "conditioned"),
+        (lambda: QStar(env=make(), weight_factors=(0, 2)), "weight_factors"),
         (lambda: QStar(env=make(), bound_targets=True), "bound_targets"),
-        (lambda: CollectConfig(weight_factors=(2, 1)), "least, most"),
-        (lambda: CollectConfig(weight_factors=1), "least, most"),
-        (lambda: CollectConfig(weight_factors=(0, float("nan"))), "weight_factors"),
     ],
 )
 def test_bad_settings_are_reported_in_one_line(call, message):

@@ -23,7 +23,7 @@ SIZES = {
 CONFIGS = st.one_of(
     st.builds(ScorerConfig, **SIZES, heads=st.integers(1, 3)),
     st.builds(ScorerConfig, **SIZES, n_quantiles=st.integers(1, 5)),
-    st.builds(ScorerConfig, **SIZES, terms=st.integers(1, 3), conditioned=st.booleans()),
+    st.builds(ScorerConfig, **SIZES, terms=st.integers(1, 3)),
 )
 
 
