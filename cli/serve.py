@@ -91,16 +91,13 @@ def serve(
     )
     hosts = allowed_host or (LOOPBACK if host in LOOPBACK else ["*"])
     quiet()
-    new_engine = functools.partial(SearchEngine, model, reward=reward, max_live=max_live)
+    # Made when it is first asked for: a learner's folder is looked at before the language model is loaded.
+    engine = functools.cache(functools.partial(SearchEngine, model, reward=reward, max_live=max_live))
     with contextlib.ExitStack() as stack:
         with status(f"loading {model}"), one_compute_thread():
-            learner = None
-            if learn is None:
-                engine = new_engine()
-            else:
-                engine, learner = stack.enter_context(_learning(learn, new_engine, learn_share))
+            learner = None if learn is None else stack.enter_context(_learning(learn, engine, learn_share))
             app = create_app(
-                engine, limits=limits, keys=keys, hosts=hosts, q=dict(map(_named, q or [])), learner=learner
+                engine(), limits=limits, keys=keys, hosts=hosts, q=dict(map(_named, q or [])), learner=learner
             )
         service = app.state.service
         stack.callback(service.close)
@@ -125,22 +122,17 @@ def explore(
 
 
 @contextlib.contextmanager
-def _learning(
-    folder: Path, new_engine: Callable[[], SearchEngine], share: float
-) -> Iterator[tuple[SearchEngine, OnlineLearner]]:
-    """Let a Q learn in a folder from an engine's searches; the engine is made after the folder was found to be free."""
+def _learning(folder: Path, engine: Callable[[], SearchEngine], share: float) -> Iterator[OnlineLearner]:
+    """Let a Q learn in a folder from an engine's searches; the engine is asked for once the folder is found free."""
     from ..agents import OnlineLearner, QStar
     from ..agents.learning import environment_like
 
-    engines: list[SearchEngine] = []
-
     def agent(saved: Path | None) -> QStar:
-        engines.append(new_engine())
-        env = environment_like(engines[0].mdp)
+        env = environment_like(engine().mdp)
         return QStar(env=env, seed=0) if saved is None else QStar.load(saved, env)
 
     with OnlineLearner.open(folder, agent, share=share, save_every=_SAVE_EVERY) as learner:
-        yield engines[0], learner
+        yield learner
 
 
 def _named(option: str) -> tuple[str, str]:

@@ -36,7 +36,6 @@ from .bodies import ApiError, Body, Format, Limits, QStarBody, as_api_error, inv
 __all__ = ["Catalogue", "Entry", "Search", "constraints_of"]
 
 _BUDGET = 200  # LM tokens, where a request names none
-_LEARNED = "learned"  # the name of the Q that learns here
 _BEST_OF_N = "best-of-n"  # the field's name of the decoder that is called "sample" here
 # Rewards whose arguments can only be words and numbers. Those of others may name folders or models.
 _WITH_SAFE_ARGUMENTS = ("distinct", "forbidden_words", "length", "repetition", "short_sentences")
@@ -61,6 +60,7 @@ class Entry:
         q: The name of the Q-function that orders the search; None for none.
         settings: Settings of the process, such as the reward.
         planner: Arguments of the planner.
+        learner: Learns from its searches, where they are by ``decoder`` with ``q``; None for none.
     """
 
     id: str
@@ -69,6 +69,7 @@ class Entry:
     q: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     planner: Mapping[str, Any] = field(default_factory=dict)
+    learner: OnlineLearner | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Catalogue:
         """
         self.engine, self.created = engine, int(time.time())
         self._most_budget, self._most_seconds, self.learner = budget, seconds, learner
-        self._heuristics: dict[str, QHeuristic] = {}
+        self._heuristics: dict[str, Callable[[], Heuristic]] = {}  # by the name of the Q
         model = engine.mdp.model.name
         self._entries = {model: Entry(model, "The language model: each token is drawn from all of its vocabulary.")}
         for name in sorted(pretrained_names()):
@@ -125,8 +126,9 @@ class Catalogue:
             self._add(name, QHeuristic(source), f"A* with the Q-function {name!r} of this server.", {}, {})
         if learner is not None:
             text = f"A* with a Q that learns from every search for {engine.mdp.reward.name!r}."
-            self._entries[f"qstar-{_LEARNED}"] = Entry(f"qstar-{_LEARNED}", text, "astar", _LEARNED)
             self._before = self._given()
+            self._entries["qstar-learned"] = Entry("qstar-learned", text, "astar", "learned", learner=learner)
+            self._heuristics["learned"] = learner.newest
         for name in [*DECODERS, _BEST_OF_N]:
             command = "sample" if name == _BEST_OF_N else name
             source = by_command(command).source
@@ -142,8 +144,10 @@ class Catalogue:
         }
         for name in sorted((name for name in weights if weights[name]), key=lambda name: -weights[name]):
             with contextlib.suppress(QStarError):  # it was trained for another k
-                self._heuristics[name].check(self.engine.mdp)
-                return self._heuristics[name]
+                heuristic = self._heuristics[name]()
+                assert isinstance(heuristic, QHeuristic)
+                heuristic.check(self.engine.mdp)
+                return heuristic
         return BoundHeuristic()
 
     def _add_shipped(self, name: str) -> None:
@@ -162,7 +166,7 @@ class Catalogue:
         if "top_k" not in settings and trained is not None:
             settings = {**settings, "top_k": trained.top_k}
         heuristic.check(self.engine.decoder.processes.get(**settings))
-        self._heuristics[name] = heuristic
+        self._heuristics[name] = lambda: heuristic
         self._entries[f"qstar-{name}"] = Entry(f"qstar-{name}", description, "astar", name, settings, planner)
 
     @property
@@ -212,9 +216,9 @@ class Catalogue:
         if asked.reward is not None:
             check_reward(asked.reward)
         options = decoder_options(command, planner, heuristic, _seed(body))
-        learns = entry.q == _LEARNED and asked.q is None and command == "astar"
-        if learns:
-            options |= {"heuristic": self._before, "learn": self.learner}
+        learner = entry.learner if asked.q is None and command == entry.decoder else None
+        if learner is not None:
+            options |= {"heuristic": self._before, "learn": learner}
         if issubclass(DECODERS[command], SamplingDecoder):
             given = {"temperature": body.temperature, "top_p": body.top_p}
             options |= {name: value for name, value in given.items() if value is not None}
@@ -232,9 +236,9 @@ class Catalogue:
             decoder = make_decoder(command, self.engine.mdp, **options)
             decoder.processes = self.engine.decoder.processes  # so that equal settings share their trees
             decoder = decoder.with_changes(**changes)
-            if learns and self.learner is not None and not self.learner.fits(decoder.mdp):
+            if learner is not None and not learner.fits(decoder.mdp):
                 # Another reward, α, k or constraint: its searches teach nothing.
-                decoder = decoder.with_changes(heuristic=self.learner.newest())
+                decoder = decoder.with_changes(heuristic=learner.newest())
             tokens = asked.budget or min(max(_BUDGET, 8 * decoder.mdp.max_new_tokens), self._most_budget)
             decoder = decoder.with_changes(n=asked.n or _texts(decoder, body.choices, tokens))
         except QStarError as error:
@@ -258,9 +262,8 @@ class Catalogue:
     def _heuristic(self, entry: Entry, asked: QStarBody, command: str) -> tuple[Heuristic | None, Mapping[str, Any]]:
         """Return the heuristic of a search, and the planner's arguments that were chosen for it."""
         name = entry.q if asked.q is None else None if asked.q == "none" else asked.q
-        is_learned = name == _LEARNED and self.learner is not None
-        if name is not None and name not in self._heuristics and not is_learned:
-            known = ", ".join([*self._heuristics, *[_LEARNED][: self.learner is not None], "none"])
+        if name is not None and name not in self._heuristics:
+            known = ", ".join([*self._heuristics, "none"])
             raise invalid("qstar.q", f"there is no {name[:100]!r}; there are {known}")
         if by_command(command).uses != "q":
             if asked.q not in (None, "none"):
@@ -268,11 +271,9 @@ class Catalogue:
             return None, {}
         if name is None:
             return BoundHeuristic(), {}
-        if self.learner is not None and is_learned:
-            return self.learner.newest(), {}
         # What was chosen for a task holds for its own reward.
         planner = entry.planner if asked.reward is None and name == entry.q else {}
-        return self._heuristics[name], planner
+        return self._heuristics[name](), planner
 
 
 def _texts(decoder: Decoder, choices: int, tokens: int) -> int | None:

@@ -1,7 +1,6 @@
 """A Q that learns from the searches of a server: over real HTTP, through kills and ends, one process at a time."""
 
 import contextlib
-import functools
 import json
 import signal
 import subprocess
@@ -125,10 +124,8 @@ SERVER = textwrap.dedent(
     from qstar_decoding.serve.app import create_app
     from qstar_decoding.serve.listening import serve
 
-    def new_engine():
-        return SearchEngine(TabularLM.random(8, 1, seed=0), reward="length", top_k=4, max_new_tokens=8)
-
-    with _learning(Path(sys.argv[1]), new_engine, 0.5) as (engine, learner):
+    engine = SearchEngine(TabularLM.random(8, 1, seed=0), reward="length", top_k=4, max_new_tokens=8)
+    with _learning(Path(sys.argv[1]), lambda: engine, 0.5) as learner:
         app = create_app(engine, learner=learner)
         serve(app, "127.0.0.1", 0, app.state.service.turnstile, 5.0)
         app.state.service.close()
@@ -156,10 +153,12 @@ def ask(url, prompt):
     return json.loads(urllib.request.urlopen(request, timeout=60).read())
 
 
+@contextlib.contextmanager
 def serving(folder):
     """Go on in this process with what the other one learns."""
-    lm = TabularLM.random(8, 1, seed=0)
-    return _learning(folder, functools.partial(SearchEngine, lm, reward="length", top_k=4, max_new_tokens=8), 0.5)
+    engine = SearchEngine(TabularLM.random(8, 1, seed=0), reward="length", top_k=4, max_new_tokens=8)
+    with _learning(folder, lambda: engine, 0.5) as learner:
+        yield engine, learner
 
 
 def test_neither_a_kill_nor_an_end_loses_what_a_server_has_learned(tmp_path):
