@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
@@ -71,6 +72,19 @@ class EpisodeState:
     _ended: list[Completion | None]
     _potential: Values
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> EpisodeState:
+        """Return a copy whose nodes are pinned, too."""
+        with self._mdp.model.lock:
+            state = replace(
+                self,
+                node=self.node.copy(),
+                _prompt=self._prompt.copy(),
+                _ended=self._ended.copy(),
+                _potential=self._potential.copy(),
+            )
+            self._mdp.tree.pin(state)
+        return state
+
 
 class Episodes:
     """``N`` episodes of one MDP, stepped with one forward of the language model and one call of the reward.
@@ -89,6 +103,18 @@ class Episodes:
         self.ended: list[Completion | None] = [None] * count
         self._potential = np.zeros(count)
         mdp.tree.pin(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the arguments: elsewhere there is no such tree, and the episodes have not begun."""
+        make = functools.partial(type(self), shaping=self._shaping, gamma=self._gamma)
+        return make, (self._mdp, self._observer, len(self.node))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Episodes:
+        """Return episodes of the same process that are as far as these."""
+        make, arguments = self.__reduce__()
+        copied: Episodes = make(*arguments)
+        copied.set_state(self.get_state())
+        return copied
 
     @_in_turn
     def begin(self, which: Sequence[int], prompts: Sequence[Prompt]) -> Observation:
@@ -179,9 +205,7 @@ class Episodes:
     @_in_turn
     def get_state(self) -> EpisodeState:
         """Return the state of the episodes, for :meth:`set_state`."""
-        state = EpisodeState(self.node.copy(), self._mdp, self.prompt.copy(), self.ended.copy(), self._potential.copy())
-        self._mdp.tree.pin(state)
-        return state
+        return copy.deepcopy(EpisodeState(self.node, self._mdp, self.prompt, self.ended, self._potential))
 
     @_in_turn
     def set_state(self, state: EpisodeState) -> None:

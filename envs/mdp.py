@@ -201,6 +201,14 @@ class DecodingMDP:
         check_keywords("with_changes", changes, self._settings)
         return self._like(changes, self.tree.engine)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle language model and settings: the process that is made of them elsewhere has an empty tree."""
+        return _made_again, (type(self), self.model, self.settings(), self._kv_budget)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DecodingMDP:
+        """Return the process itself; its tree is a cache, which copies of its users share."""
+        return self
+
     def settings(self) -> dict[str, Any]:
         """Return the arguments, by name, that another process on this language model may differ in."""
         return {name: getattr(self, name) for name in self._settings}
@@ -561,6 +569,12 @@ class DecodingMDP:
         """Return a completion's tokens without the end-of-sequence or stop token."""
         ends = bool(token_ids) and (token_ids[-1] in self.model.eos_token_ids or token_ids[-1] in self._stop_tokens)
         return list(token_ids[:-1] if ends else token_ids)
+
+
+def _made_again(
+    kind: type[DecodingMDP], model: LanguageModel, settings: dict[str, Any], kv_budget: int | None
+) -> DecodingMDP:
+    return kind(model, kv_budget=kv_budget, **settings)
 
 
 def grow_processes(

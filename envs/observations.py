@@ -279,6 +279,11 @@ class Observer:
         self.weights = np.array([mdp.logprob_weight, *weights.values()] if terms else [], dtype=np.float64)
         self.declared = tuple(feature for feature in FEATURES if self.shape(feature) != (0,))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the arguments."""
+        terms = dict(zip(self.terms, self.weights[1:].tolist(), strict=True))
+        return type(self), (self.mdp, self.candidate_dims, self.context_tokens, terms)
+
     @cached_property
     def space(self) -> spaces.Dict:
         """The observation space."""

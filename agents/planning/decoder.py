@@ -14,7 +14,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Self, Unpack, get_args
+from typing import Any, NoReturn, Self, Unpack, get_args
 
 import numpy as np
 
@@ -374,6 +374,17 @@ class Stream:
         self._plan: Plan | None = None
         self._closed, self._lock = threading.Event(), threading.Lock()
         self._found = self._run()
+
+    def __reduce__(self) -> NoReturn:
+        """Say what to do instead: a stream is a search that goes on here.
+
+        Raises:
+            ConfigurationError: Always.
+        """
+        raise ConfigurationError(
+            "a stream is a search that goes on in this process and cannot be copied or pickled; pickle the planner, "
+            "or the plan of the stream"
+        )
 
     def _run(self) -> Iterator[Completion]:
         if self._closed.is_set():

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections import deque
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, NoReturn, Self, Unpack
 
 import numpy as np
 
@@ -134,6 +134,17 @@ class SearchEngine:
         self._lock = threading.Condition()
         self._thread: threading.Thread | None = None
         self._is_closed = False
+
+    def __reduce__(self) -> NoReturn:
+        """Say what to do instead: an engine is a thread of its process.
+
+        Raises:
+            ConfigurationError: Always.
+        """
+        raise ConfigurationError(
+            "a SearchEngine runs in a thread of its process and cannot be copied or pickled; make one in each process, "
+            "as by SearchEngine(name, …), or pickle a planner, which can be"
+        )
 
     def submit(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -131,6 +132,10 @@ class Processes:
         self._made: OrderedDict[Any, DecodingMDP] = OrderedDict()
         self._rewards: OrderedDict[Any, Reward] = OrderedDict()
         self._lock, self._making = threading.Lock(), threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the process that they differ from."""
+        return functools.partial(type(self), most=self._most), (self.mdp,)
 
     def get(self, **changes: Any) -> DecodingMDP:
         """Return the process with these settings; see :meth:`DecodingMDP.with_changes`.

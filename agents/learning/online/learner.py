@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, NoReturn, Self
 from weakref import WeakKeyDictionary
 
 import gymnasium as gym
@@ -207,6 +207,17 @@ class OnlineLearner(Watcher):
                 with learner._lock:
                     if learner._is_changed:
                         learner._save(folder)
+
+    def __reduce__(self) -> NoReturn:
+        """Say what to do instead: only one process learns.
+
+        Raises:
+            ConfigurationError: Always.
+        """
+        raise ConfigurationError(
+            "a Q learns in one process, so an OnlineLearner, and a planner with learn=…, cannot be copied or pickled; "
+            "make the planner there, with the Q that was saved: AStarPlanner(env, heuristic=QHeuristic(folder))"
+        )
 
     # -- what a planner asks ------------------------------------------------------------------------------------------
 
