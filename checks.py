@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckedKeywords",
     "check_choice",
+    "check_flag",
     "check_integer",
     "check_keywords",
     "check_number",
+    "check_texts",
     "check_writable",
     "describe_invalid",
     "first_line",
@@ -73,6 +75,29 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
         raise ConfigurationError(f"{name} is {' or '.join(map(repr, listed))}, got {value!r}")
 
 
+def check_flag(name: str, value: Any) -> bool:
+    """Return ``value``, which is true or false.
+
+    Raises:
+        ConfigurationError: It is something else.
+    """
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{name} is true or false, got {value!r}")
+    return value
+
+
+def check_texts(name: str, value: Any) -> tuple[str, ...]:
+    """Return a string, or several, as a tuple.
+
+    Raises:
+        ConfigurationError: Something else is among them, or an empty string.
+    """
+    given = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (None,)
+    if not all(isinstance(string, str) and string for string in given):
+        raise ConfigurationError(f"{name} is a non-empty string or a list of them, got {value!r}")
+    return given
+
+
 def check_keywords(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Check the names of keyword arguments that are collected in ``**kwargs``.
 
@@ -80,10 +105,11 @@ def check_keywords(owner: str, given: Iterable[str], known: Iterable[str]) -> No
         ConfigurationError: One is not known; the message names the likeliest, or all.
     """
     known = list(known)
+    public = sorted(name for name in known if not name.startswith("_"))
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(sorted(known))}"
+            near = difflib.get_close_matches(str(name), public, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(public)}"
             raise ConfigurationError(f"{owner} has no argument {name!r}; {hint}")
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 
-from ..checks import check_choice, check_integer
+from ..checks import check_choice, check_integer, check_texts
 from ..errors import ConfigurationError
 from ..logprobs import gumbel_below, logprob_left
 from ..models.base import IntArray
@@ -80,10 +80,9 @@ class StepMDP(DecodingMDP):
         """
         self.token_top_k = None if token_top_k is None else check_integer("token_top_k", token_top_k)
         super().__init__(*args, **kwargs)
-        self.delimiter = (delimiter,) if isinstance(delimiter, str) else tuple(delimiter)
-        texts: tuple[Any, ...] = self.delimiter
-        if not texts or not all(isinstance(text, str) and text for text in texts):
-            raise ConfigurationError(f"delimiter is a string, or several, none of them empty; got {delimiter!r}")
+        self.delimiter = check_texts("delimiter", delimiter)
+        if not self.delimiter:
+            raise ConfigurationError(f"delimiter is a non-empty string or a list of them, got {delimiter!r}")
         given = self.max_new_tokens if max_step_tokens is None else check_integer("max_step_tokens", max_step_tokens)
         self.max_step_tokens = min(given, self.max_new_tokens)
         check_choice("step_proposals", step_proposals, get_args(StepProposals))
@@ -186,7 +185,10 @@ class StepMDP(DecodingMDP):
     @property
     def _tree_top_k(self) -> int:
         """See :class:`DecodingMDP`."""
-        return self.token_top_k or self.top_k
+        if self.token_top_k is None:
+            return self.top_k
+        most = self.model.vocab_size
+        return check_integer("token_top_k", self.token_top_k, high=most, meaning="at most the vocabulary")
 
     @property
     def most_lm_tokens(self) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from ..checks import check_keywords, check_number
+from ..checks import check_flag, check_keywords, check_number
 from ..errors import ConfigurationError
 from ..models.base import LanguageModel
 from ..rewards.composition import term_weights
@@ -205,9 +205,7 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
         )
         for prompt in self.prompts:
             self.mdp.encode(prompt)  # reports a prompt that is too long before a training begins
-        if not isinstance(components, bool):
-            raise ConfigurationError(f"components is true or false, got {components!r}")
-        terms = term_weights(self.mdp.reward) if components else {}
+        terms = term_weights(self.mdp.reward) if check_flag("components", components) else {}
         self.observer = Observer(self.mdp, candidate_dims, context_tokens, terms)
         self.shaping, self.render_mode = bool(shaping), render_mode
         self.observation_space = cast("spaces.Space[Observation]", self.observer.space)

@@ -253,7 +253,12 @@ def _name(function: Any) -> str:
 
 def _built(it: str | Call | Made) -> Reward:
     if isinstance(it, Made):
-        return make_reward(it.name, *it.arguments, **dict(it.options))
+        try:
+            return make_reward(it.name, *it.arguments, **dict(it.options))
+        except ConfigurationError as error:
+            if it.name in str(error):
+                raise
+            raise ConfigurationError(f"{it.name}(…): {error}") from error
     return make_reward(it) if isinstance(it, str) else _composed(it)
 
 

@@ -25,6 +25,7 @@ from ..errors import (
     QueueFullError,
     UnknownNameError,
 )
+from ..rewards.types import RESERVED_COLUMNS
 
 __all__ = [
     "ApiError",
@@ -162,6 +163,12 @@ def _stop(value: Any) -> Any:
     return tuple(strings)
 
 
+def _columns(value: Any) -> Any:
+    if taken := sorted(RESERVED_COLUMNS & value.keys()):
+        raise ValueError(f"a reward has an argument of the name {taken[0]!r}; rename it, as to 'data_{taken[0]}'")
+    return value
+
+
 def _prompts(value: Any) -> Any:
     """Return a list of prompts, each a string or a list of token ids."""
     is_ids = isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
@@ -279,7 +286,7 @@ class QStarBody(Strict):
     top_k: int | None = Field(default=None, ge=1, le=64)
     n: int | None = Field(default=None, ge=1, le=1024)
     constraint: Limits | None = None
-    columns: dict[str, Any] | None = None
+    columns: Annotated[dict[str, Any], AfterValidator(_columns)] | None = None
     improvements: bool | None = None
 
 

@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from qstar_decoding.checks import check_integer, check_number
+from qstar_decoding.checks import check_flag, check_integer, check_keywords, check_number, check_texts
 from qstar_decoding.errors import ConfigurationError
 
 
@@ -36,3 +36,30 @@ def test_integers_are_taken(value):
 def test_what_is_no_integer_is_refused(value):
     with pytest.raises(ConfigurationError, match="count is an integer >= 1"):
         check_integer("count", value)
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [("a", ("a",)), (["a", "b c"], ("a", "b c")), ([], ()), (iter("ab"), ("a", "b"))],
+)
+def test_one_text_or_several_are_taken(value, found):
+    assert check_texts("stop", value) == found
+
+
+@pytest.mark.parametrize("value", ["", None, 5, b"a", [""], ["a", None], [["a"]], True])
+def test_what_is_no_text_is_refused(value):
+    with pytest.raises(ConfigurationError, match="stop is a non-empty string or a list of them, got"):
+        check_texts("stop", value)
+
+
+@pytest.mark.parametrize("value", [1, 0, "yes", None, np.bool_(True)])
+def test_what_is_no_flag_is_refused(value):
+    assert check_flag("shaped", True)
+    with pytest.raises(ConfigurationError, match="shaped is true or false"):
+        check_flag("shaped", value)
+
+
+def test_private_arguments_are_not_listed():
+    with pytest.raises(ConfigurationError, match="has no argument 'zzz'; it takes a, b"):
+        check_keywords("it", ["zzz"], ["b", "_hidden", "a"])
+    check_keywords("it", ["_hidden"], ["_hidden"])

@@ -18,7 +18,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 from torch import Tensor
 
-from ...checks import check_choice, check_integer, check_keywords, check_number
+from ...checks import check_choice, check_flag, check_integer, check_keywords, check_number
 from ...envs.mdp import mdp_of
 from ...errors import ConfigurationError
 from ..search.problem import Score
@@ -89,8 +89,7 @@ class CollectConfig:
         check_number("noise", self.noise, low=0)
         for name in ("q_free_share", "bound_share", "episode_share", "epsilon"):
             check_number(name, getattr(self, name), low=0, high=1)
-        if not isinstance(self.bound_targets, bool):
-            raise ConfigurationError(f"bound_targets is true or false, got {self.bound_targets!r}")
+        check_flag("bound_targets", self.bound_targets)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,7 +71,11 @@ class TokenScorer(nn.Module):
             ConfigurationError: There are several of heads, quantiles and terms, or none.
         """
         super().__init__()
-        check_integer("heads", heads, high=None if n_quantiles is None and not terms else 1)
+        check_integer("heads", heads, high=None if n_quantiles is None else 1)
+        if terms and heads > 1:
+            raise ConfigurationError(
+                f"heads={heads} estimate the whole return; leave them out, or components=True of the environment"
+            )
         if terms and n_quantiles is not None:
             raise ConfigurationError("quantiles are of the whole return; leave out components=True of the environment")
         self.config = ScorerConfig(

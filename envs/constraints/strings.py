@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from ...checks import check_integer
+from ...checks import check_integer, check_texts
 from ...errors import ConfigurationError
 from ...models.base import LanguageModel
 from .base import BoolArray, EqualByValue, Rule
@@ -37,10 +37,7 @@ class StopStrings:
         Raises:
             ConfigurationError: Something else is among them, or an empty string.
         """
-        given: Any = (stop,) if isinstance(stop, str) else () if stop is None else stop
-        if not isinstance(given, Iterable) or not all(isinstance(string, str) and string for string in (*given,)):
-            raise ConfigurationError(f"stop is a non-empty string or a list of them, got {stop!r}")
-        self.strings = tuple(given)
+        self.strings = () if stop is None else check_texts("stop", stop)
 
     def token_ids(self, model: LanguageModel) -> set[int]:
         """Return the special tokens among the strings; such tokens have no text, and end a completion by themselves.

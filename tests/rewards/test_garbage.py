@@ -78,6 +78,7 @@ def test_a_long_sum_and_thirty_levels_are_fine() -> None:
         ("length(most=1, most=2)", "an argument is written name=value, each name once"),
         ("length(*[1])", "a reward's arguments are strings"),
         ("length(most='3')", "most is an integer"),
+        ("0.5 * length(-3)", r"^length\(…\): most is an integer >= 1, got -3$"),
         ("length(name=[1])", "a reward's name is a string"),
         ("length(on_error='penalty', penalty=" + "9" * 400 + ")", "expected a finite number"),
         ("classifier([1])", "a classifier is a folder"),

@@ -313,6 +313,7 @@ def test_what_clients_send_by_default_is_taken(client):
         ({"messages": [{"role": "user", "content": "a" * 2000}]}, "messages"),
         ({"qstar": {"nonsense": 1}}, "qstar.nonsense"),
         ({"qstar": {"budget": 0}}, "qstar.budget"),
+        ({"qstar": {"columns": {"completions": "x"}}}, "qstar.columns"),
         ({"qstar": {"budget": 10**6}}, "qstar.budget"),
         ({"qstar": {"seconds": 10**6}}, "qstar.seconds"),
         ({"qstar": {"decoder": "nonsense"}}, "qstar.decoder"),

@@ -16,14 +16,14 @@ from weakref import WeakKeyDictionary
 import gymnasium as gym
 from stable_baselines3.common.logger import Logger
 
-from ....checks import check_integer, check_number, check_writable
+from ....checks import check_flag, check_integer, check_number, check_writable
 from ....envs import DecodingMDP, Prompt
 from ....envs.mdp import mdp_of
 from ....errors import CheckpointError, ConfigurationError
 from ....files import locked
 from ...heuristics import BoundHeuristic, Heuristic
 from ...search.state import Search
-from ..checkpoints import check_replaceable, find_checkpoint
+from ..checkpoints import check_replaceable, find_checkpoint, wrap_damage
 from ..q_function import QFunction, load_q_function
 from ..q_heuristic import QHeuristic
 from .guard import Guard, Use
@@ -151,7 +151,8 @@ class OnlineLearner(Watcher):
             save_every: Least time between two saves, in seconds.
 
         Raises:
-            ConfigurationError: An argument is out of range, or there is no agent with an environment.
+            ConfigurationError: An argument is out of range, there is no agent with an environment, or nothing can be
+                saved in ``folder``.
         """
         if not callable(getattr(agent, "q_function", None)) or getattr(agent, "env", None) is None:
             raise ConfigurationError(
@@ -160,9 +161,9 @@ class OnlineLearner(Watcher):
         super().__init__(Guard(check_integer("seed", seed, low=0)))
         self.agent, self.mdp = agent, mdp_of(agent.env)
         self.gradient_steps = check_integer("gradient_steps", gradient_steps, low=0)
-        self.group, self.guard = check_integer("group", group), guard
+        self.group, self.guard = check_integer("group", group), check_flag("guard", guard)
         self.share = None if share is None else check_number("share", share, low=0, high=1)
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else _checked(Path(folder))
         self.save_every = check_number("save_every", save_every, low=0)
         self.version, self.seconds = 0, 0.0
         self._searching_seconds, self._steps_due = 0.0, 0
@@ -188,9 +189,7 @@ class OnlineLearner(Watcher):
             CheckpointError: The checkpoint is damaged, or belongs to another environment, reward or α.
             ConfigurationError: The folder holds something else, another process learns there, or see the constructor.
         """
-        folder = Path(folder)
-        check_replaceable(folder)
-        check_writable(folder.parent)
+        folder = _checked(Path(folder))
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.parent / f".{folder.name}.lock", wait=False):
             # A folder with a part of a checkpoint is damaged: loading it says so, and nothing is overwritten.
@@ -330,7 +329,8 @@ class OnlineLearner(Watcher):
         self._guard.restore(description.get("heuristics"))
         self.version = _integer(description.get("version"), int(self.agent._n_updates > 0))
         self._steps_due = _integer(description.get("steps_due"), 0)
-        self._take([*read(folder / JOURNAL)])
+        with wrap_damage(folder):
+            self._take([*read(folder / JOURNAL)])
         self._saved, self._is_changed = time.monotonic(), self._steps_due > 0
 
     def _take(self, lessons: Sequence[Lesson]) -> None:
@@ -363,6 +363,17 @@ class OnlineLearner(Watcher):
         """Return the newest Q, which later learning does not change."""
         q = self._q
         return QFunction(copy.deepcopy(q.network), q.spec, q.shaped, q.candidate_dims)
+
+
+def _checked(folder: Path) -> Path:
+    """Return a folder in which an agent can be saved.
+
+    Raises:
+        ConfigurationError: It cannot.
+    """
+    check_replaceable(folder)
+    check_writable(folder.parent)
+    return folder
 
 
 def _integer(saved: Any, default: int) -> int:

@@ -330,7 +330,7 @@ def test_vector_environments_and_dueling_take_components():
     [
         (lambda: make(components="yes"), "components is true or false, got 'yes'"),
         (lambda: make(A + share("a")), "two terms named 'share_a'"),
-        (lambda: QStar(env=make(), policy_kwargs={"heads": 2}), "heads"),
+        (lambda: QStar(env=make(), policy_kwargs={"heads": 2}), "heads=2 estimate the whole return"),
         (lambda: QStar(env=make(), policy_kwargs={"conditioned": True}), "conditioned"),
         (lambda: QStar(env=make(), weight_factors=(0, 2)), "weight_factors"),
         (lambda: QStar(env=make(), bound_targets=True), "bound_targets"),

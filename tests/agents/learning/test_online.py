@@ -3,7 +3,10 @@
 import asyncio
 import math
 import shutil
+import struct
 import time
+import zlib
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -26,7 +29,7 @@ from qstar_decoding.agents.learning.online.lessons import JOURNAL
 from qstar_decoding.agents.search.budget import Budget
 from qstar_decoding.envs import TabularLM
 from qstar_decoding.envs.prompts import as_prompt
-from qstar_decoding.errors import ConfigurationError
+from qstar_decoding.errors import CheckpointError, ConfigurationError
 from qstar_decoding.rewards import as_reward
 
 SMALL = {"batch_size": 32, "policy_kwargs": {"width": 32, "dropout": 0.0}, "seed": 0}
@@ -248,9 +251,15 @@ def test_the_agent_itself_will_do():
         (lambda env: OnlineLearner(object()), "needs a QStar agent"),
         (lambda env: OnlineLearner(QStar(TokenQPolicy, env, **SMALL), share=2), "share"),
         (lambda env: OnlineLearner(QStar(TokenQPolicy, env, **SMALL), group=0), "group"),
+        (lambda env: OnlineLearner(QStar(TokenQPolicy, env, **SMALL), guard="no"), "guard is true or false"),
+        (lambda env: OnlineLearner(QStar(TokenQPolicy, env, **SMALL), folder=__file__), "something else"),
+        (
+            lambda env: OnlineLearner(QStar(TokenQPolicy, env, **SMALL), folder=Path(__file__) / "q"),
+            "can be written",
+        ),
         (lambda env: make_planner(env).plan_many(["a", "b"], 10, shared=True), "shared or learn"),
     ],
-    ids=["name", "other env", "no agent", "share", "group", "shared budget"],
+    ids=["name", "other env", "no agent", "share", "group", "guard", "file", "in a file", "shared budget"],
 )
 def test_mistakes_are_named(make, message):
     with pytest.raises(ConfigurationError, match=message):
@@ -433,6 +442,20 @@ def test_steps_beyond_the_share_are_put_off_and_the_oldest_are_left_out():
     planner.learner.share = 1.0
     planner.plan("abc", BUDGET)
     assert planner.learner.agent._n_updates == 64 * 8
+
+
+def test_a_journal_of_something_else_is_named(tmp_path):
+    env, folder = make_env(), tmp_path / "q"
+
+    def agent(saved):
+        return QStar(TokenQPolicy, env, **SMALL) if saved is None else QStar.load(saved, env)
+
+    with OnlineLearner.open(folder, agent) as learner:
+        AStarPlanner(env, learn=learner).plan_many(draw_prompts(8), BUDGET)
+    body = b"no lesson"
+    (folder / "lessons.bin").write_bytes(struct.pack("<QI", len(body), zlib.crc32(body)) + body)
+    with pytest.raises(CheckpointError, match="is damaged or does not fit"), OnlineLearner.open(folder, agent):
+        pass
 
 
 def test_a_file_or_a_folder_of_something_else_is_refused_and_kept(tmp_path):
