@@ -8,7 +8,7 @@ duel          the same Q and prompts: A* against every other decoder on Q, all t
               all prompts; --fair: seven tasks and three seeds
 ablation      what each part of Q* is worth: Q, taper, prior, pathmax, pruning by f and by U, all endings, backtracking;
               of A* on puzzles: weight, order, bounds, log-probabilities, legal moves
-solve         LM tokens until puzzles are solved, no Q: A* and decoders with the same mask, all tuned alike
+solve         LM tokens until puzzles are solved: A* and decoders with the same mask and Q, all tuned alike
 certificates  the gap that remains, by budget and α, and how many texts are proven to be the best of their tree
 """
 
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress, track
 from rich.table import Table
 from rows import add_json_option, out, row, write
-from solving import SEARCHES, TARGET, InOrder, OneByOne, Unbounded, UniqueOneByOne
+from solving import SEARCHES, TARGET, InOrder, LevinOnPolicy, OneByOne, Unbounded, UniqueOneByOne, kept
 
 from qstar_decoding.agents import (
     CONTENDERS,
@@ -32,7 +32,6 @@ from qstar_decoding.agents import (
     AStarPlanner,
     BeamSearch,
     BoundHeuristic,
-    LevinTreeSearch,
     OracleHeuristic,
     QHeuristic,
     QStar,
@@ -414,53 +413,69 @@ def with_interval(differences, digits=3):
 
 
 TEMPERATURES = (0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 1e6)  # the last draws legal moves at random
-# By name, the class and eight settings; those with a heuristic have the bound, as A* has.
+ROUNDS = [{"width": w, "growth": 2.0, "all_endings": all_} for w in (1, 2, 4, 8) for all_ in (True, False)]
+SIMULATIONS = [{"exploration": c, "temperature": t} for c in (0.1, 0.3, 1.0, 3.0) for t in (1.0, 3.0)]
+ON_Q = [{"beta": b, "temperature": t} for b in (0.05, 0.1, 0.2, 0.4) for t in (1.0, 3.0)]
+# By name, the class, what guides it, and its settings: eight, or none to choose from.
 SOLVERS = {
-    "best-of-n": (OneByOne, [{"temperature": t} for t in TEMPERATURES]),
-    "without replacement": (UniqueOneByOne, [{"temperature": t} for t in TEMPERATURES]),
-    "beam, in rounds": (
-        BeamSearch,
-        [{"width": w, "growth": 2.0, "all_endings": all_} for w in (1, 2, 4, 8) for all_ in (True, False)],
-    ),
-    "MCTS": (MCTS, [{"exploration": c, "temperature": t} for c in (0.1, 0.3, 1.0, 3.0) for t in (1.0, 3.0)]),
-    "Levin": (LevinTreeSearch, [{}]),
-    "every answer in order": (InOrder, [{}]),
-    "A*": (AStarPlanner, SEARCHES),
+    "best-of-n": (OneByOne, None, [{"temperature": t} for t in TEMPERATURES]),
+    "without replacement": (UniqueOneByOne, None, [{"temperature": t} for t in TEMPERATURES]),
+    "beam, in rounds": (BeamSearch, "bound", ROUNDS),
+    "MCTS": (MCTS, "bound", SIMULATIONS),
+    "Levin": (LevinOnPolicy, "bound", [{"temperature": t} for t in TEMPERATURES]),
+    "every answer in order": (InOrder, None, [{}]),
+    "A*": (AStarPlanner, "bound", SEARCHES),
+    "π·exp(Q/β), one by one": (OneByOne, "Q", ON_Q),
+    "beam on g + Q, in rounds": (BeamSearch, "Q", ROUNDS),
+    "MCTS on Q": (MCTS, "Q", SIMULATIONS),
+    "Levin on π·exp(Q/β)": (LevinOnPolicy, "Q", ON_Q),
+    "Q*": (AStarPlanner, "Q", SEARCHES),
 }
-WITHOUT_HEURISTIC = (OneByOne, UniqueOneByOne, LevinTreeSearch, InOrder)
+OURS = ("A*", "Q*")
 
 
-def solve(names=("countdown-3", "countdown-4", "game-of-24"), prompts=50, dev=20):
-    """LM tokens until solved, nothing with a Q; each decoder tuned by their mean on dev problems, then on test ones."""
+def solve(names=("countdown-3", "countdown-4", "game-of-24"), prompts=50, dev=20, folder="runs/solve"):
+    """LM tokens until solved; each decoder tuned by their mean on dev problems, then run on test ones.
+
+    Where the package ships a Q, decoders on it are there too. The folder keeps what was measured.
+    """
     rows = []
     for name in names:
         task = load_task(name)
-        mdp = task.mdp()
+        mdp, known = task.mdp(), name in pretrained_names()
+        guides = {None: {}, "bound": {"heuristic": BoundHeuristic()}}
+        if known:
+            guides["Q"] = {"heuristic": QHeuristic(name)}
         tuning, test = (load_prompts(task.prompts.of(part)[:n]) for part, n in (("dev", dev), ("test", prompts)))
 
-        def tokens(kind, setting, asked, mdp=mdp):
-            options = {} if kind in WITHOUT_HEURISTIC else {"heuristic": BoundHeuristic()}
-            return np.minimum(tokens_until(kind(mdp, **options, **setting), asked, TARGET, most=EFFORTS), EFFORTS)
+        def tokens(label, setting, asked, mdp=mdp, guides=guides, name=name, tuning=tuning):
+            kind, guide, _ = SOLVERS[label]
+            decoder = kind(mdp, **guides[guide], **setting)
+            key = f"{label}, {setting}, {len(asked)} {'dev' if asked is tuning else 'test'} problems"
+            found = kept(Path(folder) / f"{name}.json", key, lambda: tokens_until(decoder, asked, TARGET, most=EFFORTS))
+            return np.minimum(found, EFFORTS)
 
         found, chosen = {}, {}
-        for label, (kind, grid) in progress(SOLVERS.items(), f"{name}: solving"):
-            trials = [tokens(kind, setting, tuning).mean() for setting in grid] if len(grid) > 1 else [0.0]
+        solvers = {label: grid for label, (_, guide, grid) in SOLVERS.items() if guide in guides}
+        for label, grid in progress(solvers.items(), f"{name}: solving"):
+            trials = [tokens(label, setting, tuning).mean() for setting in grid] if len(grid) > 1 else [0.0]
             chosen[label] = grid[int(np.argmin(trials))]
-            found[label] = tokens(kind, chosen[label], test)
+            found[label] = tokens(label, chosen[label], test)
+        ours = OURS[-1] if known else OURS[0]
         table = table_of(
             f"{name}: {len(test)} test problems, settings by {len(tuning)} dev problems; LM tokens until solved",
-            "decoder", "mean", "median", "solved", "A* over it", "it minus A*", "setting",
+            "decoder", "mean", "median", "solved", f"{ours} over it", f"it minus {ours}", "setting",
         )  # fmt: skip
         for label, values in sorted(found.items(), key=lambda item: item[1].mean()):
             cells = [f"{values.mean():.1f}", f"{np.median(values):.0f}", f"{(values < EFFORTS).mean():.2f}"]
-            ratio = found["A*"].mean() / values.mean()
-            versus = ["", ""] if label == "A*" else [f"{ratio:.2f}", with_interval(values - found["A*"], digits=1)]
+            ratio = found[ours].mean() / values.mean()
+            versus = ["", ""] if label == ours else [f"{ratio:.2f}", with_interval(values - found[ours], digits=1)]
             table.add_row(label, *cells, *versus, str(chosen[label]))
             rows.append(row(f"{name}, {label}: until solved", values.mean(), "LM tokens", higher_is_better=False))
         out.print(table)
-        best = min((label for label in found if label != "A*"), key=lambda label: found[label].mean())
-        ratio = found["A*"].mean() / found[best].mean()
-        rows.append(row(f"{name}: A* over the best other, {best}", ratio, "ratio", 0.5, higher_is_better=False))
+        best = min((label for label in found if label not in OURS), key=lambda label: found[label].mean())
+        ratio = found[ours].mean() / found[best].mean()
+        rows.append(row(f"{name}: {ours} over the best other, {best}", ratio, "ratio", 0.5, higher_is_better=False))
     return rows
 
 
@@ -500,7 +515,7 @@ def main():
     parser.add_argument("--budgets", nargs="+", type=int, help="duel, ablation: LM tokens a prompt")
     parser.add_argument("--prompts", type=int, help="ablation, solve: number of test prompts")
     parser.add_argument("--seeds", type=int, help="duel: seeds of decoders that draw")
-    parser.add_argument("--folder", help="duel: where cells and settings are kept")
+    parser.add_argument("--folder", help="duel, solve: where what was measured is kept")
     add_json_option(parser)
     arguments = parser.parse_args()
     options = {"names": FAIR_TASKS, "seeds": 3, "folder": "runs/duel-fair"} if arguments.fair else {}

@@ -6,6 +6,7 @@ language model show what mask and checker do by themselves: random legal moves, 
 Rows that the folder of runs holds are not measured again.
 """
 
+import math
 from functools import partial
 
 import numpy as np
@@ -63,6 +64,38 @@ class UniqueOneByOne(UniqueSampler):
     """The same without replacement."""
 
     largest_wave = 1
+
+
+class LevinOnPolicy(LevinTreeSearch):
+    """Levin tree search on the policy π^(1 / temperature) · exp(h / β), as sampling on Q draws from; β = ∞ is the LM's.
+
+    With a heuristic it is policy-guided heuristic search (Orseau & Lelis 2021) without a cost to go.
+    """
+
+    def __init__(self, env, *, temperature=1.0, beta=math.inf, **kwargs):
+        """Search in the order of depth over the policy's probability of the prefix."""
+        super().__init__(env, **kwargs)
+        self.temperature, self.beta = temperature, beta
+
+    def priority(self, search, rows):
+        """Return log policy - log depth of what each edge leads to, float64 [n, k]."""
+        values, at = self.log_policy(search, rows) - np.log(search.depth[rows] + 1.0)[:, None], rows
+        while (below := search.parent[at] >= 0).any():
+            parents = np.where(below, search.parent[at], 0)
+            taken = (search.child[parents] == at[:, None]).argmax(axis=1)
+            values += np.where(below, self.log_policy(search, parents)[np.arange(len(at)), taken], 0.0)[:, None]
+            at = np.where(below, parents, at)
+        # As for A*, what the bound rules out comes last.
+        return np.where(search.bound[rows] < TARGET, values - 1e9, values)
+
+    def log_policy(self, search, rows):
+        """Return the policy's log-probabilities of the actions of these rows, float64 [n, k]; -inf where masked."""
+        h = search.f[rows] - search.g[rows, None]
+        logits = search.mdp.logprobs(search.node[rows]) / self.temperature
+        if self.beta < math.inf:
+            logits = logits + h / self.beta
+        logits = np.where(search.status[rows] == Status.MASKED, -np.inf, np.maximum(logits, -1e9))
+        return logits - np.nan_to_num(np.logaddexp.reduce(logits, axis=1, keepdims=True), neginf=0.0)
 
 
 class Unbounded(Reward):
