@@ -254,7 +254,7 @@ def objectives(comparison):
     return {key: np.array([np.mean(values) for _, values in sorted(by.items())]) for key, by in found.items()}
 
 
-def duel(names=("sentiment", "keywords"), budgets=BUDGETS, seeds=1, folder="runs/duel"):
+def duel(names=("sentiment", "keywords"), budgets=BUDGETS, seeds=1, folder="runs/duel", prompts=None):
     """Cells and settings are kept in the folder: a second call goes on where the first one was stopped."""
     rows = []
     for name in names:
@@ -262,7 +262,9 @@ def duel(names=("sentiment", "keywords"), budgets=BUDGETS, seeds=1, folder="runs
             out.print(f"{name}: left out, since the package ships no task or no Q-function of that name")
             continue
         task = load_task(name)
-        rivals, test = rivals_of(), task.prompts.of("test")
+        few = task.prompts.model_copy(update={"test": task.prompts.of("test")[:prompts]})
+        task = task.model_copy(update={"prompts": few})
+        rivals, test = rivals_of(), few.of("test")
         comparison = Comparison(task, Path(folder) / name, rivals, budgets, seeds, [name])
         with Progress(console=Console(stderr=True), transient=True) as shown:
             comparison.run(Bar(shown, name))
@@ -510,10 +512,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = {function.__name__: function for function in (exact, overhead, duel, ablation, solve, certificates)}
     parser.add_argument("part", choices=parts)
-    parser.add_argument("--fair", action="store_true", help="duel: all tasks of the comparison, three seeds")
+    parser.add_argument("--fair", action="store_true", help="duel: all tasks, three seeds unless --seeds")
     parser.add_argument("--tasks", nargs="+", help="duel, ablation, solve: these tasks")
     parser.add_argument("--budgets", nargs="+", type=int, help="duel, ablation: LM tokens a prompt")
-    parser.add_argument("--prompts", type=int, help="ablation, solve: number of test prompts")
+    parser.add_argument("--prompts", type=int, help="duel, ablation, solve: number of test prompts")
     parser.add_argument("--seeds", type=int, help="duel: seeds of decoders that draw")
     parser.add_argument("--folder", help="duel, solve: where what was measured is kept")
     add_json_option(parser)
