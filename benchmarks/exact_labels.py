@@ -64,9 +64,9 @@ def labelled(mdp, observer, prompts, rng):
     return observations, np.concatenate([part[1] for part in parts]), np.concatenate([part[2] for part in parts])
 
 
-def gather(mdp, prompts, rng, name, minutes):
+def gather(mdp, prompts, rng, name, minutes, context):
     """Label prompts, 32 at a time, for so many minutes; the hidden states are kept in half precision."""
-    observer, parts, tokens, start = Observer(mdp, DIMS), [], 0, time.perf_counter()
+    observer, parts, tokens, start = Observer(mdp, DIMS, context), [], 0, time.perf_counter()
     for first in range(0, len(prompts), 32):
         if parts and time.perf_counter() - start > 60 * minutes:
             break
@@ -101,12 +101,26 @@ def predict(scorer, observations):
     return np.concatenate(parts)
 
 
-def train(mdp, data, epochs, dropout, seed):
+def gathered(path, *arguments):
+    """Return what the file holds of :func:`gather`; gather and write it first if need be."""
+    if path.is_file():
+        with np.load(path) as kept:
+            names = [name for name in kept.files if name not in ("labels", "operands", "tokens")]
+            return {name: kept[name] for name in names}, kept["labels"], kept["operands"], int(kept["tokens"])
+    observations, labels, operands, tokens = gather(*arguments)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **observations, labels=labels, operands=operands, tokens=tokens)
+    return observations, labels, operands, tokens
+
+
+def train(mdp, data, epochs, dropout, seed, context):
     """Return a scorer regressed onto label + α · log π."""
     torch.manual_seed(seed)
     observations, labels, _, _ = data
     rng, size = np.random.default_rng(seed), len(labels)
-    scorer = TokenScorer(mdp.model.hidden_size, DIMS, dropout=dropout, logprob_weight=mdp.logprob_weight)
+    scorer = TokenScorer(
+        mdp.model.hidden_size, DIMS, dropout=dropout, context_tokens=context, logprob_weight=mdp.logprob_weight
+    )
     scorer.standardize(torch.from_numpy(observations["hidden"]))
     targets = labels + mdp.logprob_weight * np.maximum(observations["logprobs"].astype(float), -50)
     optimizer = torch.optim.AdamW(scorer.parameters(), lr=1e-3, weight_decay=1e-2)
@@ -134,6 +148,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=20, help="of labelling; what is labelled by then is used")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--dropout", type=float, default=0.3)
+    parser.add_argument("--context-tokens", type=int, default=0, help="last tokens that Q reads beside the state")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, help="folder of the Q-function; the labelled states are kept beside it")
     add_json_option(parser)
@@ -142,9 +157,12 @@ def main():
     start = time.perf_counter()
     task, rng = load_task(arguments.task), np.random.default_rng(arguments.seed)
     mdp = task.mdp()
-    data = gather(mdp, task.prompts.of("train")[: arguments.problems], rng, "train", arguments.minutes)
-    held_out = gather(mdp, task.prompts.of("dev")[:64], rng, "dev", arguments.minutes / 5)
-    scorer = train(mdp, data, arguments.epochs, arguments.dropout, arguments.seed)
+    context, beside = arguments.context_tokens, Path(arguments.out).parent
+    kept = [beside / f"{task.name}-{part}-{context}-{arguments.seed}.npz" for part in ("train", "dev")]
+    training, minutes = task.prompts.of("train")[: arguments.problems], arguments.minutes
+    data = gathered(kept[0], mdp, training, rng, "train", minutes, context)
+    held_out = gathered(kept[1], mdp, task.prompts.of("dev")[:64], rng, "dev", minutes / 5, context)
+    scorer = train(mdp, data, arguments.epochs, arguments.dropout, arguments.seed, context)
     rows, (observations, labels, operands, _) = [], held_out
     q = predict(scorer, observations) - mdp.logprob_weight * observations["logprobs"].astype(float)
     lm = observations["logprobs"].astype(float)
@@ -157,8 +175,9 @@ def main():
         )
         rows.append(row(f"{task.name}, {name}: AUC of Q from exact labels", value, "AUC"))
     minutes = round((time.perf_counter() - start) / 60, 1)
-    q_function = QFunction(scorer, QSpec.of(mdp, DIMS, shaped=True), shaped=True, candidate_dims=DIMS)
+    q_function = QFunction(scorer, QSpec.of(mdp, DIMS, True, context), shaped=True, candidate_dims=DIMS)
     command = f"python benchmarks/exact_labels.py {task.name} --problems {arguments.problems} --seed {arguments.seed}"
+    command += f" --context-tokens {context}" if context else ""
     q_function.save(
         Path(arguments.out),
         command=command,
