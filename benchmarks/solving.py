@@ -34,9 +34,9 @@ TARGET = 0.5  # J of a right answer is above, of a wrong one below: α · log π
 MOST = 1600
 GOALS = {("countdown-3", 100): 0.97, ("countdown-4", 400): 0.80, ("game-of-24", 800): 0.74}
 WITHOUT_Q = {"search": "anytime", "weight": 4.0}  # by `choose_search` without Q, for all three tasks
-ANYTIME = [{"search": "anytime", "weight": w} for w in (1.0, 2.0, 4.0, 8.0)]
-CAPPED = [{"search": "capped", "width": width} for width in (1, 2, 4)]
-SEARCHES = [{"search": "level"}, *CAPPED, *ANYTIME]
+ORDERS = [(0.02, 0.1), (0.02, 0.15), (0.05, 0.25), (0.1, 0.2), (0.1, 0.3)]  # prior and depth bonus
+DEEPER = [{"search": "anytime", "weight": 1.0, "prior": b, "depth_bonus": c} for b, c in ORDERS]
+SEARCHES = [{"search": "level"}, {"search": "capped", "width": 2}, {"search": "anytime", "weight": 4.0}, *DEEPER]
 
 
 class InOrder(Decoder):

@@ -97,6 +97,7 @@ class AStarPlanner(LevelSearch):
         growth: float | None = 2.0,
         taper: float | None = 2.0,
         prior: float = 0.0,
+        depth_bonus: float = 0.0,
         all_endings: bool = True,
         batch_size: int = 1,
         n: int = 1,
@@ -123,6 +124,9 @@ class AStarPlanner(LevelSearch):
                 the beginning. With None the search does not look at its budget, and one that is resumed equals one long
                 run; it may then end before a text is finished.
             prior: See :class:`LevelSearch`. Pruning and bounds do not use it. Searches that stop by f do not take it.
+            depth_bonus: What a token of the prefix counts in the order of ``"anytime"`` and ``"capped"``, in units of
+                J, since every token still to come costs a forward: best-first utility-guided search (Ruml & Do 2007).
+                An edge has the share of it that its bound U leaves of the reward's range.
             all_endings: See :class:`LevelSearch`.
             batch_size: How many edges, or nodes, a best-first search pops together, for one forward.
             n: How many of the best texts are wanted: an edge is pruned by the n-th best; see :meth:`Plan.best`.
@@ -159,6 +163,12 @@ class AStarPlanner(LevelSearch):
         if growth is None and self.order is not None:
             raise ConfigurationError(f'growth=None is for search="level"; search={search!r} needs a number > 1')
         self.margin = math.inf if margin == math.inf else check_number("margin", margin, low=0)
+        self.depth_bonus = check_number("depth_bonus", depth_bonus, low=0)
+        if self.depth_bonus and not (self.order and self.order.persistent):
+            raise ConfigurationError(
+                f"depth_bonus={self.depth_bonus:g} compares prefixes of different lengths, and search={search!r} does "
+                'not, or stops when f says so: leave it out, or use "anytime" or "capped"'
+            )
         if self.prior and self.order and not self.order.persistent:
             raise ConfigurationError(
                 f"search={search!r} stops when f says so, and prior={self.prior:g} would order by something else; "
@@ -211,10 +221,22 @@ class AStarPlanner(LevelSearch):
     def priority(self, search: Search, rows: IntArray) -> Values:
         """Return what the edges of these rows are ranked by, float64 [n, k].
 
-        That is f, or -f_w + r_max where w is not 1, and with a prior also prior · log π.
+        That is f, or -f_w + r_max where w is not 1, with a prior also prior · log π, and with a depth bonus also that.
         """
-        if self.weight == 1:
-            return super().priority(search, rows)
+        values = super().priority(search, rows) if self.weight == 1 else self._weighted(search, rows)
+        if self.depth_bonus:
+            values = values + self.depth_bonus * (search.depth[rows, None] + 1) * self._room(search, rows)
+        return values
+
+    def _room(self, search: Search, rows: IntArray) -> Values:
+        """Return the share of the reward's range that each edge's bound leaves, from 0 to 1, float64 [n, k]."""
+        low, high = self.mdp.reward.lower, self.mdp.reward.upper
+        if not math.isfinite(high - low) or high == low:
+            return np.ones_like(search.bound[rows])
+        return np.clip((search.bound[rows] - low) / (high - low), 0.0, 1.0)
+
+    def _weighted(self, search: Search, rows: IntArray) -> Values:
+        """Return -f_w + r_max, with a prior also prior · log π, float64 [n, k]."""
         most, g, f = self.mdp.reward.upper, search.g[rows, None], search.f[rows]
         # With a weight of 0 the estimate counts for nothing, even where it is infinite.
         values = g + most - (self.weight * (most - (f - g)) if self.weight else np.zeros_like(f))

@@ -154,14 +154,17 @@ def test_the_bound_finds_and_certifies_the_enumerated_optimum(mdp, search, width
     search=st.sampled_from(sorted(SEARCHES)),
     pathmax=st.booleans(),
     prior=st.sampled_from([0.0, 0.05, 10.0]),
+    bonus=st.sampled_from([0.0, 0.2, 10.0]),
 )
 def test_bounds_and_certificates_hold_under_any_heuristic(
-    mdp, seed, budget, margin, weight, width, scope, search, pathmax, prior
+    mdp, seed, budget, margin, weight, width, scope, search, pathmax, prior, bonus
 ):
     objectives = enumerate_objectives(mdp, full_vocabulary=scope == "full vocabulary")
     options = {"search": search, "weight": weight, "margin": margin, "width": width, "pathmax": pathmax}
     if search in TO_THE_END:
         options["prior"] = prior
+    if search in ("anytime", "capped"):
+        options["depth_bonus"] = bonus
     planner = AStarPlanner(mdp, heuristic=WildHeuristic(seed), scope=scope, **options)
     plan = planner.plan("a", budget)
     best = max(objectives.values())
@@ -729,6 +732,9 @@ def test_a_broken_heuristic_is_an_error(mdp, heuristic, message):
         (lambda mdp: AStarPlanner(mdp, margin=-0.1), "margin"),
         (lambda mdp: AStarPlanner(mdp, prior=-0.1), "prior"),
         (lambda mdp: AStarPlanner(mdp, search="astar", prior=0.1), "stops when f says so"),
+        (lambda mdp: AStarPlanner(mdp, search="anytime", depth_bonus=-0.1), "depth_bonus"),
+        (lambda mdp: AStarPlanner(mdp, depth_bonus=0.1), "leave it out"),
+        (lambda mdp: AStarPlanner(mdp, search="qstar", depth_bonus=0.1), "leave it out"),
         (lambda mdp: AStarPlanner(mdp, scope="everything"), "scope"),
         (lambda mdp: AStarPlanner("not an env"), "TokenDecoding"),
         (lambda mdp: BeamSearch(mdp, width=0), "width"),
@@ -801,6 +807,45 @@ def test_a_prior_prefers_what_the_language_model_holds_likely(wide):
     assert len(likeliest) == 1 + 3 * (wide.max_new_tokens - 1)
     assert expanded(AStarPlanner(wide, prior=1e15, **wild)) == likeliest
     assert expanded(AStarPlanner(wide, **wild)) != likeliest
+
+
+def first_text(mdp, **options):
+    """Return the depths of the rows that a search expands before it has a text."""
+    planner = AStarPlanner(mdp, search="anytime", weight=1.0, margin=np.inf, **options)
+    [search] = planner.run_searches(load_prompts(["a"]), Budget(target=-10.0))
+    assert search.completions
+    return search.depth[: search.size].tolist()
+
+
+def test_a_depth_bonus_leads_straight_to_a_text(wide):
+    breadth_first = first_text(wide, heuristic=ZeroHeuristic())
+    straight = first_text(wide, heuristic=WildHeuristic(0), depth_bonus=1e9)
+    assert straight == list(range(len(straight)))
+    assert len(breadth_first) > len(straight)
+
+
+class FirstLetterDecides(Reward):
+    """1 for texts that begin with b, which the first letter settles."""
+
+    lower, upper = 0.0, 1.0
+
+    def score(self, prompts, completions, completion_ids=None, **columns):
+        return [float(text.startswith("b")) for text in completions]
+
+    def bound_prefixes(self, prompts, completions, remaining, completion_ids=None, **columns):
+        return [float(not text or text.startswith("b")) for text in completions]
+
+
+def test_a_bound_takes_the_depth_bonus_away():
+    mdp = DecodingMDP(
+        TabularLM.random(4, 1, seed=1, eos_token_ids=[]), reward=FirstLetterDecides(), top_k=4, max_new_tokens=6
+    )
+    options = {"heuristic": WildHeuristic(0), "depth_bonus": 1e9}
+    [search] = AStarPlanner(mdp, search="anytime", weight=1.0, **options).run_searches(
+        load_prompts(["a"]), Budget(target=0.5)
+    )
+    assert search.best.reward == 1.0
+    assert search.lm_tokens == 5  # those of one text, whose last token costs nothing
 
 
 @settings(max_examples=30)
