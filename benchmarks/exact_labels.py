@@ -23,6 +23,7 @@ from qstar_decoding.tasks import load_task
 from qstar_decoding.tasks.number_puzzles import solutions
 
 DIMS = 32  # numbers per candidate token, as in TokenDecoding-v0
+GROUP = 128  # problems whose prompts share one token tree
 
 
 def beginnings(prompt, mdp):
@@ -65,17 +66,17 @@ def labelled(mdp, observer, prompts, rng):
 
 
 def gather(mdp, prompts, rng, name, minutes, context):
-    """Label prompts, 32 at a time, for so many minutes; the hidden states are kept in half precision."""
+    """Label prompts, a group at a time, for so many minutes; the hidden states are kept in half precision."""
     observer, parts, tokens, start = Observer(mdp, DIMS, context), [], 0, time.perf_counter()
-    for first in range(0, len(prompts), 32):
+    for first in range(0, len(prompts), GROUP):
         if parts and time.perf_counter() - start > 60 * minutes:
             break
         mdp = observer.mdp = mdp.with_empty_tree()
-        observations, labels, operands = labelled(mdp, observer, load_prompts(prompts[first : first + 32]), rng)
+        observations, labels, operands = labelled(mdp, observer, load_prompts(prompts[first : first + GROUP]), rng)
         tokens += len(mdp.tree) - len(np.unique(mdp.tree.root[: len(mdp.tree)]))
         kept = {key: values.astype(np.float16) for key, values in observations.items() if key != "candidates"}
         parts.append((kept | {"candidates": observations["candidates"].astype(np.float16)}, labels, operands))
-        done = first + len(prompts[first : first + 32])
+        done = first + len(prompts[first : first + GROUP])
         print(f"{name}: {done} problems, {tokens} LM tokens, {time.perf_counter() - start:.0f} s", flush=True)
     observations = {key: np.concatenate([part[0][key] for part in parts]) for key in parts[0][0]}
     return observations, *(np.concatenate([part[j] for part in parts]) for j in (1, 2)), tokens
