@@ -282,7 +282,10 @@ def _learner(folder: Path, new_mdp: Callable[[], DecodingMDP], task: Task, seed:
         try:
             yield learner
         finally:
-            uses = ", ".join(f"{name} {use.searches} (J {use.objective:.3f})" for name, use in learner.uses().items())
+            uses = ", ".join(
+                f"{name} {use.searches}" + (f" (J {use.objective:.3f})" if use.searches else "")
+                for name, use in learner.uses().items()
+            )
             err.print(f"heuristics used: {uses}; Q learned for {learner.seconds:.0f} s: {folder}", soft_wrap=True)
 
 

@@ -166,6 +166,11 @@ class DecodingMDP:
         constraint = make_constraint(constraint)
         self.constraint = None if isinstance(constraint, list) and not constraint else constraint
         self._rules = None if self.constraint is None else Rules(self.constraint, self.model, self._stop)
+        least = max((one.least_tokens for one in self._rules.constraints), default=0) if self._rules else 0
+        if least > self.max_new_tokens:
+            raise ConfigurationError(
+                f"the constraint wants at least {least} tokens, and max_new_tokens is {self.max_new_tokens}; raise it"
+            )
         self._rules_of: OrderedDict[Any, Rules] = OrderedDict()  # where they differ, by prompt
         self.tree = self._new_tree(self.model.engine(kv_budget=kv_budget))
         if max_prefixes is None:

@@ -19,7 +19,13 @@ class Constraint(ABC):
     """A condition on completions, independent of the language model.
 
     Constraints are compared by ``==`` where a process is looked up by its settings.
+
+    Attributes:
+        least_tokens: Fewest tokens of a completion that satisfies it, the end-of-sequence token not counted; a horizon
+            below it is refused. 0 where that is not known.
     """
+
+    least_tokens: int = 0
 
     @abstractmethod
     def bind(self, model: LanguageModel) -> Rule:

@@ -111,6 +111,11 @@ class MinTokens(EqualByValue):
         """
         self.count = check_integer("count", count)
 
+    @property
+    def least_tokens(self) -> int:  # type: ignore[override]
+        """See :class:`Constraint`."""
+        return self.count
+
     def bind(self, model: LanguageModel) -> Rule:
         """See :class:`Constraint`."""
         return _Ending(model, lambda text, ids: len(ids) >= self.count)

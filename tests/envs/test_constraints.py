@@ -170,6 +170,8 @@ def test_the_tree_under_a_mask_is_that_of_an_uncached_forward(lm):
         (lambda: BannedStrings(["a", "b"]), "each as an argument"),
         (lambda: MinTokens(0), "count"),
         (lambda: make_mdp(3), "constraint is a Constraint"),
+        (lambda: make_mdp([RegexConstraint("a+"), MinTokens(99)]), "at least 99 tokens, and max_new_tokens is"),
+        (lambda: make_mdp(MinTokens(3)).with_changes(max_new_tokens=2), "at least 3 tokens, and max_new_tokens is 2"),
         (lambda: make_mdp("a+"), "unknown constraint"),
     ],
 )
