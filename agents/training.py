@@ -24,7 +24,7 @@ from .distributed.jobs import Workers
 from .evaluation.diagnostics import Diagnostics
 from .evaluation.outcomes import evaluate, mean_figures
 from .learning.checkpoints import find_checkpoint
-from .learning.config import QStarConfig
+from .learning.config import QStarConfig, check_objective, objective_of
 from .learning.experience import Searcher
 from .learning.q_function import load_q_function
 from .learning.q_heuristic import QHeuristic
@@ -156,6 +156,8 @@ def train_task(
         pool = stack.enter_context(workers(partial(Searcher, partial(spec.mdp, **changes)))) if workers else None
         logs: dict[str, Any] = {"tensorboard_log": str(folder / "tensorboard"), "verbose": verbose}
         if resume:
+            description = load_q_function(checkpoint).description
+            check_objective(checkpoint, description, mdp_of(env), "Give another folder (--out)")
             agent = QStar.load(checkpoint, env, workers=pool, **logs)
         else:
             agent = QStar(env=env, config=config, workers=pool, **logs, **own)
@@ -249,7 +251,8 @@ class _Saving(BaseCallback):
         return self.before + time.perf_counter() - self.started
 
     def save(self, agent: QStar) -> None:
-        agent.save(self.checkpoint, command=self.command, seconds=self.seconds)
+        objective = objective_of(mdp_of(agent.env))
+        agent.save(self.checkpoint, command=self.command, seconds=self.seconds, objective=objective)
         self.last = agent.num_timesteps
 
     def _on_training_start(self) -> None:

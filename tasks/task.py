@@ -49,8 +49,8 @@ class Task(Strict):
     steps: int = Field(ge=1)
     training: dict[str, Any] = Field(default_factory=dict)
     planner: dict[str, Any] = Field(default_factory=dict)
-    training_reward: str | None = None
-    gold: str | None = None
+    training_reward: Annotated[str, Field(min_length=1)] | None = None
+    gold: Annotated[str, Field(min_length=1)] | None = None
     budgets: list[Annotated[int, Field(ge=1)]] = Field([50, 200], min_length=1)
 
     @field_validator("env")

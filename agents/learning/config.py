@@ -19,8 +19,8 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 from torch import Tensor
 
 from ...checks import check_choice, check_flag, check_integer, check_keywords, check_number
-from ...envs.mdp import mdp_of
-from ...errors import ConfigurationError
+from ...envs.mdp import DecodingMDP, mdp_of
+from ...errors import CheckpointError, ConfigurationError
 from ..search.problem import Score
 from .checkpoints import EXPERIENCE, OPTIMIZER, STATE, read_json, wrap_damage
 from .policies import TokenQPolicy
@@ -225,6 +225,28 @@ def check_terms(config: QStarConfig, terms: Mapping[str, float]) -> None:
             "bound_targets bounds the reward as a whole and says nothing of its terms; leave it out, or make the "
             "environment without components=True"
         )
+
+
+def objective_of(mdp: DecodingMDP) -> dict[str, Any]:
+    """Return what the values that Q learns in ``mdp`` are made of, as a checkpoint's description states it."""
+    return {"reward": mdp.reward.name, "logprob_weight": mdp.logprob_weight}
+
+
+def check_objective(folder: Path, description: Mapping[str, Any], mdp: DecodingMDP, advice: str) -> None:
+    """Compare the objective of a checkpoint's description, where it states one, with that of ``mdp``.
+
+    Raises:
+        CheckpointError: Q learned from values of another objective there.
+    """
+    there = description.get("objective")
+    known = there if isinstance(there, Mapping) else {}  # an older one, or of Q alone
+    different = [
+        f"{name} {known[name]!r} (learned) against {value!r} (here)"
+        for name, value in objective_of(mdp).items()
+        if known.get(name, value) != value
+    ]
+    if different:
+        raise CheckpointError(f"{folder} learned another objective: {', '.join(different)}. {advice}")
 
 
 _Count = Annotated[int, Field(ge=0, lt=2**62)]

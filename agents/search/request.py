@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 
 from ...checks import CheckedKeywords, check_keywords
 from ...envs.prompts import as_prompt, load_prompts
+from ...errors import PromptError
 from .budget import Budget
 from .problem import Heuristic
 
@@ -105,6 +106,8 @@ def load_requests(source: Any, budget: Budget | int | None = None, changes: Chan
     Raises:
         PromptError: There is no prompt, or one is none.
     """
+    if source is None:
+        raise PromptError("there are no prompts, got None; give a list of them, or a file")
     source = list(source) if isinstance(source, Iterator) else source
     several = isinstance(source, (list, tuple)) and any(isinstance(item, Request) for item in source)
     items = source if several else [source] if isinstance(source, Request) else load_prompts(source)

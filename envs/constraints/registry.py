@@ -55,6 +55,8 @@ def _make(name: Any, arguments: Any) -> Constraint:
             constraint: Constraint = make(**arguments)
         else:
             constraint = make(*(arguments if isinstance(arguments, (list, tuple)) else [arguments]))
+    except ConfigurationError as error:
+        raise ConfigurationError(f"the constraint {name!r}: {error}") from error
     except TypeError as error:
         raise ConfigurationError(f"the constraint {name!r} does not take {arguments!r}: {error}") from error
     return constraint

@@ -155,6 +155,17 @@ def test_workers_are_started_after_the_checks_and_learn_the_same_whoever_they_ar
         np.testing.assert_array_equal(weights(b.agent)[name], value, err_msg=name)
 
 
+def test_a_training_does_not_go_on_with_another_objective(tmp_path):
+    train_task(TASK, tmp_path / "run", steps=1)
+    for change, difference in (
+        ({"training_reward": "distinct"}, f"reward {TASK.env['reward']!r} \\(learned\\) against 'distinct' \\(here\\)"),
+        ({"env": {**TASK.env, "logprob_weight": 0.3}}, "logprob_weight .* against 0.3"),
+    ):
+        with pytest.raises(CheckpointError, match=f"learned another objective: {difference}.*another folder"):
+            train_task(TASK.model_copy(update=change), tmp_path / "run", resume=True)
+    assert train_task(TASK, tmp_path / "run", steps=40, resume=True).time_steps >= 40
+
+
 def test_mistakes_are_told_before_any_work(tmp_path):
     train_task(TASK, tmp_path / "run", steps=1)
     with pytest.raises(ConfigurationError, match="resume=True"):

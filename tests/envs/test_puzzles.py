@@ -161,6 +161,8 @@ def test_constraints_by_name():
         make_constraint("countdwn")
     with pytest.raises(ConfigurationError, match="does not take"):
         make_constraint({"countdown": {"size": 3}})
+    with pytest.raises(ConfigurationError, match="the constraint 'min_tokens': count is an integer >= 1, got '3'"):
+        make_constraint({"min_tokens": "3"})
     with pytest.raises(ConfigurationError, match="format is 'expression' or"):
         CountdownConstraint("prose")
     with pytest.raises(ConfigurationError, match="operators are some of"):

@@ -7,7 +7,7 @@ import copy
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Self
@@ -19,11 +19,12 @@ from stable_baselines3.common.logger import Logger
 from ....checks import check_flag, check_integer, check_number, check_writable
 from ....envs import DecodingMDP, Prompt
 from ....envs.mdp import mdp_of
-from ....errors import CheckpointError, ConfigurationError
+from ....errors import ConfigurationError
 from ....files import locked
 from ...heuristics import BoundHeuristic, Heuristic
 from ...search.state import Search
 from ..checkpoints import check_replaceable, find_checkpoint, wrap_damage
+from ..config import check_objective, objective_of
 from ..q_function import QFunction, load_q_function
 from ..q_heuristic import QHeuristic
 from .guard import Guard, Use
@@ -298,14 +299,10 @@ class OnlineLearner(Watcher):
     def _save(self, folder: Path, **description: Any) -> None:
         guard = {name: asdict(results) for name, results in self._guard.results.items()}
         description |= {"version": self.version, "heuristics": guard, "steps_due": self._steps_due}
-        description["objective"] = self._objective()
+        description["objective"] = objective_of(self.mdp)
         self.agent.save(folder, **description)  # an older checkpoint's journal goes with it
         if folder == self.folder:
             self._saved, self._is_changed = time.monotonic(), False
-
-    def _objective(self) -> dict[str, Any]:
-        """Return what the values that Q learns are made of."""
-        return {"reward": self.mdp.reward.name, "logprob_weight": self.mdp.logprob_weight}
 
     def _restore(self, folder: Path) -> None:
         """Take back what :meth:`save` wrote, and the lessons since then.
@@ -314,18 +311,8 @@ class OnlineLearner(Watcher):
             CheckpointError: Q learned from values of another objective there.
         """
         description = load_q_function(folder).description
-        here, there = self._objective(), description.get("objective")
-        known = there if isinstance(there, Mapping) else {}  # a folder that was trained otherwise does not say it
-        different = [
-            f"{name} {known[name]!r} (learned) against {value!r} (here)"
-            for name, value in here.items()
-            if known.get(name, value) != value
-        ]
-        if different:
-            raise CheckpointError(
-                f"{folder} learned another objective: {', '.join(different)}. Learn in another folder; a planner may "
-                f"begin with this Q as its own heuristic (--q {folder}, QHeuristic({str(folder)!r}))"
-            )
+        advice = f"may begin with this Q as its own heuristic (--q {folder}, QHeuristic({str(folder)!r}))"
+        check_objective(folder, description, self.mdp, f"Learn in another folder; a planner {advice}")
         self._guard.restore(description.get("heuristics"))
         self.version = _integer(description.get("version"), int(self.agent._n_updates > 0))
         self._steps_due = _integer(description.get("steps_due"), 0)

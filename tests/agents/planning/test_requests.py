@@ -226,6 +226,8 @@ def test_requests_that_do_not_fit_the_planner():
         planner.plan(Request("a", decoder="beam"))
     with pytest.raises(ConfigurationError, match="a shared budget needs"):
         planner.plan_many([Request("a", 10), Request("b", 20)], shared=True)
+    with pytest.raises(PromptError, match="there are no prompts, got None"):
+        planner.plan_many(None)
     with pytest.raises(PromptError, match="has 1020 tokens"):
         planner.plan("a" * 1020)
     shared = planner.plan_many([Request("a", top_k=2), Request("b")], 30, shared=True)
