@@ -24,7 +24,7 @@ TINY = {
 PUZZLES = ["countdown-3", "countdown-4", "game-of-24", "star-graph"]
 
 
-@pytest.mark.parametrize("name", ["sentiment", "arithmetic", "arithmetic-99", "keywords", "review", *PUZZLES])
+@pytest.mark.parametrize("name", ["sentiment", "arithmetic", "arithmetic-99", "keywords", "relevance", "review", *PUZZLES])
 def test_the_real_tasks_have_enough_disjoint_prompts(name):
     task = load_task(name)
     train, dev, test = ({str(p) for p in task.prompts.of(split)} for split in ("train", "dev", "test"))
@@ -32,6 +32,15 @@ def test_the_real_tasks_have_enough_disjoint_prompts(name):
     assert len(dev) >= 20
     assert len(test) >= 40
     assert len(train | dev | test) == len(train) + len(dev) + len(test)
+
+
+def test_relevance_is_tried_on_things_that_training_has_not():
+    prompts = load_task("relevance").prompts
+    things = {split: {*getattr(prompts, split).slots["thing"]} for split in ("train", "dev", "test")}
+    assert len(things["train"]) >= 400
+    assert not things["train"] & (things["dev"] | things["test"])
+    worded = {split: {*getattr(prompts, split).templates} for split in ("train", "dev", "test")}
+    assert worded["train"] & (worded["dev"] | worded["test"]) == {"Tell me about {thing}."}
 
 
 def test_every_task_is_listed_and_loads():
