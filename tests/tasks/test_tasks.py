@@ -24,7 +24,9 @@ TINY = {
 PUZZLES = ["countdown-3", "countdown-4", "game-of-24", "star-graph"]
 
 
-@pytest.mark.parametrize("name", ["sentiment", "arithmetic", "arithmetic-99", "keywords", "relevance", "review", *PUZZLES])
+@pytest.mark.parametrize(
+    "name", ["sentiment", "arithmetic", "arithmetic-99", "keywords", "relevance", "review", *PUZZLES]
+)
 def test_the_real_tasks_have_enough_disjoint_prompts(name):
     task = load_task(name)
     train, dev, test = ({str(p) for p in task.prompts.of(split)} for split in ("train", "dev", "test"))
