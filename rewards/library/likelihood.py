@@ -81,12 +81,12 @@ class Reader(Reward):
             ids[mask] = torch.tensor([token for i in rows for token in sequences[i]])
             yield _Batch(rows, ids.to(device), mask.long().to(device), lengths)
 
-    def _logprobs(self, prompts: Sequence[str], completions: Sequence[str]) -> tuple[FloatArray, FloatArray]:
-        """Return each completion's log-probability after its prompt in nats, and its tokens; float64 [n] each."""
+    def _logprobs(self, prompts: Sequence[str], completions: Sequence[str]) -> list[FloatArray]:
+        """Return the log-probabilities of each completion's tokens after its prompt, in nats; float64 [tokens] each."""
         import torch
 
         pairs = self._tokens(prompts, completions)
-        totals, counts = np.zeros(len(pairs)), np.array([len(after) for _, after in pairs], dtype=np.float64)
+        found = [np.zeros(len(after)) for _, after in pairs]
         # A search asks for texts that differ in their last tokens: what a longer text begins with is read with it.
         read = {i: (*before, *after[:-1]) for i, (before, after) in enumerate(pairs) if after}
         longest: tuple[int, ...] = ()
@@ -103,8 +103,8 @@ class Reader(Reward):
                 for i in texts[sequences[row]]:
                     before, after = pairs[i]
                     positions = torch.arange(len(after)) + len(before) - 1
-                    totals[i] = logprobs[positions, torch.tensor(after)].sum().item()
-        return totals, counts
+                    found[i] = logprobs[positions, torch.tensor(after)].double().cpu().numpy()
+        return found
 
 
 class _Batch(NamedTuple):
@@ -152,20 +152,20 @@ class Coherence(Reader):
 
     def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Return the mean for each completion."""
-        totals, counts = self._logprobs(prompts, completions)
-        means = np.divide(totals, counts, out=np.full(len(counts), self.lower), where=counts > 0)
+        means = [of.mean() if len(of) else self.lower for of in self._logprobs(prompts, completions)]
         scores: list[float] = np.clip(means, self.lower, 0.0).tolist()
         return scores
 
 
 class PointwiseMutualInformation(Reader):
-    """How much likelier the prompt makes the completion, in nats a token: (log p(y | x) - log p(y)) / |y|.
+    """How much likelier the prompt makes the completion: the mean of log p(y_t | x, y_<t) - log p(y_t | y_<t), in nats.
 
     Li et al. 2016, "A Diversity-Promoting Objective Function for Neural Conversation Models" (MMI-antiLM, with λ = 1),
-    a token, and cut off at ``limit`` either way. p(y) is the mean of p(y | x') over ``references``, prompts without a
-    topic. A phrase that suits any prompt has 0 or less, and one that only this prompt makes likely has more. The words
-    of the prompt are made likely, too: subtract ``keyword_overlap``. An empty completion has 0. There is no potential,
-    as with `Coherence`; a text costs a forward of itself after its prompt and after each reference.
+    a token. p(y) is the mean of p(y | x') over ``references``, prompts without a topic. A token counts for ``limit`` at
+    most, either way: otherwise one word that fits the prompt's grammar alone pays for a phrase that suits any prompt.
+    Such a phrase has little, and a text that goes on about its prompt has more. The words of the prompt are made
+    likely, too: subtract ``keyword_overlap``. An empty completion has 0. There is no potential, as with `Coherence`; a
+    text costs a forward of itself after its prompt and after each reference.
     """
 
     name = "pointwise_mutual_information"
@@ -174,7 +174,7 @@ class PointwiseMutualInformation(Reader):
         self,
         limit: float = 2.0,
         *,
-        references: Sequence[str] = ("The thing", "We tried it and"),
+        references: Sequence[str] = ("The product", "The place", "The story", "They"),
         model: Any = "smollm2-135m-instruct",
         batch_size: int = 16,
         **options: Unpack[RewardOptions],
@@ -182,8 +182,8 @@ class PointwiseMutualInformation(Reader):
         """Load a language model.
 
         Args:
-            limit: The largest absolute score, in nats a token; bounds need one.
-            references: Prompts without a topic; by default a noun, and a clause that goes on.
+            limit: The largest absolute score of a token, in nats, and of a text.
+            references: Prompts without a topic; by default three nouns and a pronoun.
             model: What :func:`~qstar_decoding.envs.load_language_model` takes, or what it returned.
             batch_size: Texts a forward.
             **options: Those of every reward; see `RewardOptions`.
@@ -204,9 +204,11 @@ class PointwiseMutualInformation(Reader):
     def score(self, prompts: Texts, completions: Texts, completion_ids: TokenIds = None, **columns: Column) -> Scores:
         """Return the information of each pair."""
         after = [*prompts, *(reference for reference in self._references for _ in completions)]
-        totals, counts = self._logprobs(after, [*completions] * (1 + len(self._references)))
-        given, *others = totals.reshape(-1, len(completions))
-        marginal = np.logaddexp.reduce(others) - np.log(len(others))
-        means = (given - marginal) / np.maximum(counts[: len(completions)], 1)
-        scores: list[float] = np.clip(means, self.lower, self.upper).tolist()
+        logprobs = self._logprobs(after, [*completions] * (1 + len(self._references)))
+        scores: list[float] = []
+        for i, given in enumerate(logprobs[: len(completions)]):
+            # log of the mean over the references of p(y_<=t), and its increments: log p(y_t | y_<t) of the mixture
+            mixture = np.logaddexp.reduce([of.cumsum() for of in logprobs[i + len(completions) :: len(completions)]])
+            information = given - np.diff(mixture, prepend=np.log(len(self._references)))
+            scores.append(float(np.clip(information, self.lower, self.upper).mean()) if len(given) else 0.0)
         return scores
