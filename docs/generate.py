@@ -290,8 +290,11 @@ def make_demo(path: Path) -> dict[str, Any]:
     from rich.table import Table
     from rich.text import Text
 
+    from qstar_decoding.tasks import load_task
+
+    weight = load_task("review").env["logprob_weight"]
     rows = demo_plans(("greedy", "beam", "best-of-n", "Q*"))
-    table = Table(title=f"review: J = reward + 0.02 · log-prob, at most {BUDGET} LM tokens each")
+    table = Table(title=f"review: J = reward + {weight} · log-prob, at most {BUDGET} LM tokens each")
     for column in ("decoder", "text"):
         table.add_column(column, overflow="fold", min_width=9)
     for column in ("reward", "log-prob", "J", "LM tokens"):

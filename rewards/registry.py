@@ -34,7 +34,6 @@ _factories: dict[str, str | RewardFactory] = {
     "distinct": ".library.creativity:Distinct",
     "engagement": ".library.engagement:engagement",
     "exact_answer": ".library.reasoning:ExactAnswer",
-    "freshness": ".library.creativity:Freshness",
     "intensity": ".library.engagement:Intensity",
     "keyword_overlap": ".library.relevance:KeywordOverlap",
     "keywords": ".library.guidelines:Keywords",

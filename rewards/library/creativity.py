@@ -14,52 +14,9 @@ from ..base import Reward
 from ..checking import shown
 from ..types import Column, RewardOptions, Scores, Texts, TokenIds
 
-__all__ = ["STOCK_PHRASES", "Distinct", "Freshness", "Novelty", "Repetition", "self_bleu"]
+__all__ = ["Distinct", "Novelty", "Repetition", "self_bleu"]
 
 _WORD = re.compile(r"\w+")
-
-# Written by searches for sentiment after nearly any prompt, on dev prompts: docs/experiments.md, "Review".
-STOCK_PHRASES = (
-    "I'm so happy to share my passion with you",
-    "I'm happy to help",
-    "What can I do for you? What can I help you with today?",
-    "What's your pleasure? What brings you here today?",
-    "Would you like to",
-    "I'd be honored to",
-    "I'd love to",
-    "I'm so proud of what we've accomplished together",
-    "I'm so grateful to be able to share this with others",
-    "I'm so glad you're enjoying it",
-    "I'm proud of myself, proud of them",
-    "I'm sure",
-    "I'm honored to be a part of it",
-    "I love it",
-    "I loved it",
-    "had a great time",
-    "had a wonderful day",
-    "an amazing time",
-    "it was the best",
-    "the best I've ever had",
-    "one of the best",
-    "is a great way to relax and enjoy your vacation",
-    "is the perfect way to celebrate a special occasion",
-    "is an excellent way to",
-    "a wonderful opportunity to",
-    "a place of great beauty and joy",
-    "the perfect place to",
-    "it was the perfect fit",
-    "a gift from my best friend",
-    "a beautiful one",
-    "are dedicated to ensuring the best possible care",
-    "share my love and support",
-    "love and care",
-    "in the world",
-    "was amazing",
-    "a huge success",
-    "a testament to",
-    "looking forward to",
-    "highly recommend",
-)
 
 
 class Distinct(Reward):
@@ -149,24 +106,6 @@ class Novelty(Reward):
         return [sum(gram not in self._known for gram in of) / len(of) if of else 0.0 for of in grams]
 
     score_prefixes = score
-
-
-class Freshness(Novelty):
-    """The share of the completion's word pairs that none of `STOCK_PHRASES` has, 0 to 1.
-
-    A search for a pleasant text finds the same pleasant phrase after every prompt. `Repetition` looks at one text and
-    cannot see that. One too short for a pair has 0.
-    """
-
-    name = "freshness"
-
-    def __init__(self, n: int = 2, **options: Unpack[RewardOptions]) -> None:
-        """Count n-grams of ``n`` words; the other arguments are those of `Reward`.
-
-        Raises:
-            ConfigurationError: ``n`` is not a positive integer.
-        """
-        super().__init__(STOCK_PHRASES, n, **options)
 
 
 def self_bleu(texts: Sequence[str], n: int = 3) -> float:

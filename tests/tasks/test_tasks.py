@@ -130,7 +130,7 @@ def test_review_keeps_topics_and_wording_back():
         assert not any(re.fullmatch(re.sub(r"\\{\w+\\}", ".+", re.escape(t)), prompt) for t in templates), prompt
 
 
-def test_review_cannot_be_had_by_repetition_or_stock_phrases():
+def test_review_cannot_be_had_by_repetition_or_stock_phrases(lm):
     reward = as_reward(load_task("review").env["reward"])
     texts = [
         " looks old, yet every room was clean, bright and full of friendly people who smiled at us all morning.",
@@ -140,7 +140,7 @@ def test_review_cannot_be_had_by_repetition_or_stock_phrases():
         " looks good.",
     ]
     good, *others = reward(["The hotel"] * len(texts), texts).tolist()
-    assert good > 2
+    assert good > 5
     assert max(others) < good - 0.5
     sentiment = as_reward("sentiment")(["The hotel"] * len(texts), texts)
     assert sentiment[1] > sentiment[0]  # which repetition does raise

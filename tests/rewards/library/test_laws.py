@@ -6,7 +6,7 @@ import pytest
 
 from qstar_decoding.errors import ConfigurationError
 from qstar_decoding.rewards import as_reward, clip, make_reward, minimum, normalise, registry, reward_names
-from qstar_decoding.rewards.library.creativity import Distinct, Freshness, Novelty, Repetition, self_bleu
+from qstar_decoding.rewards.library.creativity import Distinct, Novelty, Repetition, self_bleu
 from qstar_decoding.rewards.library.guidelines import ForbiddenWords, MatchesJSON, MatchesRegex, ShortSentences
 from qstar_decoding.rewards.library.language import Preference, train_preference
 from qstar_decoding.rewards.library.likelihood import Coherence, PointwiseMutualInformation
@@ -76,7 +76,6 @@ def test_what_the_rewards_of_texts_say():
     assert score(Distinct(2), "a b a b", "a b c", "a", "") == [pytest.approx(2 / 3), 1.0, 0.0, 0.0]
     assert score(Repetition(2), "a b a b", "a b c", "") == [pytest.approx(1 / 3), 0.0, 0.0]
     assert score(Novelty(["the cat sat"], 2), "the cat ran", "the cat sat", "dogs") == [0.5, 0.0, 0.0]
-    assert score(Freshness(), "I'm happy to help", "We walked home", "I love walks", "so") == [0.0, 1.0, 0.5, 0.0]
     assert score(ForbiddenWords("cat"), "A CAT.", "a catalogue", "") == [0.0, 1.0, 1.0]
     assert score(MatchesRegex(r"\d+ (cats|dogs)"), " 3 cats ", "three cats") == [1.0, 0.0]
     assert score(ShortSentences(2), "One two. One two three! Yes", "") == [pytest.approx(2 / 3), 1.0]
@@ -92,7 +91,6 @@ def test_what_the_rewards_of_texts_say():
     [
         (lambda: Novelty("one text"), "several texts"),
         (lambda: Distinct(0), "n is"),
-        (lambda: Freshness(0), "n is"),
         (lambda: ForbiddenWords(), "words of letters"),
         (lambda: ForbiddenWords("two words"), "words of letters"),
         (lambda: MatchesRegex("(a"), "is no regular expression"),
