@@ -436,7 +436,7 @@ SOLVERS = {
 OURS = ("A*", "Q*")
 
 
-def solve(names=("countdown-3", "countdown-4", "game-of-24"), prompts=50, dev=20, folder="runs/solve"):
+def solve(names=("countdown-3", "countdown-4", "game-of-24"), prompts=30, dev=16, folder="runs/solve"):
     """LM tokens until solved; each decoder tuned by their mean on dev problems, then run on test ones.
 
     Where the package ships a Q, decoders on it are there too. The folder keeps what was measured.

@@ -229,9 +229,12 @@ class AStarPlanner(LevelSearch):
         return values
 
     def _room(self, search: Search, rows: IntArray) -> Values:
-        """Return the share of the reward's range that each edge's bound leaves, from 0 to 1, float64 [n, k]."""
+        """Return the share of the reward's range that each edge's bound leaves, from 0 to 1, float64 [n, k].
+
+        Bounds are the reward's: where it is not asked, every edge has all of it.
+        """
         low, high = self.mdp.reward.lower, self.mdp.reward.upper
-        if not math.isfinite(high - low) or high == low:
+        if search.score != "reward" or not math.isfinite(high - low) or high == low:
             return np.ones_like(search.bound[rows])
         return np.clip((search.bound[rows] - low) / (high - low), 0.0, 1.0)
 

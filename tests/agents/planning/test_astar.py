@@ -848,6 +848,20 @@ def test_a_bound_takes_the_depth_bonus_away():
     assert search.lm_tokens == 5  # those of one text, whose last token costs nothing
 
 
+def test_a_depth_bonus_does_not_read_the_bound_where_the_reward_is_not_asked():
+    mdp = DecodingMDP(
+        TabularLM.random(4, 1, seed=1, eos_token_ids=[]), reward=FirstLetterDecides(), top_k=4, max_new_tokens=6
+    )
+
+    def texts(reward):
+        process = mdp.with_changes(reward=reward)
+        options = {"search": "anytime", "weight": 1.0, "depth_bonus": 1.0, "score": "q"}
+        planner = AStarPlanner(process, heuristic=lambda m, p, n: m.logprobs(n), **options)
+        return [completion.text for completion in planner.plan("a", 40).completions]
+
+    assert texts(FirstLetterDecides()) == texts(0 * FirstLetterDecides())
+
+
 @settings(max_examples=30)
 @given(st.integers(7, 60), st.floats(0, 5))
 def test_a_budget_of_one_text_or_more_finishes_one(budget, taper):
