@@ -415,7 +415,7 @@ def with_interval(differences, digits=3):
 
 
 TEMPERATURES = (0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 1e6)  # the last draws legal moves at random
-ROUNDS = [{"width": w, "growth": 2.0, "all_endings": all_} for w in (1, 2, 4, 8) for all_ in (True, False)]
+ROUNDS = [{"width": w, "growth": 2.0, "all_endings": True, "prior": b} for w in (1, 2, 4, 8) for b in (0.0, 0.05)]
 SIMULATIONS = [{"exploration": c, "temperature": t} for c in (0.1, 0.3, 1.0, 3.0) for t in (1.0, 3.0)]
 ON_Q = [{"beta": b, "temperature": t} for b in (0.05, 0.1, 0.2, 0.4) for t in (1.0, 3.0)]
 # By name, the class, what guides it, and its settings: eight, or none to choose from.
