@@ -66,7 +66,11 @@ def test_decode_as_json_is_what_the_library_returns(decoder):
     )
     assert result["prompt"] == "The play was"
     assert result["usage"]["lm_tokens"] <= 40
-    assert result["lower_bound"] == result["objective"] == pytest.approx(result["reward"] + 0.02 * result["logprob"])
+    assert (
+        result["lower_bound"]
+        == result["objective"]
+        == pytest.approx(result["reward"] + load_task("review").env["logprob_weight"] * result["logprob"])
+    )
     assert result["gap"] == pytest.approx(result["upper_bound"] - result["lower_bound"])
     if decoder == "astar":
         task = load_task("review")
