@@ -6,6 +6,7 @@ One file because every method reads the same columns of one tree.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pickle
 from collections import OrderedDict
@@ -208,7 +209,7 @@ class DecodingMDP:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle language model and settings: the process that is made of them elsewhere has an empty tree."""
-        return _made_again, (type(self), self.model, self.settings(), self._kv_budget)
+        return functools.partial(type(self), kv_budget=self._kv_budget, **self.settings()), (self.model,)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DecodingMDP:
         """Return the process itself; its tree is a cache, which copies of its users share."""
@@ -574,12 +575,6 @@ class DecodingMDP:
         """Return a completion's tokens without the end-of-sequence or stop token."""
         ends = bool(token_ids) and (token_ids[-1] in self.model.eos_token_ids or token_ids[-1] in self._stop_tokens)
         return list(token_ids[:-1] if ends else token_ids)
-
-
-def _made_again(
-    kind: type[DecodingMDP], model: LanguageModel, settings: dict[str, Any], kv_budget: int | None
-) -> DecodingMDP:
-    return kind(model, kv_budget=kv_budget, **settings)
 
 
 def grow_processes(
