@@ -19,6 +19,7 @@ from ..envs import DecodingMDP
 from ..envs.mdp import mdp_of
 from ..errors import CheckpointError, ConfigurationError, RewardError
 from ..files import locked
+from ..models.devices import resolve_device
 from ..tasks import Task, load_task
 from .distributed.jobs import Workers
 from .evaluation.diagnostics import Diagnostics
@@ -116,6 +117,8 @@ def train_task(
     # Before a model is loaded.
     own = {name: spec.training[name] for name in ("policy", "device") if name in spec.training}
     config = QStarConfig.of({name: value for name, value in spec.training.items() if name not in own} | {"seed": seed})
+    if "device" in own:
+        resolve_device(own["device"])
     check_keywords("AStarPlanner", spec.planner, inspect.signature(AStarPlanner).parameters)
     total = spec.steps if steps is None else check_integer("steps", steps)
     check_integer("save_every", save_every)
@@ -161,6 +164,7 @@ def train_task(
             agent = QStar.load(checkpoint, env, workers=pool, **logs)
         else:
             agent = QStar(env=env, config=config, workers=pool, **logs, **own)
+        _check_measurements(agent, spec)
         if agent.num_timesteps < total:
             _learn(agent, total, spec, folder, saving, tracking, fresh=not resume)
         minutes = round(saving.seconds / 60, 1)
@@ -226,6 +230,14 @@ def _learn(
     except (KeyboardInterrupt, RewardError):
         saving.save(agent)
         raise
+
+
+def _check_measurements(agent: QStar, task: Task) -> None:
+    """Say before the training what would end its measurements."""
+    mdp = _measured_in(agent.get_env(), task)
+    AStarPlanner(mdp, heuristic=QHeuristic(agent), **task.planner)
+    for split, process in (("train", mdp_of(agent.get_env())), ("dev", mdp), ("test", mdp)):
+        task.check_prompts(split, process)
 
 
 def _measured_in(env: Any, task: Task) -> DecodingMDP:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 import string
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..checks import check_integer
-from ..envs.constraints.countdown import Format
+from ..checks import check_flag, check_integer, first_line
+from ..envs.constraints.countdown import CountdownConstraint, Format
 from ..errors import ConfigurationError
 from .number_puzzles import draw_problems, is_solvable, write_prompts
 
@@ -18,6 +19,10 @@ __all__ = ["GENERATORS", "Splits", "addition", "countdown", "game_of_24", "keywo
 __all__ += ["star_graph"]
 
 Splits = dict[str, list[Any]]  # train, dev, test; strings, or dicts with the key "prompt"
+
+_MOST_OPERANDS = 3000  # all pairs are listed: nine million
+_MOST_NUMBERS = 6  # all solutions of the solved problems are listed; with seven, that takes minutes
+_LARGEST = 10**9
 
 
 def addition(*, low: int, high: int, dev: int, test: int, train: int | None = None, seed: int = 0) -> Splits:
@@ -30,14 +35,21 @@ def addition(*, low: int, high: int, dev: int, test: int, train: int | None = No
         test: Number of test problems.
         train: Number of training problems; None for all that are left.
         seed: Seed of the shuffling. Every prompt has the same three solved examples, which are no problems themselves.
+
+    Raises:
+        ConfigurationError: There are not so many different problems, or a number is out of range.
     """
-    rng = np.random.default_rng(seed)
+    rng = _seeded(seed, dev=dev, test=test, train=train or 0)
+    low = check_integer("low", low, low=0, high=_LARGEST)
+    check_integer(
+        "high", high, low=low, high=low + _MOST_OPERANDS - 1, meaning=f"low, and up to {_MOST_OPERANDS} numbers"
+    )
     pairs = list(itertools.product(range(low, high + 1), repeat=2))
     order = rng.permutation(len(pairs))
     shots, problems = [pairs[i] for i in order[:3]], [pairs[i] for i in order[3:]]
     given = "".join(f"{a}+{b}={a + b}\n" for a, b in shots)
     prompts = [{"prompt": f"{given}{a}+{b}=", "answer": str(a + b)} for a, b in problems]
-    return _split(prompts, dev, test, train)
+    return _split(prompts, dev, test, train, f"sums of numbers from {low} to {high}")
 
 
 def countdown(
@@ -73,14 +85,17 @@ def countdown(
     Raises:
         ConfigurationError: There are not so many different problems.
     """
-    for name, value in {"shots": shots, "dev": dev, "test": test, "train": train}.items():
-        check_integer(name, value)
-    rng, count = np.random.default_rng(seed), shots + test + dev + train
+    rng, count = _seeded(seed, dev=dev, test=test, train=train, shots=shots), shots + test + dev + train
+    CountdownConstraint(format, operators)  # says what is wrong with either
+    check_integer("numbers", numbers, high=_MOST_NUMBERS, meaning="each problem's solutions are listed")
+    low = check_integer("low", low, high=_LARGEST)
+    check_integer("high", high, low=low, high=_LARGEST)
+    check_integer("target", target)
     problems = draw_problems(
         numbers=numbers, low=low, high=high, target=target, count=count, operators=operators, rng=rng
     )
     prompts = write_prompts(problems[shots:], problems[:shots], format, operators)
-    return _split(prompts, dev, test, train)
+    return _split(prompts, dev, test, train, "problems")
 
 
 def game_of_24(
@@ -101,20 +116,20 @@ def game_of_24(
     Raises:
         ConfigurationError: A test problem is none, or there are too few others.
     """
-    rng, operators = np.random.default_rng(seed), "+-*/"
-    check_integer("shots", shots)
-    try:
-        tested = [tuple(int(number) for number in problem.split()) for problem in test]
-    except (AttributeError, ValueError) as error:
-        raise ConfigurationError(f"test problems are texts such as '4 5 6 10': {error}") from error
+    rng, operators = _seeded(seed, dev=dev, train=train, shots=shots), "+-*/"
+    CountdownConstraint(format, operators)  # says what is wrong with the format
+    tested = [_four_numbers(problem) for problem in _listed("test", test)]
     taken = {tuple(sorted(problem)) for problem in tested}
     solvable = [n for n in itertools.combinations_with_replacement(range(1, 14), 4) if is_solvable(n, 24, operators)]
     others = [solvable[i] for i in rng.permutation(len(solvable)) if solvable[i] not in taken]
     solved, tried, left = others[:shots], others[shots : shots + dev], others[shots + dev :]
     orders = [order for numbers in left for order in sorted(set(itertools.permutations(numbers)))]
     chosen = [orders[i] for i in rng.permutation(len(orders))[:train]]
-    if len(chosen) < train:
-        raise ConfigurationError(f"the Game of 24 has {len(chosen)} training problems, and {train} are asked for")
+    for kind, found, wanted in (("solved", solved, shots), ("dev", tried, dev), ("training", chosen, train)):
+        if len(found) < wanted:
+            raise ConfigurationError(
+                f"the Game of 24 has {len(found)} {kind} problems left, and {wanted} are asked for; ask for fewer"
+            )
 
     def ask(problems: Iterable[tuple[int, ...]]) -> list[Any]:
         return write_prompts([(n, 24) for n in problems], [(n, 24) for n in solved], format, operators)
@@ -136,8 +151,17 @@ def keyword_sets(
         chat: Whether the request is a chat message of the user instead of plain text.
         seed: Seed of the drawing. A fifth of each group's words are in no training prompt. Dev and test prompts have
             at least one of these.
+
+    Raises:
+        ConfigurationError: There are not so many different sets of words, or an argument is of another kind.
     """
-    rng = np.random.default_rng(seed)
+    rng = _seeded(seed, dev=dev, test=test, train=train)
+    check_flag("chat", chat)
+    for group in _listed("groups", groups):
+        if not all(isinstance(word, str) and word for word in _listed("a group", group)):
+            raise ConfigurationError(f"groups are lists of words, got {group!r}")
+    if not isinstance(template, str) or not _fits(template):
+        raise ConfigurationError(f"template is a text with {{words}} and no other braces, got {template!r}")
     kept_back = [set(rng.permutation(group)[: max(len(group) // 5, 1)].tolist()) for group in groups]
     sets = list(itertools.product(*groups))
     new = [any(word in back for word, back in zip(words, kept_back, strict=True)) for words in sets]
@@ -148,16 +172,30 @@ def keyword_sets(
         content: Any = [{"role": "user", "content": request}] if chat else request
         prompts.append((new[i], {"prompt": content, "keywords": words}))
     seen, unseen = ([prompt for is_new, prompt in prompts if is_new is wanted] for wanted in (False, True))
-    return {**_split(unseen, dev, test, 0), "train": seen[:train]}
+    sets_of = f"sets of words of {len(groups)} groups"
+    return {
+        **_split(unseen, dev, test, 0, f"{sets_of} with a word that is kept back from training"),
+        "train": _split(seen, 0, 0, train, f"{sets_of} without a word that is kept back from training")["train"],
+    }
 
 
 def letters(*, vocabulary: str, train: int, dev: int, test: int, length: int = 4, seed: int = 0) -> Splits:
-    """Return distinct random strings of ``length`` letters out of ``vocabulary``."""
-    rng = np.random.default_rng(seed)
+    """Return distinct random strings of ``length`` letters out of ``vocabulary``.
+
+    Raises:
+        ConfigurationError: There are not so many different strings, or an argument is of another kind.
+    """
+    rng = _seeded(seed, dev=dev, test=test, train=train)
+    if not isinstance(vocabulary, str) or not vocabulary:
+        raise ConfigurationError(f"vocabulary is a text of letters, got {vocabulary!r}")
+    check_integer("length", length)
+    most, wanted = len({*vocabulary}) ** min(length, 64), train + dev + test  # 2 ** 64 are more than enough
+    if most < wanted:  # else the drawing would not end
+        raise _too_few(f"strings of {length} letters out of {vocabulary!r}", most, wanted)
     strings: dict[str, None] = {}
     while len(strings) < train + dev + test:
         strings["".join(rng.choice(list(vocabulary), size=length))] = None
-    return _split(list(strings), dev, test, train)
+    return _split(list(strings), dev, test, train, "strings")
 
 
 def reasoning_gym(
@@ -178,12 +216,23 @@ def reasoning_gym(
     """
     from ..rewards.library.reasoning import gym_module
 
+    _seeded(seed, dev=dev, test=test, train=train)
+    check_integer("shots", shots, low=0)
+    if not isinstance(datasets, dict) or not datasets or not all(isinstance(c, dict) for c in datasets.values()):
+        raise ConfigurationError(
+            f"datasets maps names to configurations, such as {{'chain_sum': {{'max_terms': 2}}}}; got {datasets!r:.200}"
+        )
     splits: Splits = {"train": [], "dev": [], "test": []}
     for name, config in datasets.items():
-        wanted = shots + dev + test + train
-        entries = gym_module().create_dataset(name, seed=seed, size=4 * wanted, **config)
+        wanted, library = shots + dev + test + train, gym_module()
+        try:
+            entries = list(library.create_dataset(name, seed=seed, size=4 * wanted, **config))
+        except Exception as error:  # the data sets check their configurations each in its own way
+            raise ConfigurationError(
+                f"reasoning-gym makes no data set {name!r} of {config}: {first_line(error)}"
+            ) from error
         by_question = list({entry["question"].strip(): entry for entry in entries}.items())[:wanted]
-        if len(by_question) <= shots + dev + test:
+        if len(by_question) < shots + dev + test + min(train, 1):
             raise ConfigurationError(
                 f"{name} with {config} has {len(by_question)} different questions in {4 * wanted}, too few for {shots} "
                 f"solved ones, {dev} to tune and {test} to test; widen its configuration or ask for fewer"
@@ -193,7 +242,7 @@ def reasoning_gym(
             {"prompt": f"{given}Q: {question}\nA:", "entry": entry, "answer": entry["answer"]}
             for question, entry in by_question[shots:]
         ]
-        for part, some in _split(prompts, dev, test, train).items():
+        for part, some in _split(prompts, dev, test, None, "questions").items():
             splits[part] += some
     return splits
 
@@ -217,22 +266,34 @@ def star_graph(
         seed: Seed of the drawing.
 
     Raises:
-        ConfigurationError: A graph would need more than the 26 letters and 26 capitals as names.
+        ConfigurationError: A graph would need more than the 26 letters and 26 capitals as names, or there are not so
+            many different graphs.
     """
-    for name, value in {"length": length, "shots": shots, **{f"degree {d}": d for d in degrees}}.items():
-        check_integer(name, value)
+    rng = _seeded(seed, dev=dev, test=test, train=train, shots=shots)
+    check_integer("length", length)
+    for degree in _listed("degrees", degrees):
+        check_integer("a degree", degree)
     if max(degrees) * length + 1 > len(string.ascii_letters):
         raise ConfigurationError(
             f"a star of {max(degrees)} paths of {length} edges has more nodes than the {len(string.ascii_letters)} "
             "letters that name them; take fewer or shorter paths"
         )
-    rng = np.random.default_rng(seed)
     given = "".join(f"{p['prompt']}{p['answer']}\n" for p in (_star(min(degrees), length, rng) for _ in range(shots)))
     found: dict[str, Any] = {}
-    while len(found) < train + dev + test:
+    most, wanted = sum(_number_of_stars(degree, length) for degree in {*degrees}), train + dev + test
+    if most < wanted:  # else the drawing would not end
+        raise _too_few(f"star graphs of {length} edges a path", most, wanted)
+    while len(found) < wanted:
         star = _star(int(rng.choice(degrees)), length, rng)
         found[star["prompt"]] = {**star, "prompt": given + star["prompt"]}
-    return _split(list(found.values()), dev, test, train)
+    return _split(list(found.values()), dev, test, train, "star graphs")
+
+
+def _number_of_stars(degree: int, length: int) -> int:
+    """Return how many prompts there are: names, up to the order of the paths, orders of edges, and leaves."""
+    edges = degree * length
+    names = math.perm(len(string.ascii_letters), edges + 1) // math.factorial(degree)
+    return names * math.factorial(edges) * degree
 
 
 def _star(degree: int, length: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -246,11 +307,59 @@ def _star(degree: int, length: int, rng: np.random.Generator) -> dict[str, Any]:
     return {"prompt": asked, "edges": edges, "start": start, "answer": ">".join(path), "degree": degree}
 
 
-def _split(prompts: list[Any], dev: int, test: int, train: int | None) -> Splits:
+def _seeded(
+    seed: int, *, train: int, dev: int, test: int | None = None, shots: int | None = None
+) -> np.random.Generator:
+    """Check the numbers of prompts that a generator is asked for; return the random generator of its seed."""
+    check_integer("train", train, low=0)
     check_integer("dev", dev)
-    check_integer("test", test)
-    end = None if train is None else dev + test + train
-    return {"test": prompts[:test], "dev": prompts[test : test + dev], "train": prompts[test + dev : end]}
+    for name, value in (("test", test), ("shots", shots)):
+        if value is not None:
+            check_integer(name, value)
+    return np.random.default_rng(check_integer("seed", seed, low=0))
+
+
+def _listed(name: str, value: Any) -> Sequence[Any]:
+    """Check that an argument is a list with something in it."""
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ConfigurationError(f"{name} is a list that is not empty, got {value!r:.200}")
+    return value
+
+
+def _four_numbers(problem: Any) -> tuple[int, ...]:
+    """Read a problem of the Game of 24."""
+    words = problem.split() if isinstance(problem, str) else []
+    if len(words) != 4 or not all(word.isdecimal() and 1 <= int(word) <= 13 for word in words):
+        raise ConfigurationError(
+            f"test problems are texts of four numbers from 1 to 13, such as '4 5 6 10'; got {problem!r}"
+        )
+    return tuple(map(int, words))
+
+
+def _fits(template: str) -> bool:
+    """Tell whether a template takes words, and nothing else."""
+    try:
+        return template.format(words="\0") != template.format(words="")
+    except (LookupError, ValueError, AttributeError):
+        return False
+
+
+def _too_few(what: str, found: int, wanted: int) -> ConfigurationError:
+    return ConfigurationError(
+        f"there are {found} different {what}, and {wanted} are asked for; widen the ranges or ask for fewer"
+    )
+
+
+def _split(prompts: list[Any], dev: int, test: int, train: int | None, what: str) -> Splits:
+    """Return the first prompts as the test split, the next as dev, then ``train`` or all that are left."""
+    wanted = dev + test + (train or 0)
+    if len(prompts) < wanted:
+        raise _too_few(what, len(prompts), wanted)
+    return {
+        "test": prompts[:test],
+        "dev": prompts[test : test + dev],
+        "train": prompts[test + dev : None if train is None else wanted],
+    }
 
 
 GENERATORS: dict[str, Callable[..., Splits]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -53,7 +54,8 @@ def draw_problems(
         ConfigurationError: There are too few.
     """
     found: dict[Problem, Problem] = {}
-    for _ in range(100 * count):
+    most = math.comb(high - low + numbers, numbers) * target
+    for _ in range(100 * count if most >= count else 100):
         drawn = tuple(rng.integers(low, high + 1, numbers).tolist())
         left = ordered = tuple(sorted(drawn))
         while len(left) > 1 and (steps := list(legal_steps(left, operators))):

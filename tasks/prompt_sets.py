@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from ..errors import UnknownNameError
 from .generators import GENERATORS
@@ -31,22 +31,43 @@ class Templates(Strict):
     """
 
     templates: list[str] = Field(min_length=1)
-    slots: dict[str, list[str]] = {}
+    slots: dict[str, Annotated[list[str], Field(min_length=1)]] = {}
     chat: bool = False
+
+    @model_validator(mode="after")
+    def _filled(self) -> Templates:
+        for template in self.templates:
+            try:
+                self._fill(template)
+            except (LookupError, ValueError, AttributeError) as error:
+                known = ", ".join(f"{{{name}}}" for name in self.slots) or "none"
+                raise ValueError(
+                    f"the template {template!r} cannot be filled; its slots are {known}, and other braces are doubled"
+                ) from error
+        return self
 
     def expand(self) -> list[Any]:
         """Return every filling of every template, in order."""
-        filled: list[Any] = []
-        for template in self.templates:
-            names = [name for name in self.slots if "{" + name + "}" in template]
-            fillings = itertools.product(*(self.slots[name] for name in names))
-            filled.extend(template.format(**dict(zip(names, words, strict=True))) for words in fillings)
+        filled = [text for template in self.templates for text in self._fill(template)]
         if self.chat:
             return [{"prompt": [{"role": "user", "content": request}]} for request in filled]
         return filled
 
+    def _fill(self, template: str) -> list[str]:
+        names = [name for name in self.slots if "{" + name + "}" in template]
+        fillings = itertools.product(*(self.slots[name] for name in names))
+        return [template.format(**dict(zip(names, words, strict=True))) for words in fillings]
+
 
 Listed = list[str | dict[str, Any]]
+
+
+def _kind(given: Any) -> str:
+    return "templates" if isinstance(given, (dict, Templates)) else "listed"
+
+
+# Which of the two is decided first, so that a message speaks of that one alone.
+Split = Annotated[Annotated[Listed, Tag("listed")] | Annotated[Templates, Tag("templates")], Discriminator(_kind)]
 
 
 class PromptSet(Strict):
@@ -56,9 +77,9 @@ class PromptSet(Strict):
     one function of :mod:`~qstar_decoding.tasks.generators` makes all three.
     """
 
-    train: Listed | Templates = []
-    dev: Listed | Templates = []
-    test: Listed | Templates = []
+    train: Split = []
+    dev: Split = []
+    test: Split = []
     generator: str | None = None
     arguments: dict[str, Any] = {}
 

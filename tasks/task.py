@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from ..checks import check_keywords
-from ..errors import ConfigurationError, UnknownNameError
+from ..errors import ConfigurationError, PromptError, RewardError, UnknownNameError
 from .prompt_sets import PromptSet, Strict
 
 if TYPE_CHECKING:
@@ -19,6 +22,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Task", "load_task", "task_names"]
 
+# Arguments that a task file cannot give, by the key under which they would stand, and where they come from.
+_GIVEN_ELSEWHERE = {
+    "env": {"prompts": "prompts are a key of the task"},
+    "training": {"seed": "it is given to the training (--seed)"},
+    "planner": dict.fromkeys(("env", "heuristic", "learn"), "it is that of the task or of the command"),
+}
 _NOT_OF_THE_MDP = {"shaping", "gamma", "candidate_dims", "context_tokens", "components"}
 
 _FOLDER = Path(__file__).parent
@@ -53,6 +62,14 @@ class Task(Strict):
     gold: Annotated[str, Field(min_length=1)] | None = None
     budgets: list[Annotated[int, Field(ge=1)]] = Field([50, 200], min_length=1)
 
+    @field_validator(*_GIVEN_ELSEWHERE)
+    @classmethod
+    def _given_here(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        for name, origin in _GIVEN_ELSEWHERE[str(info.field_name)].items():
+            if name in given:
+                raise ValueError(f"{name!r} has no place here, since {origin}; leave it out")
+        return given
+
     @field_validator("env")
     @classmethod
     def _known_arguments(cls, env: dict[str, Any]) -> dict[str, Any]:
@@ -70,6 +87,34 @@ class Task(Strict):
 
         arguments = {**self.env, **changes}
         return make_process(**{key: value for key, value in arguments.items() if key not in _NOT_OF_THE_MDP})
+
+    def check_prompts(self, split: str, mdp: DecodingMDP) -> None:
+        """Check that the prompts of a split can be decoded and scored, which costs no forward of the language model.
+
+        What depends on columns is tried on one prompt for each set of columns.
+
+        Args:
+            split: ``"train"``, ``"dev"`` or ``"test"``.
+            mdp: The process that is to decode them.
+
+        Raises:
+            PromptError: There is no prompt, or one is none or too long.
+            ConfigurationError: The reward or the constraint needs a column that a prompt lacks.
+        """
+        from ..envs.prompts import load_prompts
+
+        nothing = np.empty(0, dtype=np.int64)
+        try:
+            prompts = load_prompts(self.prompts.of(split))
+            for prompt in prompts:
+                mdp.encode(prompt)
+            for prompt in {frozenset(prompt.columns): prompt for prompt in prompts}.values():
+                mdp.grow_request([prompt], nothing, nothing)
+                with contextlib.suppress(RewardError):  # it may refuse this text and take others
+                    mdp.rewards([prompt], [""], [[]])
+        except (PromptError, ConfigurationError) as error:
+            kind = PromptError if isinstance(error, PromptError) else ConfigurationError
+            raise kind(f"the {split} prompts of the task {self.name!r}: {error}") from error
 
 
 def task_names() -> list[str]:
@@ -92,7 +137,7 @@ def load_task(name: str | Path, *, trust_remote_code: bool = False, engine: str 
             run code.
     """
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises where a name is too long
         raise UnknownNameError("task", str(name), task_names(), "The path of a .yaml file works too.")
     try:
         content = yaml.safe_load(path.read_bytes())
@@ -149,4 +194,6 @@ def _describe(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(problem["loc"][-1]), [*Task.model_fields, *PromptSet.model_fields], n=1)
         return f"unknown key {place!r}" + (f", did you mean {near[0]!r}?" if near else "")
-    return f"missing key {place!r}" if problem["type"] == "missing" else f"{place}: {problem['msg']}"
+    if problem["type"] == "missing":
+        return f"missing key {place!r}"
+    return f"{place}: {problem['msg']}" if place else f"a mapping of keys is needed, got {problem['input']!r:.80}"

@@ -168,6 +168,10 @@ class Comparison:
             if name in self.excluded:
                 raise ConfigurationError(f"{name!r} cannot take part in {self.task.name!r}: {self.excluded[name]}")
         self.names = list(self.decoders) or [name for name in CONTENDERS if name not in self.excluded]
+        for name in self.names:
+            self.runner.make(name, 0)  # says what is wrong with the task's planner
+        for split in ("dev", "test") if self.tune else ("test",):
+            self.task.check_prompts(split, self.mdp)
         self._claim()
 
     def cells(self) -> Iterator[Cell]:

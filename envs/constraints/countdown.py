@@ -40,8 +40,8 @@ class CountdownConstraint(MovesConstraint):
             ConfigurationError: There is no such format, or an operator is unknown.
         """
         check_choice("format", format, get_args(Format))
-        if not operators or not {*operators} <= {*"+-*/"}:
-            raise ConfigurationError(f"operators are some of '+-*/', got {operators!r}")
+        if not isinstance(operators, str) or not operators or not {*operators} <= {*"+-*/"}:
+            raise ConfigurationError(f"operators are a text of some of '+-*/', got {operators!r}")
         self.format, self.operators = format, operators
 
     def start(self, prompt: Prompt) -> Hashable:

@@ -9,7 +9,7 @@ import pytest
 from qstar_decoding.agents import InProcess, QHeuristic, QStar, evaluate, held_out_figures, mean_figures, train_task
 from qstar_decoding.agents.learning.checkpoints import find_checkpoint
 from qstar_decoding.agents.planning.greedy import GreedyDecoder
-from qstar_decoding.errors import CheckpointError, ConfigurationError, UnknownNameError
+from qstar_decoding.errors import CheckpointError, ConfigurationError, PromptError, UnknownNameError
 from qstar_decoding.files import locked
 from qstar_decoding.tasks import Task
 
@@ -178,6 +178,7 @@ def test_mistakes_are_told_before_any_work(tmp_path):
         ({"optimizm": 0.7}, r"no argument 'optimizm'; did you mean 'optimism'\?"),
         ({"env": "CartPole-v1"}, "no argument 'env'"),
         ({"optimism": 2}, "optimism"),
+        ({"device": "tpu"}, "device 'tpu' is not one"),
     ):
         changed = TASK.model_copy(update={"training": training})
         with pytest.raises(ConfigurationError, match=message):
@@ -190,3 +191,27 @@ def test_mistakes_are_told_before_any_work(tmp_path):
     assert not (tmp_path / "new").exists()
     with locked(tmp_path / "run" / ".lock"), pytest.raises(ConfigurationError, match="another process is writing"):
         train_task(TASK, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"planner": {"search": "x"}}, UnknownNameError, "unknown search 'x'"),
+        ({"planner": {"width": -1}}, ConfigurationError, "width is an integer"),
+        ({"prompts": {"test": []}}, PromptError, "the test prompts of the task 'tiny': the list of prompts is empty"),
+        ({"prompts": {"dev": ["xyz"]}}, PromptError, "the dev prompts of the task 'tiny'"),
+        ({"prompts": {"test": ["a" * 2000]}}, PromptError, "the test prompts .*2000 tokens"),
+        ({"prompts": {"test": [{"promt": "a"}]}}, PromptError, "the test prompts .*the key 'prompt'"),
+        ({"env": {"reward": "exact_answer"}}, ConfigurationError, "the test prompts .*the column 'answer'"),
+        ({"env": {"constraint": "star_graph"}}, ConfigurationError, "the test prompts .*the columns 'edges'"),
+    ],
+)
+def test_what_would_end_the_measurements_is_told_before_the_training(tmp_path, changes, error, message):
+    columns = {"answer": "a", "edges": [["a", "b"]], "start": "a"}
+    listed = {split: [{"prompt": one, **columns} for one in TASK.prompts.of(split)] for split in ("train", "dev")}
+    given = {**TASK.model_dump(), **changes}
+    given["env"] = {**TASK.env, **changes.get("env", {})}
+    given["prompts"] = {**listed, "test": TASK.prompts.of("test"), **changes.get("prompts", {})}
+    with pytest.raises(error, match=message):
+        train_task(Task.model_validate(given), tmp_path)
+    assert not (tmp_path / "diagnostics.jsonl").exists()

@@ -10,7 +10,7 @@ from qstar_decoding.agents import AStarPlanner
 from qstar_decoding.errors import ConfigurationError, UnknownNameError
 from qstar_decoding.rewards import as_reward
 from qstar_decoding.tasks import Task, load_task, task_names
-from qstar_decoding.tasks.generators import countdown, game_of_24, star_graph
+from qstar_decoding.tasks.generators import GENERATORS, countdown, game_of_24, star_graph
 from qstar_decoding.tasks.number_puzzles import is_solvable
 
 TINY = {
@@ -111,13 +111,74 @@ def test_paths_of_star_graphs_are_right_and_of_all_degrees():
             "widen the ranges",
         ),
         (game_of_24, {"test": ["4 5 six"], "train": 5, "dev": 1}, "test problems are texts"),
-        (game_of_24, {"test": [], "train": 10**6, "dev": 1}, "training problems"),
+        (game_of_24, {"test": ["4 5 6 10"], "train": 10**6, "dev": 1}, "training problems"),
         (star_graph, {"degrees": [30], "length": 3, "train": 1, "dev": 1, "test": 1}, "fewer or shorter paths"),
     ],
 )
 def test_puzzles_that_cannot_be_generated(generator, arguments, message):
     with pytest.raises(ConfigurationError, match=message):
         generator(**arguments)
+
+
+FEW = {"train": 3, "dev": 1, "test": 1}
+GOOD_ARGUMENTS = {
+    "addition": {**FEW, "low": 1, "high": 4},
+    "countdown": {**FEW, "numbers": 3, "low": 1, "high": 9, "target": 30},
+    "game_of_24": {**FEW, "test": ["4 5 6 10"]},
+    "keywords": {**FEW, "groups": [["dog", "cat"], ["run", "eat", "sit", "nap"]], "template": "Use {words}."},
+    "letters": {**FEW, "vocabulary": "abc", "length": 2},
+    "reasoning_gym": {**FEW, "datasets": {"chain_sum": {"max_terms": 2}}},
+    "star_graph": {**FEW, "degrees": [1], "length": 1},
+}
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_generators_check_the_numbers_of_prompts(name):
+    make, good = GENERATORS[name], GOOD_ARGUMENTS[name]
+    assert {split: len(prompts) for split, prompts in make(**good).items()} == FEW
+    wrong = [("dev", 0), ("dev", "2"), ("train", -1), ("seed", -1), ("seed", "a"), ("shots", -1)]
+    for key, value in wrong:
+        if key != "shots" or name in ("countdown", "game_of_24", "reasoning_gym", "star_graph"):
+            with pytest.raises(ConfigurationError, match=f"^{key} is an integer"):
+                make(**{**good, key: value})
+    if name != "reasoning_gym":  # whose ``train`` is the most
+        with pytest.raises(ConfigurationError, match="ask for fewer"):
+            make(**{**good, "train": 30_000})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("addition", {"low": 5}, "high is an integer from 5"),
+        ("addition", {"high": 10**6}, "up to 3000 numbers"),
+        ("countdown", {"format": "Expression"}, "format is 'expression'"),
+        ("countdown", {"operators": ["+", "-"]}, "operators are a text"),
+        ("countdown", {"low": 0}, "low is an integer from 1"),
+        ("countdown", {"low": 10}, "high is an integer from 10"),
+        ("countdown", {"numbers": 7}, "numbers is an integer from 1 to 6"),
+        ("countdown", {"target": "30"}, "target is an integer"),
+        ("game_of_24", {"format": "step"}, "format is 'expression'"),
+        ("game_of_24", {"test": "4 5 6 10"}, "test is a list"),
+        ("game_of_24", {"test": ["4 5 6 10 1"]}, "four numbers from 1 to 13"),
+        ("game_of_24", {"dev": 10_000}, "dev problems left"),
+        ("keywords", {"groups": ["dog", "cat"]}, "a group is a list"),
+        ("keywords", {"groups": [[1, 2]]}, "groups are lists of words"),
+        ("keywords", {"template": "Use {word}."}, "template is a text with"),
+        ("keywords", {"template": "Use these."}, "template is a text with"),
+        ("keywords", {"dev": 500}, "kept back from training, and 501"),
+        ("letters", {"vocabulary": ["a", "b"]}, "vocabulary is a text"),
+        ("letters", {"length": 0}, "length is an integer"),
+        ("reasoning_gym", {"datasets": {"chain_sums": {}}}, "no data set 'chain_sums'"),
+        ("reasoning_gym", {"datasets": {"chain_sum": {"min_terms": 9, "max_terms": 2}}}, "no data set 'chain_sum'"),
+        ("reasoning_gym", {"datasets": {"chain_sum": None}}, "datasets maps names"),
+        ("star_graph", {"degrees": 3}, "degrees is a list"),
+        ("star_graph", {"degrees": []}, "degrees is a list"),
+    ],
+)
+def test_generators_check_their_arguments(name, change, message):
+    with pytest.raises(ConfigurationError, match=message) as error:
+        GENERATORS[name](**{**GOOD_ARGUMENTS[name], **change})
+    assert "\n" not in str(error.value)
 
 
 def test_review_keeps_topics_and_wording_back():
@@ -165,6 +226,19 @@ def test_the_toys_optimum_is_known_by_enumeration():
         ({"prompts": {"generator": "addition", "arguments": {"lo": 1}}}, "generator 'addition': .*'lo'"),
         ({"prompts": {"generator": "addition", "train": ["a"]}}, r"not both: \['train'\]"),
         ({"budgets": [0]}, "budgets.0"),
+        ({"planner": {"heuristic": "toy"}}, "planner: .*'heuristic' has no place here"),
+        ({"training": {"seed": 3}}, "training: .*'seed' has no place here"),
+        ({"env": {"prompts": ["a"]}}, "env: .*'prompts' has no place here"),
+        (
+            {"prompts": {"train": {"templates": ["A {x} {y}"], "slots": {"x": ["1"]}}, "dev": ["b"], "test": ["c"]}},
+            "'A {x}",
+        ),
+        (
+            {"prompts": {"train": {"templates": ["A {"]}, "dev": ["b"], "test": ["c"]}},
+            "train.templates: .* cannot be filled",
+        ),
+        ({"prompts": {"train": {"templates": ["A {x}"], "slots": {"x": []}}, "dev": ["b"], "test": ["c"]}}, "slots.x"),
+        ({"prompts": {"train": "a", "dev": ["b"], "test": ["c"]}}, "prompts.train.listed: [^:;]*$"),
         ({"traning": {}}, "unknown key 'traning', did you mean 'training'"),
     ],
 )
@@ -178,11 +252,12 @@ def test_a_wrong_task_file_names_the_key(tmp_path, change, message):
 def test_other_wrong_task_files(tmp_path):
     (tmp_path / "broken.yaml").write_text("env: [")
     (tmp_path / "list.yaml").write_text("- 1")
-    for name, message in (("broken.yaml", "is not YAML"), ("list.yaml", "task file")):
+    for name, message in (("broken.yaml", "is not YAML"), ("list.yaml", "a mapping of keys is needed")):
         with pytest.raises(ConfigurationError, match=message):
             load_task(tmp_path / name)
-    with pytest.raises(UnknownNameError, match=r"path of a \.yaml"):
-        load_task("absent.yaml")
+    for name in ("absent.yaml", "a" * 5000):
+        with pytest.raises(UnknownNameError, match=r"path of a \.yaml"):
+            load_task(name)
 
 
 def test_templates_are_filled_with_every_word():

@@ -16,8 +16,8 @@ from qstar_decoding.agents.evaluation.report import write_report
 from qstar_decoding.agents.evaluation.results import Results
 from qstar_decoding.cli import app as cli
 from qstar_decoding.envs import TokenDecodingVecEnv
-from qstar_decoding.errors import ConfigurationError, UnknownNameError
-from qstar_decoding.tasks import load_task
+from qstar_decoding.errors import ConfigurationError, PromptError, UnknownNameError
+from qstar_decoding.tasks import Task, load_task
 
 TASK = load_task("toy")
 
@@ -166,6 +166,24 @@ def test_what_cannot_be_compared_is_said_before_any_work(tmp_path, changes, erro
     with pytest.raises(error, match=message):
         compare(tmp_path, **changes)
     assert not (tmp_path / "cells").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"planner": {"width": -1}}, ConfigurationError, "width is an integer"),
+        ({"prompts": {"test": ["xyz"]}}, PromptError, "the test prompts of the task 'toy'"),
+        ({"prompts": {"dev": []}}, PromptError, "the dev prompts of the task 'toy'"),
+        ({"env": {**TASK.env, "reward": "exact_answer"}}, ConfigurationError, "the column 'answer'"),
+    ],
+)
+def test_a_wrong_task_is_told_before_any_work(tmp_path, q, changes, error, message):
+    given = {**TASK.model_dump(), **changes}
+    given["prompts"] = {split: ["ab"[i:]] for i, split in enumerate(("test", "dev"))} | {"train": ["c"]}
+    given["prompts"] |= changes.get("prompts", {})
+    with pytest.raises(error, match=message):
+        Comparison(Task.model_validate(given), tmp_path, qs=[q], decoders=["Q*"], budgets=[10])
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_the_reward_nobody_takes_part_who_looks_at_it(tmp_path, q):
