@@ -162,6 +162,7 @@ def train_task(
             description = load_q_function(checkpoint).description
             check_objective(checkpoint, description, mdp_of(env), "Give another folder (--out)")
             agent = QStar.load(checkpoint, env, workers=pool, **logs)
+            _check_settings(checkpoint, agent.config, config)
         else:
             agent = QStar(env=env, config=config, workers=pool, **logs, **own)
         _check_measurements(agent, spec)
@@ -230,6 +231,28 @@ def _learn(
     except (KeyboardInterrupt, RewardError):
         saving.save(agent)
         raise
+
+
+def _check_settings(checkpoint: Path, saved: QStarConfig, asked: QStarConfig) -> None:
+    """Check that a training would go on as it began: the settings of the checkpoint are used, whatever is asked for."""
+    before, now = asdict(saved), asdict(asked)
+    kept = before.pop("policy_kwargs") or {}
+    pairs = {name: (before[name], value) for name, value in now.items() if name in before}
+    pairs |= {name: (kept[name], value) for name, value in (now["policy_kwargs"] or {}).items() if name in kept}
+    differences = [
+        f"{name} {old!r} (saved) against {new!r} (here)"
+        for name, (old, new) in pairs.items()
+        if not callable(new) and _as_list(old) != _as_list(new)  # a file knows no pairs, and no schedules
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{checkpoint} was trained with other settings: {'; '.join(differences)}. Give those, or another folder "
+            "(--out)"
+        )
+
+
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _check_measurements(agent: QStar, task: Task) -> None:

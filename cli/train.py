@@ -73,7 +73,9 @@ def train(
     start_workers = workers_on(ray, workers, threads)
     quiet()
     total = steps or spec.steps
-    command = f"qstar train {task} --steps {total} --seed {seed}" + (f" --ray {ray}" if ray else "")
+    options = [*(["--deterministic"] if deterministic else []), *(["--engine", engine] if engine else [])]
+    options += [*(["--trust-remote-code"] if trust else []), *(["--ray", ray] if ray else [])]
+    command = shlex.join(["qstar", "train", task, "--steps", str(total), "--seed", str(seed), *options])
     told = not resume
     with report_progress("LM tokens") as report:
 
@@ -104,7 +106,8 @@ def train(
             raise
         except (KeyboardInterrupt, RewardError):
             if find_checkpoint(folder / "checkpoint") is not None:
-                err.print(f"stopped; go on with: {command} --out {folder} --resume", soft_wrap=True)
+                again = shlex.join(["--out", str(folder), "--resume"])
+                err.print(f"stopped; go on with: {command} {again}", soft_wrap=True)
             raise
     if as_json:
         names = ("command", "seed", "minutes", "time_steps", "held_out")

@@ -143,7 +143,7 @@ class DecodingMDP:
         self.max_new_tokens = check_integer("max_new_tokens", max_new_tokens, meaning="the horizon")
         self.top_k = check_integer("top_k", top_k)
         self.top_p = check_number("top_p", top_p, low=0, high=1, open_low=True)
-        self.logprob_weight = check_number("logprob_weight", logprob_weight, low=0)
+        self.logprob_weight = check_number("logprob_weight", logprob_weight, low=0, high=1e9)
         self._stop = StopStrings(stop)
         self.stop = self._stop.strings
         model = os.fspath(model) if isinstance(model, os.PathLike) else model

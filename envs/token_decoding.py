@@ -207,7 +207,7 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
             self.mdp.encode(prompt)  # reports a prompt that is too long before a training begins
         terms = term_weights(self.mdp.reward) if check_flag("components", components) else {}
         self.observer = Observer(self.mdp, candidate_dims, context_tokens, terms)
-        self.shaping, self.render_mode = bool(shaping), render_mode
+        self.shaping, self.render_mode = check_flag("shaping", shaping), render_mode
         self.observation_space = cast("spaces.Space[Observation]", self.observer.space)
         self.action_space = spaces.Discrete(self.mdp.top_k)
         self._episodes = Episodes(self.mdp, self.observer, 1, shaping=self.shaping, gamma=self.gamma)

@@ -60,7 +60,14 @@ class Task(Strict):
     planner: dict[str, Any] = Field(default_factory=dict)
     training_reward: Annotated[str, Field(min_length=1)] | None = None
     gold: Annotated[str, Field(min_length=1)] | None = None
-    budgets: list[Annotated[int, Field(ge=1)]] = Field([50, 200], min_length=1)
+    budgets: list[Annotated[int, Field(ge=1, le=10**9)]] = Field([50, 200], min_length=1)
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        if not name.strip(". ") or any(char in "/\\" or not char.isprintable() for char in name):
+            raise ValueError(f"it names folders, so it is a word or several, without / and \\; got {name!r}")
+        return name
 
     @field_validator(*_GIVEN_ELSEWHERE)
     @classmethod

@@ -389,7 +389,7 @@ def check_request(decoders: Sequence[str], budgets: Sequence[int], seeds: int) -
             raise UnknownNameError("decoder", name, CONTENDERS)
     if not budgets:
         raise ConfigurationError("at least one budget is needed")
-    return sorted({check_integer("a budget", budget) for budget in budgets})
+    return sorted({check_integer("a budget", budget, high=10**9) for budget in budgets})
 
 
 def setting_at(name: str, chosen: int | None) -> dict[str, Any]:

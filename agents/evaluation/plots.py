@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 
-from ...errors import ConfigurationError
+from ...errors import ConfigurationError, UnknownNameError
 from ..search.budget import TracePoint
 from ..search.state import Values
 from .calibration import Calibration
@@ -144,8 +144,13 @@ def draw(
         The figure, and the numbers that are drawn.
 
     Raises:
-        ConfigurationError: A source is missing or broken, or there is nothing to draw.
+        ConfigurationError: A source is missing or broken, there is nothing to draw, or an argument is for other kinds.
+        UnknownNameError: There is no such quantity, or no such decoder in any source.
     """
+    if quantities and kind not in ("learning", "errors"):
+        raise ConfigurationError(f"quantities (--curve) are those of learning and errors; leave them out for {kind}")
+    if names and kind not in ("objective", "gap"):
+        raise ConfigurationError(f"decoders stand out (--highlight) in objective and gap; leave them out for {kind}")
     if kind == "trace":
         traces = read_traces(sources)
         return plot_traces(traces), trace_lines(traces)
@@ -158,6 +163,10 @@ def draw(
         compared = {found.parent.name: Calibration.read(found) for found in find_files("calibration.npz", sources)}
         return plot_calibration(compared), {name: one.summary() for name, one in compared.items()}
     results = [Results.read(found) for found in find_files("results.csv", sources)]
+    measured = dict.fromkeys(name for one in results for name in one.names)
+    for name in names:
+        if name not in measured:
+            raise UnknownNameError("decoder", name, measured)
     names = names or standing_out(kind)
     return plot_results(results, kind, names), {one.task: result_lines(one, kind, names) for one in results}
 

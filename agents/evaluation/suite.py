@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...checks import check_writable
+from ...errors import ConfigurationError
 from ...tasks import Task, load_task
 from ..distributed.jobs import Workers
 from ..learning.checkpoints import pretrained_names
@@ -72,6 +74,9 @@ def evaluate_tasks(
     folder = Path(folder)
     check_writable(folder)
     budgets = check_request(decoders, budgets, seeds)
+    for one, other in itertools.combinations(specs, 2):
+        if one.name == other.name and one != other:  # each has the folder of its name
+            raise ConfigurationError(f"two tasks are named {one.name!r}; give one another name, or a folder of its own")
     found = Evaluation(folder / "RESULTS.md", {}, {})
     for spec in specs:
         progress(f"{spec.name}: loading the language model", 0, None)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ...checks import check_integer, check_number
+from ...checks import check_flag, check_integer, check_number
 from ...envs import Finish
 from ..search.state import Edges, IntArray, Search, Status, Values
 from .decoder import Decoder
@@ -63,7 +63,8 @@ class LevelSearch(Decoder):
         self.width = None if width is None else check_integer("width", width)
         if growth is not None and growth != math.inf:
             growth = check_number("growth", growth, low=1, open_low=True)
-        self.growth, self.pathmax, self.all_endings = growth, pathmax, all_endings
+        self.growth = growth
+        self.pathmax, self.all_endings = check_flag("pathmax", pathmax), check_flag("all_endings", all_endings)
         self.taper = None if taper is None else check_number("taper", taper, low=0, high=100)
         self.prior = check_number("prior", prior, low=0)
 

@@ -18,7 +18,7 @@ from typing import Any, NoReturn, Self, Unpack, get_args
 
 import numpy as np
 
-from ...checks import check_integer, check_keywords
+from ...checks import check_flag, check_integer, check_keywords
 from ...envs.mdp import Completion, mdp_of
 from ...envs.prompts import Prompt
 from ...errors import ConfigurationError
@@ -269,6 +269,7 @@ class Decoder(ABC):
         Raises:
             ConfigurationError: ``shared``, and no budget of LM tokens that all have; a setting is out of range.
         """
+        check_flag("shared", shared)
         return self._run(load_requests(prompts, budget, changes), progress, shared=shared)
 
     def resume(self, plan: Plan, budget: Budget | int | None = None, *, progress: Progress | None = None) -> Plan:
@@ -286,6 +287,8 @@ class Decoder(ABC):
         Raises:
             ConfigurationError: The plan is another decoder's, was resumed before, or comes from another process.
         """
+        if not isinstance(plan, Plan):
+            raise ConfigurationError(f"resume goes on with a plan, what plan(prompt, …) returned; got {plan!r:.100}")
         active = plan._active
         if active is None:
             raise ConfigurationError(

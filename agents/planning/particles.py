@@ -53,7 +53,8 @@ class RebaseSearch(Decoder):
         """
         super().__init__(env, **kwargs)
         self.width = None if width is None else check_integer("width", width)
-        self.balance, self.seed = check_number("balance", balance, low=0, open_low=True), seed
+        self.balance = check_number("balance", balance, low=0, open_low=True)
+        self.seed = check_integer("seed", seed, low=0)
         self.temperature = check_number("temperature", temperature, low=0, open_low=True)
 
     def select(self, search: Search) -> Iterator[Edges]:
@@ -130,7 +131,10 @@ class ParticleFilter(Decoder):
         super().__init__(env, **kwargs)
         self.particles = None if particles is None else check_integer("particles", particles)
         self.beta = check_number("beta", beta, low=0, open_low=True)
-        self.threshold, self.seed = check_number("threshold", threshold, low=0, high=1), seed
+        self.threshold, self.seed = (
+            check_number("threshold", threshold, low=0, high=1),
+            check_integer("seed", seed, low=0),
+        )
         if twist not in ("heuristic", "potential"):
             raise ConfigurationError(f"twist is 'heuristic' or 'potential', got {twist!r}")
         if twist == "potential" and (self.score == "q" or not self.mdp.reward.has_potential):

@@ -12,7 +12,6 @@ import numpy as np
 
 from ...checks import check_integer, check_number
 from ...envs import Completion, Finish
-from ...errors import ConfigurationError
 from ...logprobs import gumbel_below, log_sum_exp
 from ..search.state import NO_EDGES, Edges, IntArray, Search, Status, Values
 from .decoder import Decoder
@@ -63,11 +62,9 @@ class SamplingDecoder(Decoder):
             ConfigurationError: An argument is out of range.
         """
         super().__init__(env, **kwargs)
-        if n is not None and n < 1:
-            raise ConfigurationError(f"n is an integer >= 1 or None, got {n!r}")
-        if not temperature > 0:
-            raise ConfigurationError(f"temperature is a number > 0, got {temperature!r}")
-        self.n, self.temperature, self.seed = n, temperature, seed
+        self.n = None if n is None else check_integer("n", n)
+        self.temperature = check_number("temperature", temperature, low=0, open_low=True)
+        self.seed = check_integer("seed", seed, low=0)
         self.top_p = check_number("top_p", top_p, low=0, high=1, open_low=True)
         self.beta = check_number("beta", beta, low=0, open_low=True)
 

@@ -350,7 +350,7 @@ class Search:
         budget = self.budget
         if budget.gap is not None and self.best is not None and self.upper_bound - self.lower_bound <= budget.gap:
             self.stop_reason = "gap"
-        elif budget.target is not None and self.incumbent >= budget.target:
+        elif budget.target is not None and self.best is not None and self.incumbent >= budget.target:
             self.stop_reason = "target"
         elif budget.patience is not None and self.best and self.lm_tokens - self._improved_at >= budget.patience:
             self.stop_reason = "patience"

@@ -193,6 +193,20 @@ def test_mistakes_are_told_before_any_work(tmp_path):
         train_task(TASK, tmp_path / "run", resume=True)
 
 
+def test_a_training_does_not_go_on_with_other_settings(tmp_path):
+    train_task(TASK, tmp_path / "run", steps=1, seed=3)
+    wider = {**TASK.training, "policy_kwargs": {"width": 16}}
+    other = {**TASK.training, "gradient_steps": 3}
+    for training, seed, difference in (
+        (TASK.training, 0, "seed 3 \\(saved\\) against 0 \\(here\\)"),
+        (other, 3, "gradient_steps 2 .* 3"),
+        (wider, 3, "width 8 .* 16"),
+    ):
+        with pytest.raises(CheckpointError, match=f"trained with other settings: {difference}.*another folder"):
+            train_task(TASK.model_copy(update={"training": training}), tmp_path / "run", resume=True, seed=seed)
+    assert train_task(TASK, tmp_path / "run", steps=40, resume=True, seed=3).time_steps >= 40
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

@@ -239,6 +239,7 @@ def test_the_toys_optimum_is_known_by_enumeration():
         ),
         ({"prompts": {"train": {"templates": ["A {x}"], "slots": {"x": []}}, "dev": ["b"], "test": ["c"]}}, "slots.x"),
         ({"prompts": {"train": "a", "dev": ["b"], "test": ["c"]}}, "prompts.train.listed: [^:;]*$"),
+        *(({"name": name}, "name: ") for name in ("../../elsewhere", "a/b", "..", ".", "", "a\\b", "a\0b")),
         ({"traning": {}}, "unknown key 'traning', did you mean 'training'"),
     ],
 )

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from qstar_decoding.agents import CONTENDERS, QStar, TokenQPolicy, evaluate_tasks
 from qstar_decoding.agents.evaluation import comparison as comparison_module
+from qstar_decoding.agents.evaluation import plots
 from qstar_decoding.agents.evaluation.comparison import Comparison
 from qstar_decoding.agents.evaluation.report import write_report
 from qstar_decoding.agents.evaluation.results import Results
@@ -159,6 +160,7 @@ def test_a_folder_belongs_to_one_comparison(tmp_path, q):
         ({"decoders": ["Q*"]}, ConfigurationError, "needs a Q-function"),
         ({"budgets": [0]}, ConfigurationError, "budget"),
         ({"budgets": []}, ConfigurationError, "at least one budget"),
+        ({"budgets": [10**20]}, ConfigurationError, "a budget is an integer from 1"),
         ({"seeds": 0}, ConfigurationError, "seeds"),
     ],
 )
@@ -183,6 +185,13 @@ def test_a_wrong_task_is_told_before_any_work(tmp_path, q, changes, error, messa
     given["prompts"] |= changes.get("prompts", {})
     with pytest.raises(error, match=message):
         Comparison(Task.model_validate(given), tmp_path, qs=[q], decoders=["Q*"], budgets=[10])
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_tasks_of_one_name_are_told_before_any_work(tmp_path):
+    other = TASK.model_copy(update={"budgets": [9]})
+    with pytest.raises(ConfigurationError, match="two tasks are named 'toy'"):
+        evaluate_tasks([TASK, other], tmp_path, decoders=["greedy"], budgets=[8], seeds=1, tune=False)
     assert not list(tmp_path.iterdir())
 
 
@@ -244,6 +253,12 @@ def finished(tmp_path_factory, q):
     comparison = compare(folder, qs=[q], budgets=[8], seeds=1)
     comparison.run()
     return folder, comparison.rows()
+
+
+def test_a_picture_highlights_decoders_that_were_measured(tmp_path):
+    evaluate_tasks([TASK], tmp_path, decoders=["greedy"], budgets=[8], seeds=1, tune=False)
+    with pytest.raises(UnknownNameError, match="unknown decoder 'gredy'; known, nearest first: 'greedy'"):
+        plots.draw("objective", [str(tmp_path)], names=["gredy"])
 
 
 @pytest.mark.parametrize("how", SPOILT)

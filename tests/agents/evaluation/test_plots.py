@@ -209,6 +209,8 @@ def test_trainings_are_drawn_by_their_names(runs):
         (["learning", "nowhere"], ConfigurationError, "no folder 'nowhere'"),
         (["learning", "."], ConfigurationError, "no diagnostics.jsonl and no TensorBoard log"),
         (["learning", "toy-0", "--curve", "los"], UnknownNameError, "unknown quantity 'los'"),
+        (["learning", "toy-0", "--highlight", "greedy"], ConfigurationError, "leave them out for learning"),
+        (["trace", "toy-0", "--curve", "loss"], ConfigurationError, "leave them out for trace"),
         (["learning", "cut"], ConfigurationError, "diagnostics.jsonl, line 2 is not JSON"),
         (["trace", "cut/diagnostics.jsonl"], ConfigurationError, "line 1 is not a plan of qstar decode --json"),
         (["calibration", "cut"], ConfigurationError, "is not a calibration"),

@@ -743,6 +743,14 @@ def test_a_broken_heuristic_is_an_error(mdp, heuristic, message):
         (lambda mdp: AStarPlanner(mdp).plan("a", 0), "lm_tokens"),
         (lambda mdp: AStarPlanner(mdp).plan("a", Budget(seconds=-1)), "seconds"),
         (lambda mdp: AStarPlanner(mdp).plan("a", "many"), "lm_tokens"),
+        (lambda mdp: AStarPlanner(mdp, pathmax="no"), "pathmax is true or false"),
+        (lambda mdp: BeamSearch(mdp, all_endings="no"), "all_endings is true or false"),
+        (lambda mdp: AStarPlanner(mdp).plan_many(["a"], 9, shared="no"), "shared is true or false"),
+        (lambda mdp: SamplingDecoder(mdp, seed=-1), "seed is an integer >= 0"),
+        (lambda mdp: SamplingDecoder(mdp, n="2"), "n is an integer"),
+        (lambda mdp: SamplingDecoder(mdp, temperature="hot"), "temperature"),
+        (lambda mdp: AStarPlanner(mdp).resume("a", 9), "resume goes on with a plan"),
+        (lambda mdp: AStarPlanner(mdp).plan("a", 9, logprob_weight=1e308), "logprob_weight is a finite number"),
     ],
 )
 def test_bad_arguments_are_named(mdp, call, message):

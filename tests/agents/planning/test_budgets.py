@@ -128,6 +128,9 @@ def test_gap_target_and_patience_end_a_search_and_say_so():
     assert aimed.stop_reason == "target"
     assert aimed.objective >= best.objective - 0.2
     assert aimed.usage.lm_tokens < best.usage.lm_tokens
+    anything = AStarPlanner(mdp).plan("a", Budget(target=float("-inf")))
+    assert anything.stop_reason == "target"
+    assert anything.stop == "length"  # a text, and not the prompt alone
     patient = AStarPlanner(mdp, search="anytime").plan("a", Budget(patience=6))
     assert patient.stop_reason in ("patience", "certified")
     assert AStarPlanner(mdp).plan("a", Budget(gap=0)).stop_reason in ("gap", "certified")

@@ -191,6 +191,7 @@ def test_the_probability_of_the_lead_is_that_of_the_beta_distribution():
         ({"beta": 0}, "beta"),
         ({"particles": 0}, "particles"),
         ({"threshold": 2}, "threshold"),
+        ({"seed": -1}, "seed is an integer >= 0"),
         ({"twist": "potential", "score": "q"}, 'score="q" rules out'),
     ],
 )
