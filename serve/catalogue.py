@@ -235,7 +235,13 @@ class Catalogue:
         try:
             decoder = make_decoder(command, self.engine.mdp, **options)
             decoder.processes = self.engine.decoder.processes  # so that equal settings share their trees
+        except QStarError as error:
+            raise as_api_error(error, "qstar") from error
+        try:
             decoder = decoder.with_changes(**changes)
+        except QStarError as error:
+            raise as_api_error(error, _field_of(decoder, changes, body)) from error
+        try:
             if learner is not None and not learner.fits(decoder.mdp):
                 # Another reward, α, k or constraint: its searches teach nothing.
                 decoder = decoder.with_changes(heuristic=learner.newest())
@@ -276,6 +282,27 @@ class Catalogue:
         return self._heuristics[name](), planner
 
 
+def _field_of(decoder: Decoder, changes: Mapping[str, Any], body: Body) -> str:
+    """Return the field of the first change that cannot be made after those before it."""
+    by_format = getattr(body, "response_format", None) is not None
+    fields = {
+        "top_k": "qstar.top_k",  # first, since a Q-function fits one k only
+        "max_new_tokens": "max_tokens",
+        "stop": "stop",
+        "logprob_weight": "qstar.logprob_weight",
+        "reward": "qstar.reward",
+        "constraint": "response_format" if by_format else "qstar.constraint",
+    }
+    made: dict[str, Any] = {}
+    for name, place in fields.items():
+        made |= {name: changes[name]} if name in changes else {}
+        try:
+            decoder.with_changes(**made)
+        except QStarError:
+            return place
+    return "qstar"
+
+
 def _texts(decoder: Decoder, choices: int, tokens: int) -> int | None:
     """Return the library's n: of samplers, the texts that are drawn; of others, how many of the best are wanted."""
     if not isinstance(decoder, SamplingDecoder):
@@ -298,6 +325,8 @@ def _refuse_sampling(body: Body, command: str) -> None:
     if issubclass(DECODERS[command], SamplingDecoder):
         if body.temperature == 0:
             raise invalid("temperature", f"the decoder {command!r} draws, so it is more than 0")
+        if body.top_p == 0:
+            raise invalid("top_p", f"the decoder {command!r} draws, so it is more than 0")
         return
     if body.temperature not in (None, 0, 1):
         raise invalid("temperature", f"the decoder {command!r} draws nothing; leave it out, or give 0 or 1")

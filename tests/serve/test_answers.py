@@ -243,6 +243,7 @@ def test_a_shipped_q_is_a_model_on_its_language_model():
         assert client.post(COMPLETIONS, json=by_field).json()["choices"][0]["text"] == expected.text
         wrong = client.post(COMPLETIONS, json={**by_field, "qstar": {"q": "toy", "top_k": 3}})
         assert wrong.status_code == 400
+        assert wrong.json()["error"]["param"] == "qstar.top_k"
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
@@ -333,6 +334,13 @@ def test_what_clients_send_by_default_is_taken(client):
         ({"qstar": {}, "logit_bias": {"1": 1}}, "logit_bias"),
         ({"qstar": {}, "frequency_penalty": 1}, "frequency_penalty"),
         ({"qstar": {"decoder": "sample"}, "temperature": 0}, "temperature"),
+        ({"qstar": {"decoder": "sample"}, "top_p": 0}, "top_p"),
+        ({"qstar": {"top_k": 9}}, "qstar.top_k"),
+        ({"qstar": {"logprob_weight": 1e300}}, "qstar.logprob_weight"),
+        ({"qstar": {"reward": "length('x')"}}, "qstar.reward"),
+        ({"qstar": {"constraint": {"min_tokens": 99}}, "max_tokens": 6}, "qstar.constraint"),
+        ({"qstar": {"constraint": {"regex": "z"}}}, "qstar.constraint"),
+        ({"qstar": {}, "response_format": {"type": "json_object"}}, "response_format"),
         ({"model": "beam/tiny", "qstar": {"decoder": "astar"}}, "qstar.decoder"),
         ({"model": "beam/tiny", "qstar": {"q": "none"}}, None),
     ],
