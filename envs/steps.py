@@ -198,8 +198,8 @@ class StepMDP(DecodingMDP):
     def actions_left(self, nodes: IntArray) -> int:
         """See :meth:`DecodingMDP.actions_left`: as many as steps of the mean length of those drawn here."""
         mask = self.action_mask(nodes)
-        if not mask.any():
-            return 0
+        if not mask.any():  # a dead end of the constraint; users divide by this
+            return 1
         lengths = self.tree.depth[self._of(nodes, "nodes", np.int64)] + 1 - self.tree.depth[nodes][:, None]
         return math.ceil(super().actions_left(nodes) / float(lengths[mask].mean()))
 

@@ -168,7 +168,7 @@ class BeamSearch(LevelSearch):
             ConfigurationError: An argument is out of range.
         """
         super().__init__(env, width=width, taper=0.0 if taper is None and width is None else taper, **kwargs)
-        if not rerank:
+        if not check_flag("rerank", rerank):
             self.score = "q"
 
     def select(self, search: Search) -> Iterator[Edges]:

@@ -12,6 +12,7 @@ from stable_baselines3 import DQN
 from stable_baselines3.common.env_checker import check_env as check_env_sb3
 
 from qstar_decoding.agents import (
+    DECODERS,
     AStarPlanner,
     BeamSearch,
     Budget,
@@ -21,9 +22,9 @@ from qstar_decoding.agents import (
     SearchEngine,
     make_decoder,
 )
-from qstar_decoding.envs import DecodingMDP, Finish, TabularLM, load_prompts
+from qstar_decoding.envs import DecodingMDP, Finish, ForcedStrings, TabularLM, load_prompts
 from qstar_decoding.envs.steps import StepMDP, make_process
-from qstar_decoding.errors import CheckpointError, ConfigurationError
+from qstar_decoding.errors import CheckpointError, ConfigurationError, ConstraintError
 from qstar_decoding.rewards import as_reward
 from qstar_decoding.tasks.task import load_task
 
@@ -335,6 +336,16 @@ def test_constraints_and_stop_strings_hold_within_steps():
         assert all(completion.text.endswith("d") and completion.text[0] != "d" for completion in found.values())
         stopped = texts_below(StepMDP(model(), **STEPS, stop="cc", step_proposals=proposals), PROMPTS[0])
         assert all("cc" not in completion.text for completion in stopped.values())
+
+
+@pytest.mark.parametrize("name", sorted(DECODERS))
+def test_a_state_without_steps_is_a_dead_end_for_every_decoder(name):
+    # The returned text ends before the stop string, so it never has it.
+    changed = {**SETTINGS, "reward": "length", "delimiter": "zz", "stop": "c", "constraint": ForcedStrings("c")}
+    mdp = StepMDP(model(), **changed)
+    assert not mdp.action_mask(mdp.roots(PROMPTS)).any()
+    with pytest.raises(ConstraintError, match="no token is left at position 0"):
+        make_decoder(name, mdp).plan("ab", 20)
 
 
 def test_changes_keep_the_steps():

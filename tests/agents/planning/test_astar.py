@@ -745,6 +745,7 @@ def test_a_broken_heuristic_is_an_error(mdp, heuristic, message):
         (lambda mdp: AStarPlanner(mdp).plan("a", "many"), "lm_tokens"),
         (lambda mdp: AStarPlanner(mdp, pathmax="no"), "pathmax is true or false"),
         (lambda mdp: BeamSearch(mdp, all_endings="no"), "all_endings is true or false"),
+        (lambda mdp: BeamSearch(mdp, rerank="no"), "rerank is true or false"),
         (lambda mdp: AStarPlanner(mdp).plan_many(["a"], 9, shared="no"), "shared is true or false"),
         (lambda mdp: SamplingDecoder(mdp, seed=-1), "seed is an integer >= 0"),
         (lambda mdp: SamplingDecoder(mdp, n="2"), "n is an integer"),
