@@ -6,7 +6,7 @@ import itertools
 import math
 import string
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -160,7 +160,7 @@ def keyword_sets(
     for group in _listed("groups", groups):
         if not all(isinstance(word, str) and word for word in _listed("a group", group)):
             raise ConfigurationError(f"groups are lists of words, got {group!r}")
-    if not isinstance(template, str) or not _fits(template):
+    if not _fits(template):
         raise ConfigurationError(f"template is a text with {{words}} and no other braces, got {template!r}")
     kept_back = [set(rng.permutation(group)[: max(len(group) // 5, 1)].tolist()) for group in groups]
     sets = list(itertools.product(*groups))
@@ -186,7 +186,7 @@ def letters(*, vocabulary: str, train: int, dev: int, test: int, length: int = 4
         ConfigurationError: There are not so many different strings, or an argument is of another kind.
     """
     rng = _seeded(seed, dev=dev, test=test, train=train)
-    if not isinstance(vocabulary, str) or not vocabulary:
+    if not isinstance(cast("Any", vocabulary), str) or not vocabulary:
         raise ConfigurationError(f"vocabulary is a text of letters, got {vocabulary!r}")
     check_integer("length", length)
     most, wanted = len({*vocabulary}) ** min(length, 64), train + dev + test  # 2 ** 64 are more than enough
@@ -218,7 +218,11 @@ def reasoning_gym(
 
     _seeded(seed, dev=dev, test=test, train=train)
     check_integer("shots", shots, low=0)
-    if not isinstance(datasets, dict) or not datasets or not all(isinstance(c, dict) for c in datasets.values()):
+    if (
+        not isinstance(cast("Any", datasets), dict)
+        or not datasets
+        or not all(isinstance(c, dict) for c in datasets.values())
+    ):
         raise ConfigurationError(
             f"datasets maps names to configurations, such as {{'chain_sum': {{'max_terms': 2}}}}; got {datasets!r:.200}"
         )
@@ -336,10 +340,10 @@ def _four_numbers(problem: Any) -> tuple[int, ...]:
     return tuple(map(int, words))
 
 
-def _fits(template: str) -> bool:
+def _fits(template: Any) -> bool:
     """Tell whether a template takes words, and nothing else."""
     try:
-        return template.format(words="\0") != template.format(words="")
+        return isinstance(template, str) and template.format(words="\0") != template.format(words="")
     except (LookupError, ValueError, AttributeError):
         return False
 

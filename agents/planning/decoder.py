@@ -269,8 +269,7 @@ class Decoder(ABC):
         Raises:
             ConfigurationError: ``shared``, and no budget of LM tokens that all have; a setting is out of range.
         """
-        check_flag("shared", shared)
-        return self._run(load_requests(prompts, budget, changes), progress, shared=shared)
+        return self._run(load_requests(prompts, budget, changes), progress, shared=check_flag("shared", shared))
 
     def resume(self, plan: Plan, budget: Budget | int | None = None, *, progress: Progress | None = None) -> Plan:
         """Go on with a search that this decoder began, paying only for what is new.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Hashable, Iterable, Iterator
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 from ...checks import check_choice
 from ...errors import ConfigurationError
@@ -40,7 +40,7 @@ class CountdownConstraint(MovesConstraint):
             ConfigurationError: There is no such format, or an operator is unknown.
         """
         check_choice("format", format, get_args(Format))
-        if not isinstance(operators, str) or not operators or not {*operators} <= {*"+-*/"}:
+        if not isinstance(cast("Any", operators), str) or not operators or not {*operators} <= {*"+-*/"}:
             raise ConfigurationError(f"operators are a text of some of '+-*/', got {operators!r}")
         self.format, self.operators = format, operators
 
