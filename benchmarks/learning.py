@@ -29,6 +29,7 @@ from solving import by_ranking, by_solved, choose_search
 from qstar_decoding.agents import AStarPlanner, BeamSearch, GreedyDecoder, QHeuristic, SamplingDecoder
 from qstar_decoding.agents.evaluation.comparison import measurements
 from qstar_decoding.agents.evaluation.outcomes import evaluate, paired_bootstrap
+from qstar_decoding.envs import load_language_model
 from qstar_decoding.rewards import as_reward
 from qstar_decoding.tasks import load_task
 
@@ -52,12 +53,24 @@ def trained(task, seed, runs):
     return folder
 
 
+def depth(model):
+    """Return the number of a language model's layers."""
+    return int(load_language_model(model).model.config.get_text_config().num_hidden_layers)
+
+
 def with_model(task, model, runs):
-    """Write a shipped task, with another language model, as a file of one's own; return its path."""
+    """Write a shipped task, with another language model, as a file of one's own; return its path.
+
+    Hidden layers that the task names become those at the same share of the other model's depth.
+    """
     content = yaml.safe_load((files("qstar_decoding.tasks") / f"{task}.yaml").read_text(encoding="utf-8"))
+    env = {**content["env"], "model": model}
+    if "hidden_layers" in env:
+        share = depth(model) / depth(content["env"].get("model", "smollm2-135m-instruct"))
+        env["hidden_layers"] = [round(layer * share) for layer in env["hidden_layers"]]
     path = Path(runs) / f"{task}-{Path(model).name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump({**content, "env": {**content["env"], "model": model}}), encoding="utf-8")
+    path.write_text(yaml.safe_dump({**content, "env": env}), encoding="utf-8")
     return str(path)
 
 
