@@ -186,7 +186,8 @@ def by_accuracy(task, runs, seeds, budget=60, count=None):
     found = measure(task, runs, seeds, [budget], names, prompts)
     limits = task.prompts.arguments
     operands = f"operands {limits['low']}–{limits['high']}" if "low" in limits else task.name
-    table = Table(title=f"{task.name}, {operands}: {len(prompts)} unseen problems, {len(seeds)} training seeds")
+    of = task.name if operands == task.name else f"{task.name}, {operands}"
+    table = Table(title=f"{of}: {len(prompts)} unseen problems, {len(runs)} trained Q")
     for column in ("decoder", "LM tokens", "right", "by seed", "95 %"):
         table.add_column(column, justify="left" if column == "decoder" else "right")
     rows, targets = [], {"arg max Q": 0.85, "Q*": 0.92}
