@@ -252,7 +252,7 @@ def reasoning_gym(
 
 
 def star_graph(
-    *, degrees: list[int], length: int, train: int, dev: int, test: int, shots: int = 3, seed: int = 0
+    *, degrees: Sequence[int], length: int, train: int, dev: int, test: int, shots: int = 3, seed: int = 0
 ) -> Splits:
     """Return few-shot searches for the path from the centre of a star to one of its leaves.
 
@@ -325,7 +325,7 @@ def _seeded(
 
 def _listed(name: str, value: Any) -> Sequence[Any]:
     """Check that an argument is a list with something in it."""
-    if not isinstance(value, (list, tuple)) or not value:
+    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
         raise ConfigurationError(f"{name} is a list that is not empty, got {value!r:.200}")
     return value
 

@@ -91,6 +91,11 @@ def test_the_game_of_24_is_tested_on_the_published_problems():
     assert {p["target"] for p in test} == {24}
 
 
+def test_degrees_may_be_a_range():
+    asked = {"length": 2, "train": 5, "dev": 2, "test": 2}
+    assert star_graph(degrees=range(3, 5), **asked) == star_graph(degrees=[3, 4], **asked)
+
+
 def test_paths_of_star_graphs_are_right_and_of_all_degrees():
     test = load_task("star-graph").prompts.of("test")
     assert {p["degree"] for p in test} == {*range(3, 11)}
