@@ -119,7 +119,8 @@ def train_task(
     config = QStarConfig.of({name: value for name, value in spec.training.items() if name not in own} | {"seed": seed})
     if "device" in own:
         resolve_device(own["device"])
-    check_keywords("AStarPlanner", spec.planner, inspect.signature(AStarPlanner).parameters)
+    known = inspect.signature(AStarPlanner).parameters.keys() - {"env", "heuristic", "learn"}
+    check_keywords("AStarPlanner", spec.planner, known)
     total = spec.steps if steps is None else check_integer("steps", steps)
     check_integer("save_every", save_every)
     folder = Path("runs") / f"{spec.name}-{seed}" if folder is None else Path(folder)

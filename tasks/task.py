@@ -26,7 +26,6 @@ __all__ = ["Task", "load_task", "task_names"]
 _GIVEN_ELSEWHERE = {
     "env": {"prompts": "prompts are a key of the task"},
     "training": {"seed": "it is given to the training (--seed)"},
-    "planner": dict.fromkeys(("env", "heuristic", "learn"), "it is that of the task or of the command"),
 }
 _NOT_OF_THE_MDP = {"shaping", "gamma", "candidate_dims", "context_tokens", "components"}
 

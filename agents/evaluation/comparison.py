@@ -36,6 +36,7 @@ __all__ = ["Cell", "Comparison"]
 
 TUNING_PROMPTS = 20  # of the dev prompts: enough to tell settings of a grid apart, and most of the cost of a small run
 _TIMED_PROMPTS = 2
+_MOST_TOKENS = 10**9  # more cannot be drawn
 
 
 class Cell(NamedTuple):
@@ -389,7 +390,10 @@ def check_request(decoders: Sequence[str], budgets: Sequence[int], seeds: int) -
             raise UnknownNameError("decoder", name, CONTENDERS)
     if not budgets:
         raise ConfigurationError("at least one budget is needed")
-    return sorted({check_integer("a budget", budget, high=10**9) for budget in budgets})
+    checked = sorted({check_integer("a budget", budget) for budget in budgets})
+    if checked[-1] > _MOST_TOKENS:
+        raise ConfigurationError(f"a budget is at most {_MOST_TOKENS:,} LM tokens, got {checked[-1]}")
+    return checked
 
 
 def setting_at(name: str, chosen: int | None) -> dict[str, Any]:

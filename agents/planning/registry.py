@@ -80,7 +80,7 @@ class DecoderSpec:
         """
         options: dict[str, Any] = {"seed": seed} if self.random else {}
         if heuristic is not None:
-            known = inspect.signature(AStarPlanner).parameters.keys() - {"env", "heuristic"}
+            known = inspect.signature(AStarPlanner).parameters.keys() - {"env", "heuristic", "learn"}
             for key in planner:
                 if key not in known:
                     raise UnknownNameError("argument of planner", str(key), known)

@@ -41,7 +41,7 @@ class CountdownConstraint(MovesConstraint):
         """
         check_choice("format", format, get_args(Format))
         if not isinstance(cast("Any", operators), str) or not operators or not {*operators} <= {*"+-*/"}:
-            raise ConfigurationError(f"operators are a text of some of '+-*/', got {operators!r}")
+            raise ConfigurationError(f"operators are some of '+-*/', in one text, got {operators!r}")
         self.format, self.operators = format, operators
 
     def start(self, prompt: Prompt) -> Hashable:

@@ -185,6 +185,8 @@ def test_mistakes_are_told_before_any_work(tmp_path):
             train_task(changed, tmp_path / "new")
     with pytest.raises(ConfigurationError, match=r"no argument 'widht'; did you mean 'width'\?"):
         train_task(TASK.model_copy(update={"planner": {"widht": 3}}), tmp_path / "new")
+    with pytest.raises(ConfigurationError, match="no argument 'heuristic'"):
+        train_task(TASK.model_copy(update={"planner": {"heuristic": "toy"}}), tmp_path / "new")
     with pytest.raises(UnknownNameError, match="unknown task 'toyy'"):
         train_task("toyy", tmp_path / "new")
     assert find_checkpoint(tmp_path / "new") is None

@@ -90,7 +90,7 @@ def test_a_search_goes_on_when_the_server_is_back(lm: TransformersLM) -> None:
     with pytest.raises(ServerError, match="plan again when the server is back"):
         decoder.plan("The capital of France is")
     with llama_cpp_server(gguf, port=int(address.rpartition(":")[2].removesuffix("/v1"))):
-        paid = remote.usage.requests
         assert decoder.plan("The capital of France is").text
+        paid = remote.usage.requests
         assert decoder.plan("Once upon a time").text
-        assert remote.usage.requests - paid == 6  # the finished plan's prefixes are kept
+        assert remote.usage.requests == paid  # the finished plan's prefixes are kept

@@ -160,7 +160,7 @@ def test_a_folder_belongs_to_one_comparison(tmp_path, q):
         ({"decoders": ["Q*"]}, ConfigurationError, "needs a Q-function"),
         ({"budgets": [0]}, ConfigurationError, "budget"),
         ({"budgets": []}, ConfigurationError, "at least one budget"),
-        ({"budgets": [10**20]}, ConfigurationError, "a budget is an integer from 1"),
+        ({"budgets": [10**20]}, ConfigurationError, "a budget is at most 1,000,000,000 LM tokens"),
         ({"seeds": 0}, ConfigurationError, "seeds"),
     ],
 )
