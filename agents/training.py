@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -33,6 +32,7 @@ from .learning.qstar import QStar
 from .planning.astar import AStarPlanner
 from .planning.decoder import Decoder
 from .planning.greedy import GreedyDecoder
+from .planning.registry import PLANNER_SETTINGS
 from .planning.sampling import SamplingDecoder
 from .trackers import Tracking, check_tracker
 
@@ -119,8 +119,7 @@ def train_task(
     config = QStarConfig.of({name: value for name, value in spec.training.items() if name not in own} | {"seed": seed})
     if "device" in own:
         resolve_device(own["device"])
-    known = inspect.signature(AStarPlanner).parameters.keys() - {"env", "heuristic", "learn"}
-    check_keywords("AStarPlanner", spec.planner, known)
+    check_keywords("AStarPlanner", spec.planner, PLANNER_SETTINGS)
     total = spec.steps if steps is None else check_integer("steps", steps)
     check_integer("save_every", save_every)
     folder = Path("runs") / f"{spec.name}-{seed}" if folder is None else Path(folder)

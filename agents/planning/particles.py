@@ -131,10 +131,8 @@ class ParticleFilter(Decoder):
         super().__init__(env, **kwargs)
         self.particles = None if particles is None else check_integer("particles", particles)
         self.beta = check_number("beta", beta, low=0, open_low=True)
-        self.threshold, self.seed = (
-            check_number("threshold", threshold, low=0, high=1),
-            check_integer("seed", seed, low=0),
-        )
+        self.threshold = check_number("threshold", threshold, low=0, high=1)
+        self.seed = check_integer("seed", seed, low=0)
         if twist not in ("heuristic", "potential"):
             raise ConfigurationError(f"twist is 'heuristic' or 'potential', got {twist!r}")
         if twist == "potential" and (self.score == "q" or not self.mdp.reward.has_potential):

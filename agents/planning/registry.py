@@ -21,7 +21,18 @@ from .mcts import MCTS
 from .particles import ParticleFilter, RebaseSearch
 from .sampling import AdaptiveVote, BlockwiseDecoder, ILQLDecoder, MajorityVote, SamplingDecoder, UniqueSampler
 
-__all__ = ["CONTENDERS", "DECODERS", "DecoderSpec", "by_command", "decoder_options", "make_decoder"]
+__all__ = [
+    "CONTENDERS",
+    "DECODERS",
+    "PLANNER_SETTINGS",
+    "DecoderSpec",
+    "by_command",
+    "decoder_options",
+    "make_decoder",
+]
+
+# What a task may set of A*; its environment, its heuristic and its learner come from elsewhere.
+PLANNER_SETTINGS = inspect.signature(AStarPlanner).parameters.keys() - {"env", "heuristic", "learn"}
 
 # A decoder looks at the language model alone, at the reward of finished texts, at that of unfinished ones, or at Q.
 Uses = Literal["lm", "reward", "potential", "q"]
@@ -80,10 +91,9 @@ class DecoderSpec:
         """
         options: dict[str, Any] = {"seed": seed} if self.random else {}
         if heuristic is not None:
-            known = inspect.signature(AStarPlanner).parameters.keys() - {"env", "heuristic", "learn"}
             for key in planner:
-                if key not in known:
-                    raise UnknownNameError("argument of planner", str(key), known)
+                if key not in PLANNER_SETTINGS:
+                    raise UnknownNameError("argument of planner", str(key), PLANNER_SETTINGS)
             shared = {"score"} | (_LEVEL_SETTINGS if issubclass(self.kind, LevelSearch) else set())
             taken = planner if self.kind is AStarPlanner else {k: v for k, v in planner.items() if k in shared}
             options |= {"heuristic": heuristic, **taken}
