@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -119,7 +120,9 @@ def train_task(
     config = QStarConfig.of({name: value for name, value in spec.training.items() if name not in own} | {"seed": seed})
     if "device" in own:
         resolve_device(own["device"])
-    check_keywords("AStarPlanner", spec.planner, PLANNER_SETTINGS)
+    check_keywords("AStarPlanner", spec.planner, inspect.signature(AStarPlanner).parameters)
+    if given := sorted(spec.planner.keys() - PLANNER_SETTINGS):
+        raise ConfigurationError(f"a task's planner has no argument {given[0]!r}; its Q is what is trained")
     total = spec.steps if steps is None else check_integer("steps", steps)
     check_integer("save_every", save_every)
     folder = Path("runs") / f"{spec.name}-{seed}" if folder is None else Path(folder)
