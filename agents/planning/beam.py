@@ -16,6 +16,8 @@ from .decoder import Decoder
 
 __all__ = ["BeamSearch", "DiverseBeamSearch", "LevelSearch"]
 
+MOST_AT_ONCE = 4096  # texts that one forward may continue, however large the budget: each needs memory
+
 
 class LevelSearch(Decoder):
     r"""Level-synchronous search: at each depth the edges of highest priority, in rounds of growing width.
@@ -226,7 +228,12 @@ class DiverseBeamSearch(Decoder):
 
 
 def affordable_width(search: Search, depth: int = 0) -> int:
-    """Return how many prefixes of each length, from this depth on, the rest of the budget surely pays for."""
+    """Return how many prefixes of each length, from this depth on, the rest of the budget surely pays for.
+
+    At most :data:`MOST_AT_ONCE`.
+    """
     steps = max(search.actions_to_come(depth) - 1, 1)
     affordable = search.affordable_rows(steps)
-    return LevelSearch.unbudgeted_width if math.isinf(affordable) else max(int(affordable) // steps, 1)
+    if math.isinf(affordable):
+        return LevelSearch.unbudgeted_width
+    return min(max(int(affordable) // steps, 1), MOST_AT_ONCE)

@@ -17,6 +17,7 @@ __all__ = ["MCTS"]
 Path = list[tuple[int, int]]  # the rows and actions of a simulation, from the root on
 
 _UNBUDGETED_SIMULATIONS = 8
+_MOST_FRUITLESS = 1280  # simulations without an edge to expand, after which a search ends
 
 
 class NodeStats:
@@ -165,14 +166,18 @@ class MCTS(Decoder):
         budgeted = _UNBUDGETED_SIMULATIONS if unlimited else int(affordable) // horizon
         per_token = self.simulations or max(budgeted, 1)
         simulations = Simulations(search, self.exploration, self.temperature)
+        # A tree smaller than the budget ends the search by simulations that find nothing to expand.
+        patience = min(20 * per_token, _MOST_FRUITLESS)
         root = fruitless = 0
-        while fruitless < 20 * per_token and search.can_improve and not (unlimited and root < 0):
-            root, before = max(root, 0), search.pops
+        while search.can_improve and not (unlimited and root < 0):
+            root = max(root, 0)
             for _ in range(per_token):
-                path = simulations.select(root)
+                path, before = simulations.select(root), search.pops
                 edge = simulations.expand(path)
                 if edge is not None:
                     yield edge
                 simulations.backup(path, simulations.evaluate(path))
+                fruitless = fruitless + 1 if search.pops == before else 0
+                if fruitless == patience:
+                    return
             root = simulations.most_visited(root)  # -1 where the text ended: begin again
-            fruitless = fruitless + per_token if search.pops == before else 0

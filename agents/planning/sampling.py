@@ -14,6 +14,7 @@ from ...checks import check_integer, check_number
 from ...envs import Completion, Finish
 from ...logprobs import gumbel_below, log_sum_exp
 from ..search.state import NO_EDGES, Edges, IntArray, Search, Status, Values
+from .beam import MOST_AT_ONCE
 from .decoder import Decoder
 
 __all__ = ["AdaptiveVote", "BlockwiseDecoder", "ILQLDecoder", "MajorityVote", "SamplingDecoder", "UniqueSampler"]
@@ -33,7 +34,7 @@ class SamplingDecoder(Decoder):
         unbudgeted: Texts that are drawn where neither ``n`` nor the budget says how many.
     """
 
-    largest_wave = 1 << 30
+    largest_wave = MOST_AT_ONCE
     unbudgeted = 1
 
     def __init__(
@@ -274,7 +275,7 @@ class BlockwiseDecoder(SamplingDecoder):
         """Yield the next token of each block."""
         rng, cost = generator(self.seed, search), max(search.actions_to_come(0) - 1, 1)
         affordable = search.affordable_rows(cost)
-        n = self.n or (4 if math.isinf(affordable) else max(int(affordable) // cost, 1))
+        n = self.n or (4 if math.isinf(affordable) else min(max(int(affordable) // cost, 1), MOST_AT_ONCE))
         fruitless = 0
         while fruitless < 20 and (math.isfinite(affordable) or not search.completions):
             before, start = search.size + len(search.completions), 0

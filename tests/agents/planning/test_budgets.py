@@ -179,3 +179,12 @@ def test_args_counts_the_calls_for_its_candidates(calls):
     assert decoder.resume(plan).stop != "partial"
     with pytest.raises(ConfigurationError, match="ARGS asks the reward"):
         DECODERS["args"](mdp, heuristic=ZeroHeuristic(), score="q")
+
+
+@pytest.mark.parametrize("name", sorted(DECODERS))
+def test_a_budget_far_beyond_the_tree_costs_neither_memory_nor_time(name):
+    mdp = DecodingMDP("toy", reward="pangram", top_k=3, max_new_tokens=4)
+    for budget in (10**6, 10**30):
+        plan = DECODERS[name](mdp).plan("ab", budget)
+        assert plan.text
+        assert plan.usage.lm_tokens <= sum(3**depth for depth in range(4))
