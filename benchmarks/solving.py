@@ -33,9 +33,9 @@ from qstar_decoding.rewards import Reward
 TARGET = 0.5  # J of a right answer is above, of a wrong one below: α · log π is above -0.5
 MOST = 1600
 GOALS = {("countdown-3", 100): 0.97, ("countdown-4", 400): 0.80, ("game-of-24", 800): 0.74}
-WITHOUT_Q = {"search": "anytime", "weight": 4.0}  # by `choose_search` without Q, for all three tasks
 ORDERS = [(0.02, 0.1), (0.02, 0.15), (0.05, 0.25), (0.1, 0.2), (0.1, 0.3)]  # prior and depth bonus
 DEEPER = [{"search": "anytime", "weight": 1.0, "prior": b, "depth_bonus": c} for b, c in ORDERS]
+WITHOUT_Q = DEEPER[2]  # by `choose_search` without Q, for all three tasks
 SEARCHES = [{"search": "level"}, {"search": "capped", "width": 2}, {"search": "anytime", "weight": 4.0}, *DEEPER]
 
 
