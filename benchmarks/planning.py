@@ -7,7 +7,7 @@ overhead      seconds that the planner itself takes, and what a long queue costs
 duel          the same Q and prompts: A* against every other decoder on Q, all tuned alike; a budget each, and one for
               all prompts; --fair: seven tasks and three seeds
 ablation      what each part of Q* is worth: Q, taper, prior, pathmax, pruning by f and by U, all endings, backtracking;
-              of A* on puzzles: weight, order, bounds, log-probabilities, legal moves
+              of A* on puzzles: prior, depth bonus, order, bounds, log-probabilities, legal moves
 solve         LM tokens until puzzles are solved: A* and decoders with the same mask and Q, all tuned alike
 certificates  the gap that remains, by budget and α, and how many texts are proven to be the best of their tree
 """
@@ -378,10 +378,11 @@ def ablation_of_puzzle(task, test, budgets):
     mdp, plan = task.mdp(), {key: value for key, value in task.planner.items() if key != "score"}
     decoders = {
         "A*": AStarPlanner(mdp, **plan),
-        "weight on the cost to go": AStarPlanner(mdp, **{**plan, "weight": 1.0}),
+        "prior": AStarPlanner(mdp, **{**plan, "prior": 0.0}),
+        "depth bonus": AStarPlanner(mdp, **{**plan, "depth_bonus": 0.0}),
         "best first": AStarPlanner(mdp),
         "bounds of prefixes": AStarPlanner(mdp.with_changes(reward=Unbounded(mdp.reward)), **plan),
-        "log π in the order": AStarPlanner(mdp.with_changes(logprob_weight=0.0), **plan),
+        "log π (no prior, α = 0)": AStarPlanner(mdp.with_changes(logprob_weight=0.0), **{**plan, "prior": 0.0}),
         "legal moves": AStarPlanner(mdp.with_changes(constraint=None), **plan),
     }
     found = {}

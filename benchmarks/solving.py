@@ -36,6 +36,7 @@ GOALS = {("countdown-3", 100): 0.97, ("countdown-4", 400): 0.80, ("game-of-24", 
 ORDERS = [(0.02, 0.1), (0.02, 0.15), (0.05, 0.25), (0.1, 0.2), (0.1, 0.3)]  # prior and depth bonus
 DEEPER = [{"search": "anytime", "weight": 1.0, "prior": b, "depth_bonus": c} for b, c in ORDERS]
 WITHOUT_Q = DEEPER[2]  # by `choose_search` without Q, for all three tasks
+UNMASKED = {"search": "anytime", "weight": 4.0}  # a bonus for depth leads into endless texts where all is allowed
 SEARCHES = [{"search": "level"}, {"search": "capped", "width": 2}, {"search": "anytime", "weight": 4.0}, *DEEPER]
 
 
@@ -167,8 +168,12 @@ def by_solved(task, qs, seeds, budgets, count, path, only=()):
     few = prompts[: max(len(prompts) // 5, 1)]  # without mask the trees are endless
     runs = [(name, mdp, made, prompts) for name, made in anytime.items()]
     runs += [("A*, no Q, no bounds of prefixes", unbounded, anytime["A*, no Q"], prompts)]
-    without = [name for name in ("best-of-n", "A*, no Q", "Q*") if name in anytime]
-    runs += [(f"{name}, no mask, {len(few)} problems", unmasked, anytime[name][:1], few) for name in without]
+    without = {**anytime, "A*, no Q": [lambda mdp: AStarPlanner(mdp, **UNMASKED)]}
+    runs += [
+        (f"{name}, no mask, {len(few)} problems", unmasked, without[name][:1], few)
+        for name in ("best-of-n", "A*, no Q", "Q*")
+        if name in without
+    ]
     table = Table(title=f"{task.name}: {len(prompts)} test problems, {len(qs)} trained Q; solved within LM tokens")
     for column in ("decoder", *map(str, budgets), "tokens until solved", "median"):
         table.add_column(column, justify="left" if column == "decoder" else "right")
