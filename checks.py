@@ -23,6 +23,7 @@ __all__ = [
     "check_flag",
     "check_integer",
     "check_keywords",
+    "check_kv_budget",
     "check_number",
     "check_texts",
     "check_writable",
@@ -84,6 +85,19 @@ def check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise ConfigurationError(f"{name} is true or false, got {value!r}")
     return value
+
+
+def check_kv_budget(kv_budget: Any) -> int | None:
+    """Return ``kv_budget``, bytes of keys and values, or None for the default.
+
+    Raises:
+        ConfigurationError: It is no positive number.
+    """
+    is_number = isinstance(kv_budget, Real) and not isinstance(kv_budget, bool)
+    if kv_budget is not None and not (is_number and 0 < kv_budget < math.inf):
+        raise ConfigurationError(f"kv_budget is a number of bytes > 0 (or None), got {kv_budget!r}")
+    budget: int | None = kv_budget
+    return budget
 
 
 def check_texts(name: str, value: Any) -> tuple[str, ...]:

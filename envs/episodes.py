@@ -229,8 +229,12 @@ class Episodes:
         return prompt
 
     def _check(self, actions: Any) -> IntArray:
-        if len(actions) != len(self.node):
-            raise IllegalActionError(f"{len(self.node)} actions are needed, one per environment; got {len(actions)}")
+        try:
+            given = len(actions)
+        except TypeError:  # one action, or None
+            given = repr(actions)
+        if given != len(self.node):
+            raise IllegalActionError(f"{len(self.node)} actions are needed, one per environment; got {given}")
         idle = np.flatnonzero(self.node == _NONE)
         if len(idle):
             when = "after the end of the episode" if self.ended[idle[0]] else "before reset"

@@ -144,6 +144,8 @@ class DecodingMDP:
         self.top_k = check_integer("top_k", top_k)
         self.top_p = check_number("top_p", top_p, low=0, high=1, open_low=True)
         self.logprob_weight = check_number("logprob_weight", logprob_weight, low=0, high=1e9)
+        if not isinstance(model_kwargs or {}, dict):
+            raise ConfigurationError(f"model_kwargs is a dict of arguments of the model's loader, got {model_kwargs!r}")
         self._stop = StopStrings(stop)
         self.stop = self._stop.strings
         model = os.fspath(model) if isinstance(model, os.PathLike) else model

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import PromptError
+from ..errors import ConfigurationError, PromptError
 from ..rewards.checking import passable
 from ..rewards.types import RESERVED_COLUMNS
 
-__all__ = ["DEFAULT_PROMPTS", "Prompt", "as_prompt", "columns_of", "load_prompts", "read_lines"]
+__all__ = ["DEFAULT_PROMPTS", "Prompt", "as_prompt", "columns_of", "load_prompts", "prompt_of_options", "read_lines"]
 
 DEFAULT_PROMPTS = (
     "The movie was",
@@ -97,6 +97,20 @@ def as_prompt(source: Any) -> Prompt:
             f"(of a data set: dataset.rename_column({next(iter(source))!r}, 'prompt'))"
         )
     raise PromptError(f"a prompt is {_SHAPES}; got {type(source).__name__}: {str(source)[:80]!r}{advice}")
+
+
+def prompt_of_options(options: Any) -> Prompt | None:
+    """Return the prompt in the options of a ``reset``; None where they hold none.
+
+    Raises:
+        ConfigurationError: They are no dict, or hold other keys.
+        PromptError: It is not a prompt.
+    """
+    if not isinstance(options or {}, Mapping):
+        raise ConfigurationError(f"reset's options are a dict, such as {{'prompt': …}}; got {options!r:.100}")
+    if unknown := {*(options or {})} - {"prompt"}:
+        raise ConfigurationError(f"reset's options may hold 'prompt', not {sorted(unknown, key=str)}")
+    return as_prompt(options["prompt"]) if options else None
 
 
 def _encodable(prompt: Prompt) -> Prompt:

@@ -59,6 +59,15 @@ class Screen(NamedTuple):
         status = f"remaining   {int(mdp.remaining(nodes)[0])} of {mdp.max_new_tokens} tokens"
         return cls(prompt.text, mdp.text(node), status, candidates, mdp.top_k)
 
+    def show(self, mode: str) -> str | npt.NDArray[np.uint8] | None:
+        """Return the screen as text (``"ansi"``) or as a picture (``"rgb_array"``), or print it (``"human"``)."""
+        if mode == "rgb_array":
+            return self.as_image()
+        if mode == "ansi":
+            return self.as_text()
+        print(self.as_text(), end="\n\n")
+        return None
+
     def as_text(self) -> str:
         """Return the screen as lines of text."""
         if self.prompt is None:

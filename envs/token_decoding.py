@@ -19,7 +19,7 @@ from ..models.base import LanguageModel
 from ..rewards.composition import term_weights
 from .episodes import Episodes, EpisodeState
 from .observations import Observation, Observer
-from .prompts import as_prompt, load_prompts
+from .prompts import load_prompts, prompt_of_options
 from .rendering import Screen
 from .steps import make_process, process_arguments
 
@@ -224,11 +224,8 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
             ConfigurationError: There are other keys in ``options``.
         """
         super().reset(seed=seed)
-        if unknown := set(options or {}) - {"prompt"}:
-            raise ConfigurationError(f"reset's options may hold 'prompt', not {sorted(unknown)}")
-        if options:
-            prompt = as_prompt(options["prompt"])
-        else:
+        prompt = prompt_of_options(options)
+        if prompt is None:
             prompt = self.prompts[int(self.np_random.integers(len(self.prompts)))]
         observation = _first(self._episodes.begin([0], [prompt]))
         if self.render_mode == "human":
@@ -259,13 +256,7 @@ class TokenDecodingEnv(gym.Env[Observation, np.int64]):
         if self.render_mode is None:
             gym.logger.warn("render() needs a render_mode: gym.make(…, render_mode='ansi', 'human' or 'rgb_array')")
             return None
-        screen = Screen.of(self.mdp, self._episodes)
-        if self.render_mode == "rgb_array":
-            return screen.as_image()
-        if self.render_mode == "ansi":
-            return screen.as_text()
-        print(screen.as_text(), end="\n\n")
-        return None
+        return Screen.of(self.mdp, self._episodes).show(self.render_mode)
 
     # -- beyond Gymnasium's interface ---------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from ..errors import ConfigurationError
 from ..models.base import IntArray
 from .episodes import Episodes, EpisodeState, Steps
 from .observations import Observation
-from .prompts import Prompt, as_prompt
+from .prompts import Prompt, prompt_of_options
 from .rendering import Screen
 from .token_decoding import TokenDecodingEnv
 
@@ -44,18 +44,20 @@ class _Core:
         """Seed environment i with ``seed + i``, or with ``seed[i]``; None changes nothing."""
         if seed is None or isinstance(seed, (int, np.integer)):
             seeds = [None if seed is None else int(seed) + i for i in range(self.count)]
+        elif isinstance(seed, Iterable):
+            seeds = [int(value) if isinstance(value, np.integer) else value for value in seed]
         else:
-            seeds = list(seed)
+            raise ConfigurationError(f"seed is an integer, a list with one per environment, or None; got {seed!r}")
         if len(seeds) != self.count:
             raise ConfigurationError(f"{self.count} seeds are needed, one per environment; got {len(seeds)}")
         for i, value in enumerate(seeds):
             if value is not None:  # None leaves a generator as it is
                 self.generators[i] = seeding.np_random(value)[0]
 
-    def begin(self, given: Sequence[Any]) -> Observation:
+    def begin(self, given: Sequence[Prompt | None]) -> Observation:
         """Start all episodes, each with the prompt given, or a random one where that is None."""
         drawn = iter(self.draw(i for i, prompt in enumerate(given) if prompt is None))
-        return self.episodes.begin(range(self.count), [next(drawn) if p is None else as_prompt(p) for p in given])
+        return self.episodes.begin(range(self.count), [next(drawn) if p is None else p for p in given])
 
     def draw(self, which: Iterable[int]) -> list[Prompt]:
         """Return a random prompt for each of the environments ``which``; several may draw the same."""
@@ -140,11 +142,10 @@ class TokenDecodingVectorEnv(VectorEnv[Observation, Any, Any]):
             PromptError: The prompt is not one.
             ConfigurationError: There are other keys in ``options``, or too few seeds.
         """
-        if unknown := set(options or {}) - {"prompt"}:
-            raise ConfigurationError(f"reset's options may hold 'prompt', not {sorted(unknown)}")
+        prompt = prompt_of_options(options)
         if seed is not None:
             self._core.seed(seed)
-        observation = self._core.begin([(options or {}).get("prompt")] * self.num_envs)
+        observation = self._core.begin([prompt] * self.num_envs)
         everywhere = np.ones(self.num_envs, dtype=bool)
         return observation, {**self._masks(observation), **self._prompts(everywhere)}
 
@@ -237,10 +238,22 @@ class TokenDecodingVecEnv(VecEnv):
         super().__init__(self._core.count, env.observation_space, env.action_space)
 
     def reset(self) -> Observation:
-        """Begin all episodes, with the seeds given to :meth:`seed`; infos are in ``reset_infos``."""
+        """Begin all episodes, with the seeds of :meth:`seed` and the options of ``set_options``.
+
+        The infos are in ``reset_infos``.
+
+        Raises:
+            PromptError: A prompt in the options is not one.
+            ConfigurationError: There are other keys in the options, or too few of them.
+        """
+        if len(self._options) != self.num_envs:
+            raise ConfigurationError(
+                f"{self.num_envs} options are needed, one per environment; got {len(self._options)} of set_options"
+            )
+        prompts = [prompt_of_options(options) for options in self._options]
         if any(seed is not None for seed in self._seeds):
             self._core.seed(self._seeds)
-        observation = self._core.begin([(options or {}).get("prompt") for options in self._options])
+        observation = self._core.begin(prompts)
         for i, mask in enumerate(observation["action_mask"]):
             self.reset_infos[i] = {"action_mask": mask.copy(), "prompt": self._core.prompt_text(i)}
         self._reset_seeds()
@@ -312,7 +325,7 @@ class TokenDecodingVecEnv(VecEnv):
             values[i] = value
 
     def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
-        """Call a method of each environment; ``action_masks`` is one vectorised call.
+        """Call a method of each environment; ``action_masks`` is one vectorised call, and ``render`` shows each.
 
         Raises:
             ConfigurationError: The method steps an episode or reads its state; the episodes are stepped together.
@@ -320,6 +333,9 @@ class TokenDecodingVecEnv(VecEnv):
         which = list(self._get_indices(indices))
         if method_name == "action_masks":
             return list(self.action_masks()[which])
+        if method_name == "render" and (mode := self.render_mode) is not None:
+            # Not of the environment that holds the arguments: its own episode never begins.
+            return [Screen.of(self.mdp, self._core.episodes, i).show(mode) for i in which]
         if method_name in ("reset", "step", "get_state", "set_state"):
             raise ConfigurationError(f"the episodes are stepped together: call {method_name} on TokenDecodingVecEnv")
         method = getattr(self._core.env, method_name)

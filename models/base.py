@@ -14,6 +14,7 @@ from weakref import WeakSet, WeakValueDictionary
 import numpy as np
 import numpy.typing as npt
 
+from ..checks import check_kv_budget
 from ..errors import LanguageModelError
 from ..locks import FairLock
 
@@ -203,8 +204,11 @@ class LanguageModel(ABC):
 
         Args:
             kv_budget: Bytes of key-value memory; None for a sensible default.
+
+        Raises:
+            ConfigurationError: ``kv_budget`` is not positive. Models that keep no keys and values do not use it.
         """
-        key = kv_budget, self.weights_version()
+        key = check_kv_budget(kv_budget), self.weights_version()
         engine = self._engines.get(key)
         if engine is None:
             with self.lock:  # only now, so that nobody waits for a forward to get an engine that is there

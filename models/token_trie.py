@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checks import check_kv_budget
 from ..columns import GrowableColumns
 from ..errors import ConfigurationError
 from .base import BoolArray, HandleHolder, IntArray, Outputs, free_memory
@@ -405,11 +404,7 @@ def kv_budget_or_default(kv_budget: int | None, device: torch.device | None = No
     Raises:
         ConfigurationError: What is given is no positive number.
     """
-    given: Any = kv_budget
-    is_number = isinstance(given, Real) and not isinstance(given, bool)
-    if given is not None and not (is_number and 0 < given < math.inf):
-        raise ConfigurationError(f"kv_budget is a number of bytes > 0 (or None), got {kv_budget!r}")
-    return kv_budget or min(free_memory(device) // 4, 4 << 30)
+    return check_kv_budget(kv_budget) or min(free_memory(device) // 4, 4 << 30)
 
 
 def concatenate(parts: Sequence[Outputs]) -> Outputs:

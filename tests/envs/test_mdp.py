@@ -198,6 +198,7 @@ def test_impossible_tokens_are_masked(tabular_env: MakeEnv) -> None:
         ({"render_mode": "rgb"}, "render_mode is None or one of 'ansi', 'human', 'rgb_array'; got 'rgb'"),
         ({"reward": "sentimant"}, "known, nearest first: 'sentiment'"),
         ({"reward": 3}, "reward"),
+        ({"model_kwargs": 3}, "model_kwargs is a dict of arguments of the model's loader, got 3"),
     ],
     ids=str,
 )
@@ -226,6 +227,12 @@ def test_what_depends_on_the_model_is_said_when_it_is_there(ranked: MakeLM, tabu
         tabular_env(prompts=[])
     with pytest.raises(ConfigurationError, match="max_tokens"):
         tabular_env(max_tokens=5)
+
+
+@pytest.mark.parametrize("kv_budget", [0, -1, "1GB", [1]])
+def test_a_kv_budget_is_checked_whether_the_model_uses_it_or_not(tabular_env: MakeEnv, kv_budget: Any) -> None:
+    with pytest.raises(ConfigurationError, match="kv_budget is a number of bytes > 0"):
+        tabular_env(kv_budget=kv_budget)
 
 
 @pytest.mark.parametrize("max_prefixes", [0, -3, 1.5, "many"])

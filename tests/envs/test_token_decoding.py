@@ -24,6 +24,7 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 import qstar_decoding  # noqa: F401  registers the env
 from qstar_decoding.envs import TabularLM, TokenDecodingEnv, TransformersLM, mdp
 from qstar_decoding.errors import (
+    ConfigurationError,
     IllegalActionError,
 )
 
@@ -175,6 +176,12 @@ def test_human_prints_at_every_step(ranked: MakeLM, tabular_env: MakeEnv, capsys
     assert "completion  'c'" in capsys.readouterr().out
     assert env.render() is None
     assert "completion  'c'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [{1: "a", "x": 2}, {"promt": "a"}, 5, "a"])
+def test_bad_options_of_reset_are_one_line(tabular_env: MakeEnv, options: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"^reset's options [^\n]*$"):
+        tabular_env().reset(options=options)
 
 
 def test_render_without_a_mode_warns(tabular_env: MakeEnv) -> None:

@@ -114,7 +114,7 @@ def test_mistakes_leave_everything_as_it_was():
         env.step([0, 0])
     before, _ = env.reset(seed=1)
     masked = int(np.flatnonzero(~env.action_masks()[1])[0])
-    for actions in ([0, masked], [0], [0, "a"], [0.5, 0], [0, 99]):
+    for actions in ([0, masked], [0], [0, "a"], [0.5, 0], [0, 99], 0, None, np.int64(0), np.array(0)):
         with pytest.raises(IllegalActionError):
             env.step(actions)
     twin = make_vec(2, **arguments(top_p=0.5))
@@ -128,7 +128,12 @@ def test_mistakes_leave_everything_as_it_was():
         (lambda: make_vec(0, **arguments()), "num_envs"),
         (lambda: make_vec(2, max_episode_steps=5, **arguments()), "max_new_tokens"),
         (lambda: make_vec(2, **arguments()).reset(seed=[1]), "2 seeds"),
+        (lambda: make_vec(2, **arguments()).reset(seed=1.5), "seed is an integer, a list .* got 1.5"),
         (lambda: make_vec(2, **arguments()).reset(options={"promt": "a"}), "promt"),
+        (lambda: make_vec(2, **arguments()).reset(options={1: "a", "promt": "a"}), "not .*1, 'promt'"),
+        (lambda: make_vec(2, **arguments()).reset(options=5), "options are a dict, .* got 5"),
+        (lambda: reset_with({"promt": "a"}), "promt"),
+        (lambda: reset_with([{"prompt": "a"}]), "2 options are needed, .* got 1"),
         (lambda: TokenDecodingVecEnv(2, **arguments()).set_attr("shaping", False), "shared"),
         (
             lambda: TokenDecodingVecEnv(2, **arguments()).env_method("get_state"),
@@ -139,6 +144,42 @@ def test_mistakes_leave_everything_as_it_was():
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ConfigurationError, match=message):
         call()
+
+
+def reset_with(options):
+    env = TokenDecodingVecEnv(2, **arguments())
+    env.set_options(options)
+    env.reset()
+    return [info["prompt"] for info in env.reset_infos]
+
+
+def test_options_of_stable_baselines3_choose_the_prompts():
+    assert reset_with({"prompt": "ab"}) == ["ab", "ab"]
+    assert reset_with([{"prompt": "ab"}, {"prompt": "b"}]) == ["ab", "b"]
+
+
+def test_seeds_may_be_an_array():
+    env = make_vec(3, **arguments())
+    first = env.reset(seed=[3, 4, 5])[1]["prompt"].tolist()
+    for seeds in (3, np.int64(3), np.array([3, 4, 5])):
+        assert env.reset(seed=seeds)[1]["prompt"].tolist() == first
+
+
+def test_render_shows_each_environment_of_stable_baselines3(capsys):
+    env = TokenDecodingVecEnv(2, render_mode="human", **arguments())
+    reset_to = [{"prompt": "ab"}, {"prompt": "b"}]
+    env.set_options(reset_to)
+    env.reset()
+    env.render()
+    printed = capsys.readouterr().out
+    assert "prompt      'ab'" in printed
+    assert "prompt      'b'" in printed
+    texts = TokenDecodingVecEnv(2, render_mode="ansi", **arguments())
+    texts.set_options(reset_to)
+    texts.reset()
+    texts.step([0, 1])
+    assert "'ab'" in texts.env_method("render", indices=0)[0]
+    assert "4 of 5 tokens" in texts.env_method("render", indices=1)[0]
 
 
 class CountingLM(TabularLM):
