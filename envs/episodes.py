@@ -229,6 +229,7 @@ class Episodes:
         return prompt
 
     def _check(self, actions: Any) -> IntArray:
+        given: Any
         try:
             given = len(actions)
         except TypeError:  # one action, or None

@@ -40,7 +40,7 @@ class _Core:
         self.episodes = Episodes(env.mdp, env.observer, self.count, shaping=env.shaping, gamma=env.gamma)
         self.generators = [seeding.np_random()[0] for _ in range(self.count)]
 
-    def seed(self, seed: int | Sequence[int | None] | None) -> None:
+    def seed(self, seed: Any) -> None:
         """Seed environment i with ``seed + i``, or with ``seed[i]``; None changes nothing."""
         if seed is None or isinstance(seed, (int, np.integer)):
             seeds = [None if seed is None else int(seed) + i for i in range(self.count)]

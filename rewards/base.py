@@ -258,15 +258,24 @@ class Reward(ABC):
             float64 [n], at most `upper`.
 
         Raises:
-            RewardError: `bound_prefixes` did not return one number per text.
+            RewardError: `bound_prefixes` raised, or did not return one number per text.
+            ConfigurationError: As for a call.
         """
         texts = TextBatch.of(prompts, completions, completion_ids, columns, remaining)
         subject = f"the bound of reward {self.name!r}"
         spec = CallSpec(subject, self.bound_prefixes, -math.inf, math.inf, "raise", math.nan, self._warn)
-        returned = self.bound_prefixes(prompts, completions, remaining, completion_ids, **texts.columns)
+        try:
+            returned = self.bound_prefixes(prompts, completions, remaining, completion_ids, **texts.columns)
+        except (ConfigurationError, RewardError):
+            raise
+        except Exception as error:
+            raise RewardError(
+                f"{subject} raised {type(error).__name__}: {shown(str(error))}; bound_prefixes takes (prompts, "
+                "completions, remaining, completion_ids=None, **columns) and returns one number per text."
+            ) from error
         bounds = np.empty(len(texts))
         for row, value in enumerate(spec.one_per_text(returned, len(texts))):
-            bounds[row] = math.nan if value is None else as_number(value)
+            bounds[row] = _number_or_nan(value)
             if math.isnan(bounds[row]):
                 raise RewardError(
                     f"{subject} is {shown(value)} for the unfinished text {shown(completions[row])}; "
@@ -400,12 +409,17 @@ class Reward(ABC):
 
 def _bound(reward: str, which: str, value: Any) -> float:
     """Return a bound as a float, if it is one."""
-    try:
-        number = as_number(value)
-    except TypeError:
-        number = math.nan
+    number = _number_or_nan(value)
     if math.isnan(number):
         raise ConfigurationError(
             f"reward {reward!r} has {which}={shown(value)}; expected a number, -inf or inf if unknown."
         )
     return number
+
+
+def _number_or_nan(value: Any) -> float:
+    """Return a number as a float, and NaN for anything else."""
+    try:
+        return as_number(value)
+    except TypeError:
+        return math.nan

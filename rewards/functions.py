@@ -84,8 +84,9 @@ class FunctionReward(Reward):
         def reward(prompt: str, completion: str) -> float
 
     The first is TRL's. It gets all texts at once, and by name the arguments that it has: a function that takes
-    ``completions`` and ``answer`` works if the prompts have a column ``answer``. The second gets one text at a time.
-    None means that a text cannot be scored. Either may be ``async``: then all texts of a batch are awaited together.
+    ``completions`` and ``answer`` works if the prompts have a column ``answer``. The second gets one text at a time, by
+    position; the completion comes first if its name or that of ``prompt`` says so. None means that a text cannot be
+    scored. Either may be ``async``: then all texts of a batch are awaited together.
     """
 
     def __init__(
@@ -164,12 +165,14 @@ class _PerText:
     """A function that takes one prompt and one completion, by position."""
 
     function: Callable[[str, str], float | None]
+    completion_first: bool = False
     reads_token_ids = False
 
     def __call__(
         self, prompts: Texts, completions: Texts, completion_ids: TokenIds, columns: Mapping[str, Column]
     ) -> list[float | None]:
-        return [self.function(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        first, second = (completions, prompts) if self.completion_first else (prompts, completions)
+        return [self.function(*texts) for texts in zip(first, second, strict=True)]
 
 
 def _shaped(function: Any) -> _Batched | _PerText:
@@ -195,7 +198,8 @@ def _shaped(function: Any) -> _Batched | _PerText:
         if required <= by_name:
             return _Batched(function, accepted=None if takes_any else frozenset(by_name), required=required)
     elif len(required) == 2 and required <= by_position - _BATCHED_NAMES:
-        return _PerText(function)
+        first, second = required_parameters(function)
+        return _PerText(function, completion_first=first == "completion" or second == "prompt")
     signature = ", ".join(map(str, parameters))
     raise ConfigurationError(f"cannot use {_name(function)}({signature}) as a reward. {_SHAPES}")
 

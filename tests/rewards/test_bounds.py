@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qstar_decoding.errors import RewardError
 from qstar_decoding.rewards import Reward, as_reward, clip, make_reward, minimum, normalise, registry, reward_names
 from qstar_decoding.rewards.composition import product
 from qstar_decoding.rewards.library.guidelines import ForbiddenWords, MatchesRegex
@@ -47,6 +48,38 @@ def check(reward: Reward, text: str, **columns: Any) -> None:
         **{name: [one] * count for name, one in columns.items()},
     )
     assert bounds.min() >= value, (text, text[: int(bounds.argmin())])
+
+
+class Broken(Reward):
+    """Its bound does what it is told."""
+
+    lower, upper = 0.0, 1.0
+
+    def __init__(self, bound: Any) -> None:
+        super().__init__()
+        self.bound = bound
+
+    def score(self, prompts: Any, completions: Any, completion_ids: Any = None, **columns: Any) -> Any:
+        return [0.5] * len(completions)
+
+    def bound_prefixes(self, *arguments: Any, **columns: Any) -> Any:
+        return self.bound(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("bound", "message"),
+    [
+        (lambda prompts, completions, remaining: [1.0], "raised TypeError: .*; bound_prefixes takes"),
+        (lambda *_: 1 / 0, "raised ZeroDivisionError: .*; bound_prefixes takes"),
+        (lambda *_: ["0.9"], "is '0.9' for the unfinished text 'a'"),
+        (lambda *_: [None], "is None for the unfinished text 'a'"),
+        (lambda *_: [[0.9]], r"is \[0.9\] for the unfinished text 'a'"),
+        (lambda *_: 0.9, "returned 0.9 .* where a list was expected"),
+    ],
+)
+def test_a_bound_that_fails_is_told_by_the_name_of_its_reward(bound: Any, message: str) -> None:
+    with pytest.raises(RewardError, match=f"^the bound of reward 'Broken' {message}"):
+        Broken(bound).upper_bound([""], ["a"], [3])
 
 
 def test_every_reward_of_the_library_with_bounds_is_among_them() -> None:

@@ -106,6 +106,22 @@ def test_anything_else_is_told_the_two_shapes(wrong: Any) -> None:
         assert "def reward(prompt: str, completion: str) -> float" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda prompt, completion: (prompt, completion) == ("p", "c"),
+        lambda completion, prompt: (prompt, completion) == ("p", "c"),
+        lambda answer, prompt: (prompt, answer) == ("p", "c"),
+        lambda completion, question: (question, completion) == ("p", "c"),
+        lambda question, answer: (question, answer) == ("p", "c"),
+        functools.partial(lambda weight, completion, prompt: weight * ((prompt, completion) == ("p", "c")), 1),
+    ],
+)
+def test_a_per_text_function_may_name_the_completion_first(function: Callable[..., Any]) -> None:
+    assert as_reward(function, potential=function).potential(["p"], ["c"]).tolist() == [1.0]
+    assert as_reward(function)(["p"], ["c"]).tolist() == [1.0]
+
+
 def test_a_batched_function_gets_by_name_what_it_takes() -> None:
     seen: dict[str, Any] = {}
 
