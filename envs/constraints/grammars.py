@@ -23,6 +23,8 @@ _RECENT = 256  # matchers that are kept
 _END = "\x03"  # follows every text that a regular expression reads
 # Without this, a mask holds one token where the next bytes are certain: only the tokenizer's own way to write them.
 _EVERY_TOKENIZATION = '\n%llguidance {"no_forcing": true}\n'
+# A part of a regular expression that is no class: flags or the beginning of a group, an escaped character, a character.
+_PART = re.compile(r"\((?:\?[a-zA-Z]*(?:-[a-zA-Z]+)?[:)])?|\\[pP](?:\{[^}]*\}|.)|\\?.", re.DOTALL)
 # Keywords of JSON schema whose values are schemas by name, and those whose values are no schemas.
 _BY_NAME = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
 _VALUES = {"enum", "const", "default", "examples", "required"}
@@ -31,13 +33,12 @@ _OPENING = {"additionalProperties", "unevaluatedProperties", "patternProperties"
 
 
 class _Guided(EqualByValue):
-    """A constraint that the library llguidance follows, as a grammar in its dialect of Lark.
+    """A constraint that the library llguidance follows, as a grammar in its dialect of Lark."""
 
-    Attributes:
-        ends: What may follow a text that the grammar accepts as a whole.
-    """
-
-    ends: tuple[str, ...] = ("",)
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """What may follow a text that the grammar accepts as a whole."""
+        return ("",)
 
     @abstractmethod
     def lark(self) -> str:
@@ -65,9 +66,6 @@ class RegexConstraint(_Guided):
     ``r" ?(yes|no)\\."``. Tokens that are a part of a character are allowed where the character is.
     """
 
-    # ``$`` is an end mark too, so that a text ends with one mark or with two.
-    ends = (_END, _END * 2)
-
     def __init__(self, pattern: str) -> None:
         """Keep the pattern.
 
@@ -77,25 +75,44 @@ class RegexConstraint(_Guided):
         [self.pattern] = check_strings([pattern])
         self.check()
 
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """One end mark, and one for each ``$`` that may stand before it."""
+        return tuple(_END * count for count in range(1, self._marked()[1] + 2))
+
     def lark(self) -> str:
         """Return the pattern with an end mark behind it, which no other part of it can match.
 
         llguidance knows ``$`` at the very end of a pattern only.
         """
-        dot = "[^%s]" % (_END if re.search(r"\(\?[a-zA-Z]*s", self.pattern) else f"\n{_END}")
+        marked = f"(?:{self._marked()[0]}){_END}"
+        return f"start: /{_llguidance().regex_to_lark(marked)}/{_EVERY_TOKENIZATION}"
 
-        def mark(found: re.Match[str]) -> str:
-            part = found[0]
+    def _marked(self) -> tuple[str, int]:
+        """Return the pattern with ``$`` as an end mark that nothing else in it can match, and the number of ``$``."""
+        parts: list[str] = []
+        count, place = 0, 0
+        dot_takes_all = [False]  # whether "." takes a line break, of each group that is open
+        while place < len(self.pattern):
+            part = self.pattern[place : _part_end(self.pattern, place)]
+            place += len(part)
             if part in ("$", r"\z"):
-                return _END
-            if part == ".":
-                return dot
-            takes_most = part.startswith("[^") or re.search(r"\\[DSWP]", part)
-            return f"[{part}&&[^{_END}]]" if takes_most else part
-
-        parts = r"\\z|\\[pP]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])+\]|\$|\."
-        marked = re.sub(parts, mark, self.pattern, flags=re.DOTALL)
-        return f"start: /{_llguidance().regex_to_lark(f'(?:{marked}){_END}')}/{_EVERY_TOKENIZATION}"
+                part, count = _END, count + 1
+            elif part == ".":
+                part = "[^%s]" % (_END if dot_takes_all[-1] else f"\n{_END}")
+            elif part[0] == "[" or re.match(r"\\[DSWP]", part):
+                part = f"[{part}&&[^{_END}]]"
+            elif part == ")":
+                dot_takes_all = dot_takes_all[:-1] or [False]
+            elif part[0] == "(":
+                on, _, off = part.strip("(?:)").partition("-")
+                takes_all = "s" not in off and ("s" in on or dot_takes_all[-1])
+                if part.endswith(")"):  # flags of the rest of the group that is open
+                    dot_takes_all[-1] = takes_all
+                else:
+                    dot_takes_all.append(takes_all)
+            parts.append(part)
+        return "".join(parts), count
 
 
 class JSONConstraint(_Guided):
@@ -158,7 +175,8 @@ class _Guide(Rule):
     """A grammar bound to a model's tokens; the 256 bytes follow these as further tokens, to judge a text."""
 
     def __init__(self, constraint: _Guided, model: LanguageModel) -> None:
-        self._constraint, self._size, self._marked = constraint, model.vocab_size, any(constraint.ends)
+        self._constraint, self._size, self._ends = constraint, model.vocab_size, constraint.ends
+        self._marked = any(self._ends)
         self._usable = np.array([bool(text) for text in token_bytes(model)])
         if self._marked:
             self._usable &= np.array([_END not in text for text in token_texts(model)])
@@ -197,7 +215,7 @@ class _Guide(Rule):
     def accepts(self, text: str, token_ids: Sequence[int]) -> bool:
         if self._marked and _END in text:
             return False
-        read = [self._after(self._bytes(text + end)) for end in self._constraint.ends]
+        read = [self._after(self._bytes(text + end)) for end in self._ends]
         return any(matcher is not None and matcher.is_accepting() for matcher in read)
 
     def _bytes(self, text: str) -> list[int]:
@@ -207,6 +225,26 @@ class _Guide(Rule):
         """Return a matcher that has read these tokens after those of ``before``; None where one was refused."""
         matcher = (self._start if before is None else before).deep_copy()
         return matcher if matcher.try_consume_tokens(tokens) == len(tokens) else None
+
+
+def _part_end(pattern: str, start: int) -> int:
+    """Return where the part of a regular expression ends that begins at ``start``; classes may hold classes."""
+    if pattern[start] != "[":
+        found = _PART.match(pattern, start)
+        return found.end() if found else start + 1
+    depth, place = 0, start
+    while place < len(pattern):
+        character = pattern[place]
+        place += 2 if character == "\\" else 1
+        if character == "[":
+            depth += 1
+            place += pattern.startswith("^", place)
+            place += pattern.startswith("]", place)  # the first one is a character of the class
+        elif character == "]":
+            depth -= 1
+            if not depth:
+                break
+    return place
 
 
 def _closed(schema: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -236,8 +237,13 @@ def check_strings(given: Sequence[Any]) -> list[str]:
     """Return the non-empty strings that were given, as a list.
 
     Raises:
-        ConfigurationError: There is none, or something else among them.
+        ConfigurationError: There is none, or something else among them, or half of a character.
     """
     if not given or not all(isinstance(string, str) and string for string in given):
         raise ConfigurationError(f"non-empty strings are needed, each as an argument of its own; got {given!r}")
+    for string in given:
+        if (half := re.search("[\ud800-\udfff]", string)) is not None:
+            raise ConfigurationError(
+                f"{string!r:.200} has half of a character ({half[0]!r}, a lone surrogate), as no text has; replace it"
+            )
     return list(given)

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 import qstar_decoding  # noqa: F401  registers the environment
 from qstar_decoding.agents import DECODERS, AStarPlanner, make_decoder
 from qstar_decoding.envs import DecodingMDP, TabularLM, load_language_model, load_prompts
-from qstar_decoding.envs.constraints import BannedStrings, ForcedStrings, JSONConstraint, MinTokens, RegexConstraint
+from qstar_decoding.envs.constraints import (
+    BannedStrings,
+    ForcedStrings,
+    GrammarConstraint,
+    JSONConstraint,
+    MinTokens,
+    RegexConstraint,
+)
 from qstar_decoding.errors import ConfigurationError, ConstraintError
 from qstar_decoding.rewards import as_reward
 
@@ -178,6 +185,37 @@ def test_the_tree_under_a_mask_is_that_of_an_uncached_forward(lm):
 def test_what_is_no_constraint_is_refused(make, message):
     with pytest.raises(ConfigurationError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        # a "]" that is a character of the class
+        *("[]a]", "[^]a]", "[^]]*", r"[^\]a]", r"a[^]\n]?", "[]]"),
+        # flags of a group hold within it
+        *("(?s:a).", "(?s:.).", ".(?s:.)", "(?s)(?-s:.)", "(?i)(?s).", "(?si:B).", "((?s:.))|..", "(?:a|(?s:.)b)."),
+        # ends in ends
+        *("a$$", "(a$)$", "^(a$|b$)$", "(a|b$)$", "a(|b$)$", r"a|\$", "[$]", "[^$]", r"[.^$]?"),
+        # classes that the end mark is in
+        *(r"[\x00-\x7f]*", r"[\x00-\x7f]?a", r"[^\W]", r"[\D]b?", r"[\s\S]"),
+    ],
+)
+def test_a_pattern_matches_what_it_does_in_python(pattern):
+    letters = ["a", "B", "b", "]", "$", "\n", "\\", "é", "1", "."]
+    rule = RegexConstraint(pattern).bind(TabularLM(np.ones((11, 11)), vocabulary=[*letters, ""]))
+    texts = ["".join(text) for size in range(3) for text in itertools.product(letters, repeat=size)]
+    assert [t for t in texts if rule.accepts(t, [])] == [t for t in texts if re.fullmatch(pattern, t)]
+
+
+def test_classes_within_classes():
+    rule = RegexConstraint("[^[:alpha:]1]").bind(TabularLM(np.ones((4, 4)), vocabulary=["a", "1", ".", ""]))
+    assert [text for text in ("", "a", "1", ".") if rule.accepts(text, [])] == ["."]
+
+
+@pytest.mark.parametrize("make", [RegexConstraint, GrammarConstraint, BannedStrings, ForcedStrings])
+def test_half_of_a_character_is_refused(make):
+    with pytest.raises(ConfigurationError, match=r"'start: .ud800' has half of a character"):
+        make("start: \ud800")
 
 
 @pytest.mark.parametrize("pattern", ["[^b]+", r"\S+", r"\W+|\D", "(?s).+", ".{1,2}", "[^\\x03b]+", r"[\D]+", "(?s).+$"])
