@@ -211,6 +211,16 @@ def passable(columns: Mapping[str, Column], reserved: Collection[str], taker: st
     return {name: column for name, column in columns.items() if name not in reserved}
 
 
+def plain(value: Any) -> Any:
+    """Return arrays, tensors and NumPy's numbers as lists and numbers of Python; anything else as it is.
+
+    Tables read from Parquet files, and data sets in the format of NumPy or torch, hold such values.
+    """
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return [plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
 def check_keywords(subject: str, given: Collection[str], known: Collection[str]) -> None:
     """Check that all keyword arguments exist.
 

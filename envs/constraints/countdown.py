@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 from ...checks import check_choice
 from ...errors import ConfigurationError
+from ...rewards.checking import plain
 from ..prompts import Prompt
 from .moves import MovesConstraint
 
@@ -46,8 +47,8 @@ class CountdownConstraint(MovesConstraint):
 
     def start(self, prompt: Prompt) -> Hashable:
         """See :class:`MovesConstraint`."""
-        numbers = prompt.columns.get("numbers")
-        if not isinstance(numbers, (list, tuple)) or not numbers or not all(type(n) is int and n > 0 for n in numbers):
+        numbers = plain(prompt.columns.get("numbers"))
+        if not isinstance(numbers, list) or not numbers or not all(type(n) is int and n > 0 for n in numbers):
             raise ConfigurationError(
                 f"{self!r} reads the column 'numbers', a list of positive integers; got {numbers!r} for the prompt "
                 f"{prompt.text[-60:]!r}"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ...errors import ConfigurationError
+from ...rewards.checking import plain
 from ..prompts import Prompt
 from .moves import MovesConstraint
 
@@ -28,11 +29,10 @@ class StarGraphConstraint(MovesConstraint):
 
     def start(self, prompt: Prompt) -> Hashable:
         """See :class:`MovesConstraint`."""
-        edges: Any = prompt.columns.get("edges")
+        edges = plain(prompt.columns.get("edges"))
         start = prompt.columns.get("start")
-        is_list = isinstance(edges, (list, tuple)) and all(
-            isinstance(edge, (list, tuple)) and len(edge) == 2 and all(isinstance(n, str) and n for n in edge)
-            for edge in edges
+        is_list = isinstance(edges, list) and all(
+            isinstance(edge, list) and len(edge) == 2 and all(isinstance(n, str) and n for n in edge) for edge in edges
         )
         if not is_list or not isinstance(start, str) or not start:
             raise ConfigurationError(

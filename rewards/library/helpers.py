@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from ...errors import ConfigurationError
+from ..checking import plain
 from ..types import Column
 
 __all__ = ["column_of", "library", "readable", "whole"]
@@ -37,11 +39,12 @@ def whole(begun: str) -> str:
 
 
 def column_of(columns: Mapping[str, Column], name: str, reward: str, example: str) -> Column:
-    """Return a column of the prompts that a reward requires.
+    """Return a column of the prompts that a reward requires: arrays as lists, and None where a value is missing.
 
     Raises:
         ConfigurationError: There is none of that name; ``example`` shows a prompt that has it.
     """
     if name not in columns:
         raise ConfigurationError(f"the reward {reward!r} needs prompts with the column {name!r}, such as {example}")
-    return columns[name]
+    values = map(plain, columns[name])
+    return [None if isinstance(value, float) and math.isnan(value) else value for value in values]  # as pandas says it

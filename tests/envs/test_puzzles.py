@@ -108,9 +108,16 @@ def test_planners_write_legal_answers_only_and_find_the_right_one(format):
         assert all(completion.text in legal for completion in plan.completions)
 
 
-def test_paths_follow_the_edges_of_their_prompt():
-    edges = [["a", "b"], ["b", "cc"], ["a", "d"], ["d", "e"], ["x", "a"]]
-    columns = {"edges": edges, "start": "a"}
+@pytest.mark.parametrize("kind", [list, tuple, np.array])
+def test_numbers_may_be_an_array(kind):
+    legal = completions(CountdownConstraint("steps"), {"numbers": [3, 7]})
+    assert completions(CountdownConstraint("steps"), {"numbers": kind([3, 7])}) == legal
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array])
+def test_paths_follow_the_edges_of_their_prompt(kind):
+    edges = [kind(edge) for edge in (["a", "b"], ["b", "cc"], ["a", "d"], ["d", "e"], ["x", "a"])]
+    columns = {"edges": kind(edges), "start": "a"}
     assert set(completions(StarGraphConstraint(), columns)) == {"a>b>cc", "a>d>e"}
     vocabulary = [*"abcdex>", ">b", "cc", "\n", ""]
     mdp = DecodingMDP(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from qstar_decoding.errors import ConfigurationError
 from qstar_decoding.rewards import make_reward
@@ -21,6 +24,21 @@ def test_exact_answers_are_compared_without_surrounding_space() -> None:
     assert not reward.has_potential
     with pytest.raises(ConfigurationError, match="needs prompts with the column 'answer'"):
         reward(["x"], ["41"])
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), np.float32("nan"), torch.tensor(float("nan"))])
+def test_a_missing_answer_is_no_answer(missing: Any) -> None:
+    for name in ("exact_answer", "numeric_answer"):
+        assert np.isnan(make_reward(name)(["x", "x"], ["4", "nan"], answer=["4", missing])[1])
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor, lambda values: np.array(values, dtype=object)])
+def test_columns_may_be_arrays_and_tensors(kind: Callable[[list[int]], Any]) -> None:
+    for target in (4, np.int64(4), torch.tensor(4)):
+        assert make_reward("countdown")([""], ["25-3*7"], numbers=[kind([3, 7, 25])], target=[target])[0] == 1
+        assert make_reward("exact_answer")([""], ["4"], answer=[target])[0] == 1
+    keywords = np.array(["dog", "park"], dtype=object)
+    assert make_reward("keywords")([""], ["A dog."], keywords=[keywords])[0] == 0.5
 
 
 def test_countdown_takes_expressions_and_steps_and_nothing_illegal() -> None:
