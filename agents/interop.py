@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..envs import TransformersLM
 from ..envs.prompts import Prompt
@@ -70,6 +70,8 @@ def as_custom_generate(decoder: Decoder, budget: Budget | int | None = None) -> 
         ConfigurationError: The decoder's model is not one of transformers. When called: it is another model's
             ``generate``, or it is asked for something that a decoder does not do.
     """
+    if not isinstance(given := cast("Any", decoder), Decoder):
+        raise ConfigurationError(f"as_custom_generate takes a decoder, such as AStarPlanner(env); got {given!r:.100}")
     lm = decoder.mdp.model
     if not isinstance(lm, TransformersLM):
         raise ConfigurationError(f"generate is of transformers' models; the decoder has {lm.name!r}")

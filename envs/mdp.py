@@ -607,6 +607,10 @@ def mdp_of(env: Any) -> DecodingMDP:
     Raises:
         ConfigurationError: There is none, or a wrapper changes its rewards or its horizon, which the MDP would ignore.
     """
+    if isinstance(env, type):
+        raise ConfigurationError(
+            f"a TokenDecoding environment or a DecodingMDP is needed, got the class {env.__name__}; make one of it"
+        )
     layers = [] if isinstance(env, DecodingMDP) else list(_layers(env))
     mdp = env if not layers else next((m for x in layers if isinstance(m := vars(x).get("mdp"), DecodingMDP)), None)
     if any("processes" in vars(layer) for layer in layers):  # SubprocVecEnv, AsyncVectorEnv

@@ -45,6 +45,9 @@ def test_another_models_generate_is_refused(mdp, tiny_lm):
         other.generate(torch.tensor([[1, 2]]), custom_generate=as_custom_generate(GreedyDecoder(mdp)))
     with pytest.raises(ConfigurationError, match="generate is of transformers' models"):
         as_custom_generate(GreedyDecoder(DecodingMDP(TabularLM.random(4, 1), reward="pangram", top_k=2)))
+    for given in (mdp, GreedyDecoder, None, "astar"):
+        with pytest.raises(ConfigurationError, match=r"takes a decoder, such as AStarPlanner\(env\); got"):
+            as_custom_generate(given)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNorm
 
 import qstar_decoding  # noqa: F401  registers the environment
 from qstar_decoding.agents import AStarPlanner, BeamSearch, GreedyDecoder, train_task
-from qstar_decoding.envs import DecodingMDP, TokenDecodingVecEnv, TransformersLM, load_prompts
+from qstar_decoding.envs import DecodingMDP, TokenDecodingEnv, TokenDecodingVecEnv, TransformersLM, load_prompts
 from qstar_decoding.envs.mdp import mdp_of
 from qstar_decoding.envs.rendering import Candidate, Screen
 from qstar_decoding.errors import ConfigurationError
@@ -311,6 +311,12 @@ def test_a_time_limit_below_the_horizon_is_refused():
 def test_a_planner_on_something_else_is_told_so(make_env):
     with pytest.raises(ConfigurationError, match="a TokenDecoding environment or a DecodingMDP is needed, got"):
         AStarPlanner(make_env())
+
+
+@pytest.mark.parametrize("kind", [TokenDecodingEnv, TokenDecodingVecEnv, DecodingMDP])
+def test_a_planner_on_a_class_is_told_so(kind):
+    with pytest.raises(ConfigurationError, match=f"is needed, got the class {kind.__name__}"):
+        AStarPlanner(kind)
 
 
 @pytest.mark.parametrize("make_env", [SubprocVecEnv, gym.vector.AsyncVectorEnv])
