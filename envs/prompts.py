@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError, PromptError
-from ..rewards.checking import passable
+from ..rewards.checking import passable, plain
 from ..rewards.types import RESERVED_COLUMNS
 
 __all__ = ["DEFAULT_PROMPTS", "Prompt", "as_prompt", "columns_of", "load_prompts", "prompt_of_options", "read_lines"]
@@ -80,6 +80,7 @@ def as_prompt(source: Any) -> Prompt:
     """
     if isinstance(source, Prompt):
         return source
+    source = plain(source)
     if isinstance(source, Mapping) and "prompt" in source:
         inner = as_prompt(source["prompt"])
         columns = {str(key): value for key, value in source.items() if key not in ("prompt", _TEMPLATE)}
@@ -187,7 +188,9 @@ def _is_chat(source: Any) -> bool:
         isinstance(source, Sequence)
         and not isinstance(source, str)
         and len(source) > 0
-        and all(isinstance(m, Mapping) and "role" in m and isinstance(m.get("content"), (str, list)) for m in source)
+        and all(
+            isinstance(m, Mapping) and "role" in m and isinstance(plain(m.get("content")), (str, list)) for m in source
+        )
     )
 
 
@@ -207,7 +210,7 @@ def _content(content: Any, place: int) -> str:
     if isinstance(content, str):
         return content
     texts = []
-    for part in content:
+    for part in plain(content):
         text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else part
         if not isinstance(text, str):
             raise PromptError(

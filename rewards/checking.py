@@ -212,13 +212,15 @@ def passable(columns: Mapping[str, Column], reserved: Collection[str], taker: st
 
 
 def plain(value: Any) -> Any:
-    """Return arrays, tensors and NumPy's numbers as lists and numbers of Python; anything else as it is.
+    """Return arrays, tensors and NumPy's numbers as lists and numbers of Python, also within lists and tuples.
 
     Tables read from Parquet files, and data sets in the format of NumPy or torch, hold such values.
     """
     if hasattr(value, "tolist"):
         value = value.tolist()
-    return [plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+    if isinstance(value, tuple):
+        return tuple(map(plain, value))
+    return [*map(plain, value)] if isinstance(value, list) else value
 
 
 def check_keywords(subject: str, given: Collection[str], known: Collection[str]) -> None:

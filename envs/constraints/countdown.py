@@ -48,7 +48,7 @@ class CountdownConstraint(MovesConstraint):
     def start(self, prompt: Prompt) -> Hashable:
         """See :class:`MovesConstraint`."""
         numbers = plain(prompt.columns.get("numbers"))
-        if not isinstance(numbers, list) or not numbers or not all(type(n) is int and n > 0 for n in numbers):
+        if not isinstance(numbers, (list, tuple)) or not numbers or not all(type(n) is int and n > 0 for n in numbers):
             raise ConfigurationError(
                 f"{self!r} reads the column 'numbers', a list of positive integers; got {numbers!r} for the prompt "
                 f"{prompt.text[-60:]!r}"

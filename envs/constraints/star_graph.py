@@ -31,8 +31,9 @@ class StarGraphConstraint(MovesConstraint):
         """See :class:`MovesConstraint`."""
         edges = plain(prompt.columns.get("edges"))
         start = prompt.columns.get("start")
-        is_list = isinstance(edges, list) and all(
-            isinstance(edge, list) and len(edge) == 2 and all(isinstance(n, str) and n for n in edge) for edge in edges
+        is_list = isinstance(edges, (list, tuple)) and all(
+            isinstance(edge, (list, tuple)) and len(edge) == 2 and all(isinstance(n, str) and n for n in edge)
+            for edge in edges
         )
         if not is_list or not isinstance(start, str) or not start:
             raise ConfigurationError(

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from qstar_decoding.agents import GreedyDecoder
@@ -180,6 +181,21 @@ def test_a_data_frame_is_a_table_of_prompts():
         load_prompts(pandas.DataFrame({"prompt": ["one", None]}).astype(object).fillna(float("nan")))
     with pytest.raises(PromptError, match="the list of prompts is empty"):
         load_prompts(frame.iloc[:0])
+
+
+def test_tables_from_parquet_files_hold_arrays():
+    # As pandas and the library datasets, in NumPy's format, give lists and texts back.
+    chat = np.empty(1, dtype=object)
+    chat[0] = USER
+    numbers = np.array([1, 2])
+    [prompt] = load_prompts([{"prompt": chat, "numbers": numbers}])
+    assert prompt.content == [USER]
+    assert prompt.columns["numbers"] is numbers
+    parts = np.empty(1, dtype=object)
+    parts[0] = {"type": "text", "text": "Hi"}
+    assert as_prompt([{"role": "user", "content": parts}]).content == [{"role": "user", "content": "Hi"}]
+    [text] = load_prompts(np.array(["one"]))
+    assert type(text.content) is str
 
 
 def test_a_frame_of_polars_is_a_table_of_prompts():

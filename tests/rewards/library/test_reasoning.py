@@ -37,6 +37,7 @@ def test_columns_may_be_arrays_and_tensors(kind: Callable[[list[int]], Any]) -> 
     for target in (4, np.int64(4), torch.tensor(4)):
         assert make_reward("countdown")([""], ["25-3*7"], numbers=[kind([3, 7, 25])], target=[target])[0] == 1
         assert make_reward("exact_answer")([""], ["4"], answer=[target])[0] == 1
+    assert make_reward("exact_answer")([""], ["(1, 2)"], answer=[(1, 2)])[0] == 1
     keywords = np.array(["dog", "park"], dtype=object)
     assert make_reward("keywords")([""], ["A dog."], keywords=[keywords])[0] == 0.5
 
