@@ -233,7 +233,7 @@ class Episodes:
         try:
             given = len(actions)
         except TypeError:  # one action, or None
-            given = repr(actions)
+            given = f"{actions!r}, which is no list"
         if given != len(self.node):
             raise IllegalActionError(f"{len(self.node)} actions are needed, one per environment; got {given}")
         idle = np.flatnonzero(self.node == _NONE)
