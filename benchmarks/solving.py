@@ -37,7 +37,7 @@ ORDERS = [(0.02, 0.1), (0.02, 0.15), (0.05, 0.25), (0.1, 0.2), (0.1, 0.3)]  # pr
 DEEPER = [{"search": "anytime", "weight": 1.0, "prior": b, "depth_bonus": c} for b, c in ORDERS]
 WITHOUT_Q = DEEPER[2]  # by `choose_search` without Q, for all three tasks
 UNMASKED = {"search": "anytime", "weight": 4.0}  # a bonus for depth leads into endless texts where all is allowed
-SEARCHES = [{"search": "level"}, {"search": "capped", "width": 2}, {"search": "anytime", "weight": 4.0}, *DEEPER]
+SEARCHES = [{"search": "level"}, {"search": "capped", "width": 2}, UNMASKED, *DEEPER]
 
 
 class InOrder(Decoder):

@@ -14,7 +14,7 @@ from ...checks import check_integer, check_number
 from ...envs import Completion, Finish
 from ...logprobs import gumbel_below, log_sum_exp
 from ..search.state import NO_EDGES, Edges, IntArray, Search, Status, Values
-from .beam import MOST_AT_ONCE
+from .beam import MOST_AT_ONCE, affordable_width
 from .decoder import Decoder
 
 __all__ = ["AdaptiveVote", "BlockwiseDecoder", "ILQLDecoder", "MajorityVote", "SamplingDecoder", "UniqueSampler"]
@@ -273,11 +273,10 @@ class BlockwiseDecoder(SamplingDecoder):
 
     def select(self, search: Search) -> Iterator[Edges]:
         """Yield the next token of each block."""
-        rng, cost = generator(self.seed, search), max(search.actions_to_come(0) - 1, 1)
-        affordable = search.affordable_rows(cost)
-        n = self.n or (4 if math.isinf(affordable) else min(max(int(affordable) // cost, 1), MOST_AT_ONCE))
+        rng, unlimited = generator(self.seed, search), math.isinf(search.affordable_rows(search.actions_to_come(0)))
+        n = self.n or (4 if unlimited else affordable_width(search))
         fruitless = 0
-        while fruitless < 20 and (math.isfinite(affordable) or not search.completions):
+        while fruitless < 20 and not (unlimited and search.completions):
             before, start = search.size + len(search.completions), 0
             while start >= 0:
                 rows, ended = np.full(n, start), []
